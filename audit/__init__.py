@@ -1,0 +1,1 @@
+"""What an auditor runs: offline verification of everything a study left behind."""

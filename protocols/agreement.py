@@ -1,0 +1,271 @@
+"""The study agreement: every parameter of a study, in one TOML document signed by the authority.
+
+No parameter comes from the server. A node pins the agreement by its digest, checks the authority's signature, and compares
+it with its own local policy (`protocols.policy`) before it trains. Everything here is a pure function of bytes.
+
+The no-overflow rule (DESIGN section 6) is checked when the agreement is made and again when it is read:
+`n_max * (2^value_bits - 1) < 2^ring_bits`, with n_max the number of members.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Literal
+
+import msgspec
+import tomli_w
+from msgspec import Meta, Struct
+
+from keys.errors import ConfigError
+from keys.labels import Label
+
+MINIMUM_CONTRIBUTORS = 3
+"""A sum of fewer contributors is never opened: with two, each would learn the other's vector."""
+
+MAXIMUM_MEMBERS = 256
+"""With every pair of nodes sharing a seed (full graph), the key and seed messages of one round stay below 1 MiB."""
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Sha256Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[float, Meta(gt=0.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class Study(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the study is called and how long it runs."""
+
+    id: Name
+    rounds: Annotated[int, Meta(ge=1, le=10_000)]
+    classes: Annotated[int, Meta(ge=2, le=10_000)]
+    title: Annotated[str, Meta(max_length=200)] = ""
+
+
+class RosterPin(Struct, frozen=True, forbid_unknown_fields=True):
+    """The signed roster that this agreement was made with. A later version (same or higher epoch) may replace it."""
+
+    epoch: Annotated[int, Meta(ge=1)]
+    version: Annotated[int, Meta(ge=1)]
+    digest: Sha256Hex
+    authority_fingerprint: Sha256Hex
+
+
+class Member(Struct, frozen=True, forbid_unknown_fields=True):
+    """One hospital: its roster name, certificate, the one modality it holds, and its public expected batch size b."""
+
+    node_id: Name
+    certificate_fingerprint: Sha256Hex
+    modality: Name
+    expected_batch_size: Positive
+
+
+class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which protocol sums, among how many, and in which fixed-point ring."""
+
+    protocol: Literal["masked"]
+    minimum_cohort: Annotated[int, Meta(ge=MINIMUM_CONTRIBUTORS, le=MAXIMUM_MEMBERS)]
+    threshold: Annotated[int, Meta(ge=2, le=MAXIMUM_MEMBERS)]
+    ring_bits: Literal[32] = 32
+    value_bits: Annotated[int, Meta(ge=8, le=30)] = 26
+    fraction_bits: Annotated[int, Meta(ge=1, le=29)] = 20
+    chunk_values: Annotated[int, Meta(ge=256, le=262_144)] = 65_536
+    max_attempts: Annotated[int, Meta(ge=1, le=16)] = 3
+
+
+class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
+    """The DP-SGD parameters that every node uses, and the budget that no node may pass.
+
+    The neighbouring relation is add or remove one `unit`; sampling is Poisson with rate `sample_rate`.
+    A noise multiplier of 0 means no differential privacy (for baselines); epsilon is then infinite.
+    """
+
+    unit: Literal["record"]
+    sample_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
+    noise_multiplier: NonNegative
+    max_grad_norm: Positive
+    delta: Annotated[float, Meta(gt=0.0, lt=0.1)]
+    epsilon_budget: Positive
+
+
+class Training(Struct, frozen=True, forbid_unknown_fields=True):
+    """The local objective and optimiser (DESIGN section 8)."""
+
+    steps_per_round: Count
+    learning_rate: Positive
+    local_learning_rate: Positive
+    warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    warmup_learning_rate: Positive = 0.003
+    alignment_weight: NonNegative = 1.0
+    coordinate_weight: NonNegative = 1.0
+    coordinate_rank: Count = 8
+    merge_every_rounds: Annotated[int, Meta(ge=0, le=10_000)] = 0
+
+
+class Precision(Struct, frozen=True, forbid_unknown_fields=True):
+    """The precision rule of the weighted average. P0: w = 1 / (tau_squared + v), clamped to [1/clamp, clamp].
+
+    `equal` gives every node weight 1 (plain FedAvg).
+    """
+
+    rule: Literal["P0", "equal"] = "P0"
+    tau_squared: Positive = 1.0
+    clamp: Annotated[float, Meta(ge=1.0, le=1e6)] = 8.0
+    ridge: NonNegative = 0.0
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True):
+    """The public frozen trunk and its low-rank adapters; all weights follow from `seed`, pinned by `trunk_digest`."""
+
+    seed: Annotated[int, Meta(ge=0, lt=2**63)]
+    trunk_digest: Sha256Hex
+    width: Annotated[int, Meta(ge=8, le=8192)] = 64
+    layers: Annotated[int, Meta(ge=1, le=64)] = 2
+    heads: Annotated[int, Meta(ge=1, le=64)] = 4
+    tokens: Annotated[int, Meta(ge=1, le=4096)] = 4
+    feedforward: Annotated[int, Meta(ge=8, le=32768)] = 128
+    rank: Annotated[int, Meta(ge=1, le=512)] = 8
+    alpha: Positive = 8.0
+
+
+class Modality(Struct, frozen=True, forbid_unknown_fields=True):
+    """One kind of input: its tokeniser, the shape of one record, and the digest of its view of the public anchors."""
+
+    name: Name
+    tokeniser: Literal["tabular", "image", "signal", "embedding"]
+    shape: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=3)]
+    anchor_digest: Sha256Hex
+
+
+class Anchors(Struct, frozen=True, forbid_unknown_fields=True):
+    """How many public anchors there are; the views are pinned per modality."""
+
+    count: Annotated[int, Meta(ge=4, le=8192)]
+
+
+class Deadlines(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long the aggregator waits in each phase before it goes on without those who are missing."""
+
+    join_seconds: Positive = 120.0
+    train_seconds: Positive = 600.0
+    phase_seconds: Positive = 30.0
+
+
+class Agreement(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole study agreement. Build it with `read_agreement`; a value that exists satisfies every rule below."""
+
+    study: Study
+    roster: RosterPin
+    secure_sum: SecureSum
+    privacy: Privacy
+    training: Training
+    precision: Precision
+    model: Model
+    anchors: Anchors
+    deadlines: Deadlines
+    modalities: Annotated[tuple[Modality, ...], Meta(min_length=1, max_length=64)]
+    members: Annotated[tuple[Member, ...], Meta(min_length=MINIMUM_CONTRIBUTORS, max_length=MAXIMUM_MEMBERS)]
+
+    def member(self, node_id: str) -> Member:
+        """The member of that name.
+
+        Raises:
+            ConfigError: no hospital of this name takes part.
+        """
+        for member in self.members:
+            if member.node_id == node_id:
+                return member
+        raise ConfigError(f"{node_id} is not a member of study {self.study.id}; ask the authority for an agreement that names it")
+
+    def modality(self, name: str) -> Modality:
+        """The modality of that name.
+
+        Raises:
+            ConfigError: the agreement has none of this name.
+        """
+        for modality in self.modalities:
+            if modality.name == name:
+                return modality
+        raise ConfigError(f"study {self.study.id} has no modality {name!r}")
+
+    @property
+    def total_steps(self) -> int:
+        """DP-SGD steps of the whole study at one node."""
+        return self.study.rounds * self.training.steps_per_round
+
+
+def agreement_digest(document: bytes) -> bytes:
+    """The 32-byte digest by which nodes pin an agreement, over the exact bytes of the TOML file."""
+    return hashlib.sha256(Label.AGREEMENT + document).digest()
+
+
+def read_agreement(document: bytes) -> Agreement:
+    """Decode and check an agreement. The signature is checked apart, over the same bytes.
+
+    Raises:
+        ConfigError: not TOML, an unknown or missing key, a value out of range, or a rule that does not hold.
+    """
+    if len(document) > 1 << 22:
+        raise ConfigError("the agreement is larger than 4 MiB; this is not an agreement")
+    try:
+        agreement = msgspec.toml.decode(document, type=Agreement)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"the agreement cannot be read: {error}") from None
+    check_rules(agreement)
+    return agreement
+
+
+def write_agreement(agreement: Agreement) -> bytes:
+    """Encode an agreement as TOML, after checking every rule, so that an unsafe agreement cannot be made."""
+    check_rules(agreement)
+    return tomli_w.dumps(msgspec.to_builtins(agreement)).encode()
+
+
+def check_rules(agreement: Agreement) -> None:
+    """Check the rules that span several fields.
+
+    Raises:
+        ConfigError: names the first rule that fails and how to mend it.
+    """
+    for rule, holds in _rules(agreement):
+        if not holds:
+            raise ConfigError(f"the agreement breaks a rule: {rule}")
+
+
+def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
+    ring, n_max = agreement.secure_sum, len(agreement.members)
+    names = [member.node_id for member in agreement.members]
+    modalities = [modality.name for modality in agreement.modalities]
+    return [
+        (
+            f"no overflow: {n_max} members * (2^{ring.value_bits} - 1) must be below 2^{ring.ring_bits}; lower value_bits",
+            n_max * (2**ring.value_bits - 1) < 2**ring.ring_bits,
+        ),
+        ("fraction_bits must be below value_bits, else nothing but zero can be encoded", ring.fraction_bits < ring.value_bits),
+        ("threshold must be above half of the members, else two survivor sets could both be signed", 2 * ring.threshold > n_max),
+        ("threshold must not exceed minimum_cohort, else a permitted cohort could not recover a dropout", ring.threshold <= ring.minimum_cohort),
+        ("minimum_cohort must not exceed the number of members", ring.minimum_cohort <= n_max),
+        ("members must have distinct node ids", len(set(names)) == n_max),
+        ("members must have distinct certificates", len({m.certificate_fingerprint for m in agreement.members}) == n_max),
+        ("modalities must have distinct names", len(set(modalities)) == len(modalities)),
+        ("every member's modality must be listed in modalities", all(m.modality in modalities for m in agreement.members)),
+        ("model width must be a multiple of heads", agreement.model.width % agreement.model.heads == 0),
+        ("rank must not exceed width or feedforward", agreement.model.rank <= min(agreement.model.width, agreement.model.feedforward)),
+        ("coordinate_rank must be below the number of anchors", agreement.training.coordinate_rank < agreement.anchors.count),
+        ("all numbers must be finite", all(_finite(section) for section in msgspec.structs.astuple(agreement))),
+    ]
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, float):
+        return value == value and abs(value) != float("inf")
+    if isinstance(value, Struct):
+        return all(_finite(field) for field in msgspec.structs.astuple(value))
+    if isinstance(value, tuple):
+        return all(_finite(item) for item in value)
+    return True
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a node, study or modality: lower-case letters, digits and dashes."""
+    return re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", text) is not None

@@ -1,0 +1,78 @@
+"""Fixed-point encoding of a float vector into the ring of integers modulo 2^ring_bits (DESIGN section 6).
+
+A value x becomes `rint(clip(x) * 2^fraction_bits) + 2^(value_bits - 1)`, an integer in [1, 2^value_bits - 1]. The agreement
+guarantees `n_max * (2^value_bits - 1) < 2^ring_bits`, so a sum of at most n_max encodings never wraps, and decoding is exact:
+for values inside the range, |decoded sum - real sum| <= n * 2^-(fraction_bits + 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keys.errors import ConfigError, LocalProtocolError, VerificationFailed
+from protocols.agreement import Agreement
+
+Float64Vector = NDArray[np.float64]
+Uint32Vector = NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPoint:
+    """The agreed encoding: widths in bits, and the largest number of encodings that are ever added."""
+
+    value_bits: int
+    fraction_bits: int
+    ring_bits: int
+    n_max: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction_bits < self.value_bits <= self.ring_bits <= 32 or self.n_max < 1:
+            raise ConfigError("fixed point needs 0 < fraction_bits < value_bits <= ring_bits <= 32 and n_max >= 1")
+        if self.n_max * (2**self.value_bits - 1) >= 2**self.ring_bits:
+            raise ConfigError(
+                f"a sum of {self.n_max} values of {self.value_bits} bits can overflow {self.ring_bits} bits; lower value_bits"
+            )
+
+    @classmethod
+    def from_agreement(cls, agreement: Agreement) -> FixedPoint:
+        """The encoding that an agreement fixes, with n_max the number of its members."""
+        ring = agreement.secure_sum
+        return cls(ring.value_bits, ring.fraction_bits, ring.ring_bits, len(agreement.members))
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude that is encoded; larger values are clipped to it."""
+        return float(2 ** (self.value_bits - 1) - 1) / float(2**self.fraction_bits)
+
+    def saturated(self, values: Float64Vector) -> int:
+        """How many of `values` lie outside the range and would be clipped."""
+        return int(np.count_nonzero(np.abs(values) > self.limit))
+
+    def encode(self, values: Float64Vector) -> Uint32Vector:
+        """Encode `values` ([d] float64) as [d] uint32, each in [1, 2^value_bits - 1].
+
+        Raises:
+            LocalProtocolError: the vector is not one-dimensional float64, or holds NaN or infinity.
+        """
+        if values.ndim != 1 or values.dtype != np.float64:
+            raise LocalProtocolError(f"the secure sum takes a flat float64 vector, not {values.dtype} of shape {values.shape}")
+        if not np.isfinite(values).all():
+            raise LocalProtocolError("the update holds NaN or infinity and was not sent; lower the learning rate")
+        scaled = np.rint(np.clip(values, -self.limit, self.limit) * 2.0**self.fraction_bits)
+        return (scaled + 2.0 ** (self.value_bits - 1)).astype(np.uint32)
+
+    def decode(self, total: Uint32Vector, contributors: int) -> Float64Vector:
+        """Decode the sum of `contributors` encodings ([d] uint32) to the real sum ([d] float64).
+
+        Raises:
+            VerificationFailed: a coordinate cannot be the sum of that many encodings.
+        """
+        if not 1 <= contributors <= self.n_max:
+            raise VerificationFailed(f"a sum of {contributors} contributors; the agreement allows 1 to {self.n_max}")
+        if total.size and (int(total.max()) > contributors * (2**self.value_bits - 1) or int(total.min()) < contributors):
+            raise VerificationFailed("the sum is outside the range of its contributors: it was not computed from their uploads")
+        offset = contributors * 2.0 ** (self.value_bits - 1)
+        return (total.astype(np.float64) - offset) / 2.0**self.fraction_bits

@@ -1,0 +1,1 @@
+"""The federation: GeoLoRA under differential privacy, node, aggregator, transport, command line."""
