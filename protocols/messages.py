@@ -126,7 +126,9 @@ class Receipt(Body, frozen=True):
 
 
 class RoundOpen(Body, frozen=True):
-    """Train this round."""
+    """Train this round, on top of the sum of round `last_completed` (0: none yet)."""
+
+    last_completed: Number
 
 
 class AttemptOpen(Body, frozen=True):
@@ -283,3 +285,11 @@ def decode(data: bytes, peer: str, public_key: Ed25519PublicKey, agreement_diges
     except VerificationFailed:
         raise RemoteProtocolError(peer, "a message with a wrong signature") from None
     return Message(envelope.sender, envelope.round, envelope.attempt, envelope.body)
+
+
+def claimed_sender(data: bytes) -> str:
+    """The sender that a relayed message claims, before anything is verified; empty if it cannot be decoded."""
+    try:
+        return _decoder.decode(data).sender
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return ""

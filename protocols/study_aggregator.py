@@ -1,0 +1,418 @@
+"""The aggregator's side of a whole study: rounds, attempts, transcript.
+
+Sans-IO: `receive` takes what an authenticated peer sent, `tick` the time; both give outputs for the driver to carry out in
+order. Stages of one round:
+
+    GATHER -> TRAIN -> SUM (one or more attempts) -> RECEIPTS -> TRAIN ... -> ENDED
+
+Every stage has a deadline, so no silent node holds up a round for longer. A node that breaks a rule is named in the
+transcript and takes no further part. Once nodes may have revealed shares, the round is never attempted again: two sums over
+different survivors of the same vectors would differ by one node's vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+
+from keys.errors import RemoteProtocolError, VerificationFailed
+from keys.identity import Identity, verify_signature
+from keys.labels import Label
+from protocols import messages as m
+from protocols import transcript as t
+from protocols.encoding import Uint32Vector
+from protocols.masked_aggregator import MaskedAggregator, Phase, SumOutcome
+from protocols.masked_node import Parties
+from protocols.sealing import AttemptId
+
+
+class Stage(Enum):
+    """Where the study stands."""
+
+    GATHER = auto()
+    TRAIN = auto()
+    SUM = auto()
+    RECEIPTS = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SendTo:
+    """Send these bytes to this node; if it cannot be reached, call `leave`."""
+
+    peer: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Append this line to the transcript, durably, before the next output is carried out."""
+
+    line: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SumOpened:
+    """Keep this round's sum ([d] uint32): its digest is in the record that follows."""
+
+    round: int
+    total: Uint32Vector = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Something an operator wants to see; `fields` are plain values."""
+
+    event: str
+    fields: dict[str, object]
+
+
+Output = SendTo | Record | SumOpened | Progress
+
+
+class AggregatorMachine:
+    """Runs one study.
+
+    Args:
+        parties: agreement and identity keys of the members.
+        identity: the aggregator's own identity, as in the roster.
+        vector_size: values per update, d.
+        transcript: the writer that makes signed, chained lines.
+        load_sum: gives back (transcript line, [d] uint32) of a completed round, for nodes that missed it.
+    """
+
+    def __init__(
+        self,
+        parties: Parties,
+        identity: Identity,
+        vector_size: int,
+        transcript: t.TranscriptWriter,
+        *,
+        load_sum: Callable[[int], tuple[bytes, Uint32Vector]],
+    ) -> None:
+        self._parties, self._identity, self._size = parties, identity, vector_size
+        self._transcript, self._load_sum = transcript, load_sum
+        self._agreement = parties.agreement
+        self._joined: set[str] = set()
+        self._out: dict[str, str] = {}
+        self._completed: list[int] = []
+        self._round = 0
+        self._attempt_number = 0
+        self._ready: set[str] = set()
+        self._attempt: MaskedAggregator | None = None
+        self._attempt_phase = Phase.KEYS
+        self._contributors: tuple[str, ...] = ()
+        self._record_digest = b""
+        self._receipts: dict[str, bytes] = {}
+        self._received_bytes = self._sent_bytes = 0
+        self._round_started = 0.0
+        self._deadline = 0.0
+        self.stage = Stage.GATHER
+
+    @property
+    def ended(self) -> bool:
+        """Whether the study is over."""
+        return self.stage is Stage.ENDED
+
+    @property
+    def deadline(self) -> float:
+        """When `tick` must be called at the latest."""
+        return self._deadline
+
+    def start(self, now: float) -> list[Output]:
+        """Open the transcript and wait for hospitals."""
+        self._deadline = now + self._agreement.deadlines.join_seconds
+        roster = self._agreement.roster
+        opened = t.StudyOpened(
+            study_id=self._agreement.study.id,
+            agreement_digest=self._parties.agreement_digest.hex(),
+            roster_digest=roster.digest,
+            roster_epoch=roster.epoch,
+            roster_version=roster.version,
+        )
+        return [Record(self._transcript.append(opened))]
+
+    def receive(self, peer: str, data: bytes, now: float) -> list[Output]:
+        """Take one message of the transport-authenticated `peer`. Nothing that a peer sends raises."""
+        self._received_bytes += len(data)
+        if self.ended or peer in self._out or peer not in self._parties.public_keys:
+            return []
+        try:
+            message = m.decode(data, peer, self._parties.public_keys[peer], self._parties.agreement_digest)
+            return self._dispatch(peer, message, data, now)
+        except RemoteProtocolError as fault:
+            return self._expel(peer, str(fault), now)
+
+    def leave(self, peer: str, now: float) -> list[Output]:
+        """The transport cannot reach `peer` any more. It may join again later."""
+        if peer not in self._joined:
+            return []
+        self._joined.discard(peer)
+        self._ready.discard(peer)
+        return [Progress("left", {"node": peer}), *self._lose(peer, now)]
+
+    def tick(self, now: float) -> list[Output]:
+        """Time has passed."""
+        if self.ended or now < self._deadline:
+            return []
+        match self.stage:
+            case Stage.GATHER if len(self._joined) < self._parties.minimum:
+                return self._end("too few hospitals joined before the deadline", now)
+            case Stage.GATHER:
+                return self._next_round(now)
+            case Stage.TRAIN:
+                return self._begin_sum(now)
+            case Stage.SUM if self._attempt is not None:
+                self._deadline = now + self._agreement.deadlines.phase_seconds
+                return self._carry(self._attempt.expire(), now)
+            case _:
+                return self._close_round(now)
+
+    def stop(self, reason: str, now: float) -> list[Output]:
+        """End the study early, by the operator's wish."""
+        return [] if self.ended else self._end(reason, now)
+
+    # --- dispatch
+
+    def _dispatch(self, peer: str, message: m.Message, data: bytes, now: float) -> list[Output]:
+        body = message.body
+        match body:
+            case m.Join():
+                return self._on_join(peer, body, now)
+            case m.Declined():
+                return self._on_declined(peer, body, now)
+        here, there = (self._round, self._attempt_number), (message.round, message.attempt)
+        match body:
+            case m.Ready():
+                here, there = (self._round, 0), (message.round, 0)
+            case m.Receipt():
+                here, there = (self._round, 0), (message.round, 0)
+        if there < here:
+            return []  # Late.
+        if there > here or peer not in self._joined:
+            raise RemoteProtocolError(peer, f"sent {type(body).__name__} for a round or attempt that is not open")
+        match body:
+            case m.Ready():
+                return self._on_ready(peer, now)
+            case m.Receipt():
+                return self._on_receipt(peer, body, now)
+            case _ if self.stage is Stage.SUM and self._attempt is not None:
+                return self._carry(self._attempt.receive(peer, body, data), now)
+            case _:
+                return []
+
+    def _on_join(self, peer: str, body: m.Join, now: float) -> list[Output]:
+        answer: list[Output] = []
+        if peer not in self._joined:
+            self._joined.add(peer)
+            answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
+        for completed in [number for number in self._completed if number >= body.next_round]:
+            line, total = self._load_sum(completed)
+            answer += self._result_for(peer, completed, line, total)
+        if self.stage is Stage.GATHER and len(self._joined) == len(self._agreement.members) - len(self._out):
+            return answer + self._next_round(now)
+        if self.stage is Stage.TRAIN:
+            answer.append(self._send(peer, m.RoundOpen(self._last_completed)))
+        return answer
+
+    def _on_declined(self, peer: str, body: m.Declined, now: float) -> list[Output]:
+        self._out[peer] = "declined"
+        self._joined.discard(peer)
+        self._ready.discard(peer)
+        return [Progress("declined", {"node": peer, "reason": body.reason}), *self._lose(peer, now)]
+
+    def _on_ready(self, peer: str, now: float) -> list[Output]:
+        if self.stage is not Stage.TRAIN:
+            return []
+        self._ready.add(peer)
+        return self._begin_sum(now) if self._ready >= self._joined else []
+
+    def _lose(self, peer: str, now: float) -> list[Output]:
+        match self.stage:
+            case Stage.SUM if self._attempt is not None:
+                return self._carry(self._attempt.leave(peer), now)
+            case Stage.TRAIN if self._ready and self._ready >= self._joined:
+                return self._begin_sum(now)
+            case Stage.RECEIPTS:
+                return self._maybe_close(now)
+            case _:
+                return []
+
+    def _expel(self, peer: str, fault: str, now: float) -> list[Output]:
+        self._out[peer] = fault
+        self._joined.discard(peer)
+        self._ready.discard(peer)
+        return [
+            Record(self._transcript.append(t.Misbehaved(round=self._round, node_id=peer, fault=fault[:500]))),
+            Progress("expelled", {"node": peer, "fault": fault}),
+            *self._lose(peer, now),
+        ]
+
+    # --- stages
+
+    def _next_round(self, now: float) -> list[Output]:
+        if self._round == self._agreement.study.rounds:
+            return self._end("all rounds are done", now)
+        if len(self._joined) < self._parties.minimum:
+            return self._end("too few hospitals are left", now)
+        self._round += 1
+        self._attempt_number = 0
+        self._ready.clear()
+        self._received_bytes = self._sent_bytes = 0
+        self._round_started = now
+        self.stage, self._deadline = Stage.TRAIN, now + self._agreement.deadlines.train_seconds
+        return [
+            Progress("round", {"round": self._round, "nodes": len(self._joined)}),
+            *(self._send(name, m.RoundOpen(self._last_completed)) for name in sorted(self._joined)),
+        ]
+
+    def _begin_sum(self, now: float) -> list[Output]:
+        cohort = self._ready & self._joined
+        if len(cohort) < self._parties.minimum:
+            return self._abandon("too few nodes were ready", (), now)
+        self._attempt_number += 1
+        self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
+        attempt = AttemptId(self._parties.agreement_digest, self._round, self._attempt_number)
+        self._attempt = MaskedAggregator(self._parties, attempt, cohort, self._size)
+        self._attempt_phase = Phase.KEYS
+        return self._carry(self._attempt.start(), now)
+
+    def _carry(self, sends: list[tuple[str, m.AnyBody]], now: float) -> list[Output]:
+        """Sign what an attempt wants to send, then see whether it is over."""
+        attempt = self._attempt
+        if attempt is None:
+            return []
+        answer: list[Output] = [self._send(peer, body) for peer, body in sends]
+        if attempt.phase is not self._attempt_phase:
+            self._attempt_phase = attempt.phase
+            self._deadline = now + self._agreement.deadlines.phase_seconds
+            answer.append(Progress("phase", {"round": self._round, "phase": attempt.phase.value}))
+        blamed = [peer for peer in attempt.blamed if peer not in self._out]
+        for peer in blamed:
+            answer += self._expel(peer, attempt.blamed[peer], now)
+        if self._attempt is not attempt or blamed and self.stage is not Stage.SUM:
+            return answer  # Expelling has already moved the round on.
+        if attempt.outcome is not None:
+            return answer + self._open_sum(attempt.outcome, now)
+        if attempt.phase is Phase.FAILED:
+            return answer + self._retry(attempt, now)
+        return answer
+
+    def _retry(self, attempt: MaskedAggregator, now: float) -> list[Output]:
+        blamed = tuple(sorted(attempt.blamed))
+        self._attempt = None
+        self._ready -= attempt.dropped.keys()
+        again = not attempt.opened and self._attempt_number < self._agreement.secure_sum.max_attempts
+        if not again or len(self._ready & self._joined) < self._parties.minimum:
+            return self._abandon(attempt.failure, blamed, now)
+        failed = m.AttemptFailed(attempt.failure, final=False)
+        answer: list[Output] = [self._send(name, failed) for name in sorted(self._joined)]
+        answer.append(Progress("attempt failed", {"round": self._round, "reason": attempt.failure}))
+        return answer + self._begin_sum(now)
+
+    def _abandon(self, reason: str, blamed: tuple[str, ...], now: float) -> list[Output]:
+        record = t.RoundAbandoned(round=self._round, attempt=self._attempt_number, reason=reason, blamed=blamed)
+        failed = m.AttemptFailed(reason, final=True)
+        return [
+            Record(self._transcript.append(record)),
+            Progress("round abandoned", {"round": self._round, "reason": reason}),
+            *(self._send(name, failed) for name in sorted(self._joined)),
+            *self._next_round(now),
+        ]
+
+    def _open_sum(self, outcome: SumOutcome, now: float) -> list[Output]:
+        self._attempt = None
+        roster = self._agreement.roster
+        total = outcome.total.astype("<u4", copy=False)
+        record = t.RoundRecord(
+            agreement_digest=self._parties.agreement_digest.hex(),
+            roster_epoch=roster.epoch,
+            roster_version=roster.version,
+            round=self._round,
+            attempt=self._attempt_number,
+            protocol=self._agreement.secure_sum.protocol,
+            cohort=tuple(sorted(self._ready)),
+            survivors=tuple(
+                t.Survivor(node_id=name, upload_digest=digest.hex(), signature=outcome.votes.get(name, b"").hex())
+                for name, digest in outcome.survivors
+            ),
+            dropped=tuple(t.Dropped(node_id=name, phase=phase) for name, phase in sorted(outcome.dropped.items())),
+            aggregate_digest=t.aggregate_digest(total.tobytes()).hex(),
+            upload_bytes=self._received_bytes,
+            download_bytes=self._sent_bytes,
+            seconds=round(now - self._round_started, 6),
+        )
+        line = self._transcript.append(record)
+        self._record_digest = t.line_digest(line)
+        self._contributors = tuple(name for name, _ in outcome.survivors)
+        self._completed.append(self._round)
+        self._receipts.clear()
+        self.stage, self._deadline = Stage.RECEIPTS, now + self._agreement.deadlines.phase_seconds
+        answer: list[Output] = [SumOpened(self._round, total), Record(line)]
+        for name in sorted(self._joined):
+            answer += self._result_for(name, self._round, line, total)
+        fields = {"round": self._round, "survivors": len(self._contributors), "seconds": record.seconds}
+        answer.append(Progress("sum", fields | {"bytes": self._received_bytes, "dropped": sorted(outcome.dropped)}))
+        return answer
+
+    def _result_for(self, peer: str, number: int, line: bytes, total: Uint32Vector) -> list[Output]:
+        data = memoryview(np.ascontiguousarray(total, dtype="<u4")).cast("B")
+        step = 4 * self._agreement.secure_sum.chunk_values
+        bodies: list[m.AnyBody] = [
+            m.SumChunk(index, bytes(data[start : start + step])) for index, start in enumerate(range(0, len(data), step))
+        ]
+        return [self._send(peer, body, number, 0) for body in (*bodies, m.RoundResult(line))]
+
+    def _on_receipt(self, peer: str, body: m.Receipt, now: float) -> list[Output]:
+        if self.stage is not Stage.RECEIPTS:
+            return []
+        statement = t.receipt_statement(self._parties.agreement_digest, self._round, self._record_digest)
+        try:
+            verify_signature(self._parties.public_keys[peer], Label.RECEIPT, statement, body.signature)
+        except VerificationFailed:
+            raise RemoteProtocolError(peer, "countersigned another record than the one it was sent") from None
+        self._receipts[peer] = body.signature
+        return self._maybe_close(now)
+
+    def _maybe_close(self, now: float) -> list[Output]:
+        waiting = self._joined - self._receipts.keys()
+        return [] if waiting else self._close_round(now)
+
+    def _close_round(self, now: float) -> list[Output]:
+        receipts = t.Receipts(
+            round=self._round,
+            record_digest=self._record_digest.hex(),
+            countersignatures=tuple(
+                t.Countersignature(node_id=name, signature=signature.hex()) for name, signature in sorted(self._receipts.items())
+            ),
+        )
+        return [Record(self._transcript.append(receipts)), *self._next_round(now)]
+
+    def _end(self, reason: str, now: float) -> list[Output]:
+        del now
+        self.stage = Stage.ENDED
+        closed = t.StudyClosed(rounds_completed=len(self._completed), reason=reason)
+        return [
+            Record(self._transcript.append(closed)),
+            *(self._send(name, m.StudyEnded(reason)) for name in sorted(self._joined)),
+            Progress("ended", {"reason": reason, "rounds_completed": len(self._completed)}),
+        ]
+
+    # --- helpers
+
+    @property
+    def _last_completed(self) -> int:
+        return self._completed[-1] if self._completed else 0
+
+    def _send(self, peer: str, body: m.AnyBody, number: int | None = None, attempt: int | None = None) -> SendTo:
+        address = AttemptId(
+            self._parties.agreement_digest,
+            self._round if number is None else number,
+            self._attempt_number if attempt is None else attempt,
+        )
+        data = m.encode(self._identity, address, body)
+        self._sent_bytes += len(data)
+        return SendTo(peer, data)

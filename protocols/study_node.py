@@ -1,0 +1,300 @@
+"""One hospital's side of a whole study.
+
+Sans-IO: `receive` takes what the aggregator sent and gives outputs for the driver to carry out in order. The driver answers
+`Train` with `submit`. The node trusts nothing that the aggregator says: parameters come from the pinned agreement, identities
+from the roster, rounds only move forward, and a round whose unmasking began is never attempted again.
+
+What the journal guarantees across crashes: an attempt that was begun is never begun again, because every (round, attempt)
+must be later than the last one journalled; seeds live in memory only, so no mask is ever used twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
+from keys.identity import Identity
+from keys.labels import Label
+from protocols import messages as m
+from protocols import transcript as t
+from protocols.encoding import FixedPoint, Float64Vector
+from protocols.masked_node import MaskedNode, Parties, State
+from protocols.sealing import AttemptId
+from protocols.shamir import Coins
+
+
+class Journal(Protocol):
+    """Durable memory of what this node has used; each call returns only when the entry is on disk."""
+
+    def last(self) -> tuple[int, int]:
+        """The latest (round, attempt) that was begun, (0, 0) if none."""
+
+    def revealed(self, round_number: int) -> bool:
+        """Whether shares were revealed in any attempt of this round."""
+
+    def record(self, round_number: int, attempt: int, event: str) -> None:
+        """Note "begun", "used", "revealed" or "revealed-unused"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send these bytes to the aggregator."""
+
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train this round and call `submit` with the update vector."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A round's sum ([d] float64) of `contributors` nodes, checked against the signed record `line`."""
+
+    round: int
+    total: Float64Vector = field(repr=False)
+    contributors: tuple[str, ...]
+    line: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundLost:
+    """An attempt or (if `final`) a round came to nothing. The model stays as it was."""
+
+    round: int
+    reason: str
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The study is over."""
+
+    reason: str
+
+
+Output = Send | Train | Summed | RoundLost | Ended
+
+
+class NodeMachine:
+    """Takes part in one study.
+
+    Args:
+        parties: agreement and identity keys of the members.
+        identity: our own identity; must be a member.
+        aggregator: the aggregator's roster name and identity key.
+        vector_size: values per update, d.
+        coins: randomness, `os.urandom` outside tests.
+        journal: what this node has used before.
+    """
+
+    def __init__(
+        self,
+        parties: Parties,
+        identity: Identity,
+        aggregator: tuple[str, Ed25519PublicKey],
+        vector_size: int,
+        *,
+        coins: Coins,
+        journal: Journal,
+    ) -> None:
+        parties.agreement.member(identity.node_id)
+        self._parties, self._identity, self._size = parties, identity, vector_size
+        self._aggregator_name, self._aggregator_key = aggregator
+        self._coins, self._journal = coins, journal
+        self._fixed_point = FixedPoint.from_agreement(parties.agreement)
+        self._round = 0
+        self._completed = 0
+        self._vector: Float64Vector | None = None
+        self._training = False
+        self._attempt: MaskedNode | None = None
+        self._attempt_number = 0
+        self._revealed: set[int] = set()
+        self._voted: dict[tuple[int, int], tuple[tuple[str, bytes], ...]] = {}
+        self._sum_chunks: list[bytes] = []
+        self._sum_round = 0
+        self.ended = False
+
+    def start(self) -> list[Output]:
+        """Say that we are here."""
+        return [self._send(m.Join(self._completed + 1), 0, 0)]
+
+    def submit(self, round_number: int, vector: Float64Vector) -> list[Output]:
+        """Hand in the update of a round ([d] float64) after `Train`.
+
+        Raises:
+            LocalProtocolError: nobody asked for it, or it is not a finite vector of the agreed size.
+        """
+        if not self._training or round_number != self._round:
+            raise LocalProtocolError(f"an update for round {round_number} was submitted, but none is asked for")
+        if vector.shape != (self._size,):
+            raise LocalProtocolError(f"the update has shape {vector.shape}, the agreement says ({self._size},)")
+        self._fixed_point.encode(vector)  # Refuse NaN and infinity now, while the caller can see why.
+        self._training, self._vector = False, vector
+        return [self._send(m.Ready(), self._round, 0)]
+
+    def decline(self, reason: str) -> list[Output]:
+        """Leave the study in good order (a spent budget, say)."""
+        self.ended = True
+        return [self._send(m.Declined(reason), self._round, 0)]
+
+    def receive(self, data: bytes) -> list[Output]:
+        """Take one message of the aggregator.
+
+        Raises:
+            RemoteProtocolError: the aggregator, or the peer that it names, broke the protocol. Nothing was revealed beyond
+                what the rules allow, and the node must leave the study.
+        """
+        if self.ended:
+            return []
+        message = m.decode(
+            data, m.AGGREGATOR, self._aggregator_key, self._parties.agreement_digest, name=self._aggregator_name
+        )
+        body = message.body
+        match body:
+            case m.RoundOpen():
+                return self._on_round(message.round, body)
+            case m.AttemptOpen():
+                return self._on_attempt(message.round, message.attempt, body)
+            case m.SumChunk():
+                return self._on_sum_chunk(message.round, body)
+            case m.RoundResult():
+                return self._on_result(message.round, body)
+            case m.AttemptFailed():
+                return self._on_failed(message.round, message.attempt, body)
+            case m.StudyEnded():
+                self.ended = True
+                return [Ended(body.reason)]
+            case m.KeySet() | m.SeedSet() | m.Credit() | m.Survivors() | m.SurvivorProof():
+                return self._on_attempt_body(message.round, message.attempt, body)
+            case _:
+                raise RemoteProtocolError(m.AGGREGATOR, f"sent {type(body).__name__}, which only nodes send")
+
+    # --- rounds and attempts
+
+    def _on_round(self, number: int, body: m.RoundOpen) -> list[Output]:
+        self._check(number <= self._parties.agreement.study.rounds, "opened more rounds than the agreement has")
+        if number == self._round and body.last_completed == self._completed:
+            return []  # Said again after a reconnect.
+        self._check(number > self._round, f"went back to round {number}")
+        self._check(not self._training, "opened a round while we train for another")
+        if body.last_completed > self._completed:
+            return self.start()  # We missed a sum; ask for it, and the round is opened to us again.
+        self._check(body.last_completed == self._completed, "forgot a completed round")
+        self._round, self._attempt_number, self._vector, self._attempt = number, 0, None, None
+        if number <= self._journal.last()[0]:
+            raise LocalProtocolError(
+                f"round {number} was already begun before a restart; this study cannot be resumed by this node"
+            )
+        self._training = True
+        return [Train(number)]
+
+    def _on_attempt(self, number: int, attempt: int, body: m.AttemptOpen) -> list[Output]:
+        self._check(number == self._round, f"opened an attempt of round {number} during round {self._round}")
+        self._check(self._vector is not None, "opened an attempt before we were ready")
+        self._check(attempt > self._attempt_number, "opened an old attempt again")
+        self._check(attempt <= self._parties.agreement.secure_sum.max_attempts, "opened more attempts than agreed")
+        self._check(
+            number not in self._revealed and not self._journal.revealed(number),
+            "asked for a second sum of a round whose unmasking had begun",
+        )
+        if (number, attempt) <= self._journal.last():
+            raise LocalProtocolError(f"attempt {attempt} of round {number} was already begun before a restart")
+        if self._vector is None:
+            raise LocalProtocolError("no update to sum")
+        self._attempt_number = attempt
+        self._attempt = MaskedNode(
+            self._parties,
+            self._identity,
+            AttemptId(self._parties.agreement_digest, number, attempt),
+            body.cohort,
+            self._fixed_point.encode(self._vector),
+            coins=self._coins,
+            journal=lambda event: self._journal.record(number, attempt, event),
+        )
+        self._journal.record(number, attempt, "begun")
+        return [Send(data) for data in self._attempt.open()]
+
+    def _on_attempt_body(self, number: int, attempt: int, body: m.AnyBody) -> list[Output]:
+        self._check(
+            self._attempt is not None and (number, attempt) == (self._round, self._attempt_number),
+            f"sent {type(body).__name__} for an attempt that is not open",
+        )
+        if self._attempt is None:
+            raise LocalProtocolError("no attempt is open")
+        sends: list[Output] = [Send(data) for data in self._attempt.receive(body)]
+        if self._attempt.state is State.VOTED:
+            self._voted[number, attempt] = self._attempt.survivors
+        if self._attempt.state is State.REVEALED and self._attempt.survivors:
+            self._revealed.add(number)
+        return sends
+
+    def _on_failed(self, number: int, attempt: int, body: m.AttemptFailed) -> list[Output]:
+        if (number, attempt) < (self._round, self._attempt_number):
+            return []
+        self._attempt = None
+        if body.final:
+            self._vector = None
+            self._training = False
+        return [RoundLost(number, body.reason, body.final)]
+
+    # --- results
+
+    def _on_sum_chunk(self, number: int, body: m.SumChunk) -> list[Output]:
+        if number != self._sum_round:
+            self._sum_chunks, self._sum_round = [], number
+        values = sum(len(chunk) for chunk in self._sum_chunks) + len(body.data)
+        self._check(body.index == len(self._sum_chunks) and values <= 4 * self._size, "sent the sum out of order or size")
+        self._sum_chunks.append(body.data)
+        return []
+
+    def _on_result(self, number: int, body: m.RoundResult) -> list[Output]:
+        if number <= self._completed:
+            return []
+        self._check(number == self._sum_round, "sent a record without its sum")
+        data = b"".join(self._sum_chunks)
+        self._sum_chunks = []
+        self._check(len(data) == 4 * self._size, "sent a sum of another size")
+        try:
+            record = t.read_line(body.record, self._aggregator_key).body
+        except VerificationFailed as error:
+            raise RemoteProtocolError(m.AGGREGATOR, f"sent a record that does not verify: {error}") from None
+        if not isinstance(record, t.RoundRecord):
+            raise RemoteProtocolError(m.AGGREGATOR, "sent another kind of record as a round's result")
+        self._check(record.round == number, "sent the record of another round")
+        self._check(t.aggregate_digest(data).hex() == record.aggregate_digest, "sent a sum that its record does not vouch for")
+        try:
+            t.verify_round(record, self._parties.agreement, self._parties.agreement_digest, self._parties.public_keys)
+            survivors = tuple((s.node_id, bytes.fromhex(s.upload_digest)) for s in record.survivors)
+            total = self._fixed_point.decode(np.frombuffer(data, dtype="<u4").astype(np.uint32), len(survivors))
+        except VerificationFailed as error:
+            raise RemoteProtocolError(m.AGGREGATOR, str(error)) from None
+        self._check(
+            self._voted.get((number, record.attempt), survivors) == survivors,
+            "recorded another survivor set than the one we voted for",
+        )
+        self._completed = number
+        self._attempt, self._vector = None, None
+        statement = t.receipt_statement(self._parties.agreement_digest, number, t.line_digest(body.record))
+        receipt = m.Receipt(self._identity.sign(Label.RECEIPT, statement))
+        return [
+            Summed(number, total, tuple(name for name, _ in survivors), body.record),
+            self._send(receipt, number, 0),
+        ]
+
+    # --- helpers
+
+    def _send(self, body: m.AnyBody, number: int, attempt: int) -> Send:
+        return Send(m.encode(self._identity, AttemptId(self._parties.agreement_digest, number, attempt), body))
+
+    def _check(self, holds: bool, fault: str) -> None:
+        if not holds:
+            raise RemoteProtocolError(m.AGGREGATOR, fault)
