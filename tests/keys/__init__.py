@@ -1,0 +1,1 @@
+"""Tests of identities, key files, enrolment and rosters."""
