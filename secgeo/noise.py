@@ -1,0 +1,94 @@
+"""The cryptographic noise source of DP training: Gaussian noise and Poisson sampling from an AES-256-CTR keystream.
+
+Opacus' `secure_mode` needs a package that is no longer kept; this takes its place. The key comes from the operating system
+(`os.urandom`) and lives in the process only. One source belongs to one process: a forked child would repeat the parent's
+noise, so it is refused, and a source cannot be copied or pickled.
+
+Floating-point attacks (Mironov 2012; Jin et al. 2021): the set of doubles that a sampler can return has holes, and holes
+shifted by a secret sum give it away. What is done: (1) each value is (g1 + g2 + g3 + g4) / 2 of four independent Gaussians
+(Holohan and Braghin 2021), so that recovering the parts means a search of about 2^159; (2) the trainer adds noise to the
+gradient sum in float64 and only then rounds to float32, which drops 29 of 53 bits. What is not: this is a continuous
+Gaussian in floating point, not an exact discrete one, so the guarantee is that of the ideal mechanism up to these
+mitigations; and run time depends on the number of values only by intent, not by proof.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NoReturn
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from keys.errors import ConfigError, LocalProtocolError
+
+RNG_KIND = "aes-256-ctr/ndtri/4-sum/v1"
+"""The name of this generator in the budget ledger."""
+
+BLOCK_VALUES = 1 << 18
+"""Uniform values per pass (2 MiB of keystream), so that memory stays flat for large models."""
+
+
+class NoiseSource:
+    """An endless stream of noise for one process.
+
+    Args:
+        key: 32 bytes, for tests only; without it a fresh key is drawn from the operating system.
+
+    Raises:
+        ConfigError: the key is not 32 bytes long.
+    """
+
+    def __init__(self, key: bytes | None = None) -> None:
+        secret = os.urandom(32) if key is None else key
+        if len(secret) != 32:
+            raise ConfigError("a noise key has 32 bytes")
+        self._stream = Cipher(algorithms.AES256(secret), modes.CTR(bytes(16))).encryptor()
+        self._process = os.getpid()
+
+    def __repr__(self) -> str:
+        return "NoiseSource(<secret>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise LocalProtocolError("a noise source cannot be copied or pickled: two copies would add the same noise")
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """`count` independent uniform values in (0, 1), 53 bits each.
+
+        Raises:
+            LocalProtocolError: the process was forked since the source was made.
+        """
+        if os.getpid() != self._process:
+            raise LocalProtocolError("this noise source belongs to the parent process; make a new one in the child")
+        raw = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
+        return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+    def gaussian(self, shape: tuple[int, ...], std: float) -> NDArray[np.float64]:
+        """Independent N(0, std^2) values of `shape`, float64; all zero for std 0.
+
+        Raises:
+            ConfigError: std is negative or not finite.
+        """
+        from scipy.special import ndtri  # lazy: the command line loads this file before it knows whether it will train
+
+        if not (math.isfinite(std) and std >= 0.0):
+            raise ConfigError(f"a standard deviation must be finite and not negative, not {std}")
+        noise = np.zeros(math.prod(shape))
+        if std == 0.0:
+            return noise.reshape(shape)
+        for start in range(0, noise.size, BLOCK_VALUES // 4):
+            block = noise[start : start + BLOCK_VALUES // 4]
+            block += ndtri(self.uniform(4 * block.size)).reshape(4, block.size).sum(axis=0)
+        return (noise * (std / 2.0)).reshape(shape)
+
+    def poisson_mask(self, count: int, sample_rate: float) -> NDArray[np.bool_]:
+        """Which of `count` units are in a Poisson sample: each independently with probability `sample_rate`.
+
+        Raises:
+            ConfigError: the rate is not in (0, 1].
+        """
+        if not 0.0 < sample_rate <= 1.0:
+            raise ConfigError(f"a sampling rate must be above 0 and at most 1, not {sample_rate}")
+        return np.asarray(self.uniform(count) < sample_rate)
