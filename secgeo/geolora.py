@@ -3,10 +3,10 @@
     y = (m / nu) * (W0 x + s B (A x)),   s = alpha / rank
     nu_i^2 = ||W0_i||^2 + 2 s <B_i, W0_i A^T> + s^2 ||B_i||^2
 
-W0 [o, i] and A [r, i] (A A^T = I) are frozen and public; B [o, r] is trained under DP and summed across hospitals; m [o] is
-trained under DP and stays at its hospital, where it absorbs the scale of the local sensor. nu is the exact row norm of
-W0 + s B A, and is detached: then B sees plain linear-layer gradients, per-sample hooks stay exact, and the only cost is o
-numbers per layer. m starts at the row norms of W0, so that the untrained layer is W0 itself.
+W0 [o, i] and A [r, i] (A A^T = I) are frozen and public; B [o, r] is trained under DP and summed across hospitals; m
+[o] is trained under DP and stays at its hospital, where it absorbs the scale of the local sensor. nu is the exact row
+norm of W0 + s B A, and is detached: then B sees plain linear-layer gradients, per-sample hooks stay exact, and the only
+cost is o numbers per layer. m starts at the row norms of W0, so that the untrained layer is W0 itself.
 
 Freezing A makes averaging exact (mean(B_k) A = mean(B_k A)) and keeps DP noise linear in the weights. The magnitude and
 direction split is that of DoRA (Liu et al. 2024); the formulas are this project's own reading of A. Eklund,
@@ -27,7 +27,7 @@ from keys.errors import LocalProtocolError
 
 
 class MagnitudeScale(nn.Module):
-    """Multiplies the last dimension by a trained vector [o]. A module of its own, so that it has its own grad sampler."""
+    """Multiplies the last dimension by a trained vector [o]; a module, so that it has its own grad sampler."""
 
     def __init__(self, magnitude: Tensor) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class MagnitudeScale(nn.Module):
 def magnitude_grad_sample(
     layer: MagnitudeScale, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
-    """Per-record gradients [n, o] of a MagnitudeScale: backprop times input, summed over every dimension but the first and last."""
+    """Per-record gradients [n, o] of a MagnitudeScale: backprop times input, summed over the token dimensions."""
     return {layer.weight: torch.einsum("n...o,n...o->no", backprops, activations[0])}
 
 
@@ -116,7 +116,7 @@ class GeoLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, next_projection: NDArray[np.floating]) -> None:
-        """W0 <- W0 + s B A, A <- `next_projection`, B <- 0. nu and m stay the same, and so does the layer's function."""
+        """W0 <- W0 + s B A, A <- `next_projection`, B <- 0. nu, m and the layer's function stay the same."""
         merged = self.base.double() + self.scale * self.direction.weight.double() @ self.projection.double()
         self.load(merged.cpu().numpy(), next_projection, np.zeros(tuple(self.direction.weight.shape)))
 

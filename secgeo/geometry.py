@@ -5,8 +5,8 @@ Nguyen et al. 2021 (debiased CKA); Schoenemann 1966 (orthogonal Procrustes). Bia
 dimensions is near 1 even for independent data, so reports use the debiased one; the loss uses the biased one, which is
 bounded and smooth.
 
-All matrices are over the same a records in the same order. `consensus_coordinates` turns the consensus Gram matrix, which
-fixes distances only, into one coordinate system: CKA alone leaves every modality its own rotation.
+All matrices are over the same a records in the same order. `consensus_coordinates` turns the consensus Gram matrix,
+which fixes distances only, into one coordinate system: CKA alone leaves every modality its own rotation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Matrix = NDArray[np.float64]
 def gram(embeddings: NDArray[np.floating]) -> Matrix:
     """The linear-kernel Gram matrix [a, a] of `embeddings` [a, width]."""
     values = np.asarray(embeddings, dtype=np.float64)
-    return values @ values.T
+    return np.asarray(values @ values.T)
 
 
 def centre(kernel: Matrix) -> Matrix:
     """H K H with H = I - 11^T/a: the Gram matrix of the records after subtracting their mean."""
     rows = kernel.mean(axis=0, keepdims=True)
-    return kernel - rows - kernel.mean(axis=1, keepdims=True) + rows.mean()
+    return np.asarray(kernel - rows - kernel.mean(axis=1, keepdims=True) + rows.mean())
 
 
 def normalise(kernel: Matrix) -> Matrix:
@@ -64,14 +64,14 @@ def _unbiased_hsic(first: Matrix, second: Matrix) -> float:
 
 
 def debiased_cka(first: Matrix, second: Matrix) -> float:
-    """CKA from the unbiased HSIC estimator: its mean is 0 for independent records, whatever the dimension. Needs a >= 4.
+    """CKA from the unbiased HSIC estimator: near 0 for independent records, whatever the dimension. Needs a >= 4.
 
     Raises:
         ConfigError: fewer than four records, or a Gram matrix without any structure.
     """
     if first.shape != second.shape or first.shape[0] < 4:
         raise ConfigError(
-            f"debiased CKA compares two Gram matrices of the same 4 or more records, not {first.shape} and {second.shape}"
+            f"debiased CKA needs two Gram matrices of the same 4 or more records, not {first.shape}, {second.shape}"
         )
     scale = _unbiased_hsic(first, first) * _unbiased_hsic(second, second)
     if not scale > 0.0:
@@ -82,8 +82,8 @@ def debiased_cka(first: Matrix, second: Matrix) -> float:
 def nearest_centred_psd(kernel: Matrix) -> Matrix:
     """Symmetrise, centre and clip negative eigenvalues of `kernel` [a, a] at zero.
 
-    A weighted mean of H K H matrices is centred and PSD already; fixed-point rounding (and a node that sends something else)
-    breaks both slightly, and square roots of eigenvalues need neither.
+    A weighted mean of H K H matrices is centred and PSD already; fixed-point rounding (and a node that sends something
+    else) breaks both slightly, and square roots of eigenvalues need neither.
     """
     centred = centre((kernel + kernel.T) / 2.0)
     values, vectors = np.linalg.eigh(centred)
@@ -94,11 +94,11 @@ def nearest_centred_psd(kernel: Matrix) -> Matrix:
 def procrustes(source: Matrix, target: Matrix) -> Matrix:
     """The orthogonal R [k, k] that minimises ||source R - target||_F, for two [a, k] matrices."""
     left, _, right = np.linalg.svd(source.T @ target)
-    return left @ right
+    return np.asarray(left @ right)
 
 
 def consensus_coordinates(kernel: Matrix, rank: int, previous: Matrix | None = None) -> Matrix:
-    """Z* [a, rank]: top eigenvectors of a centred PSD `kernel`, times the square root of their eigenvalues, at unit Frobenius norm.
+    """Z* [a, rank]: top eigenvectors of a centred PSD `kernel` times root eigenvalues, at unit Frobenius norm.
 
     Unit norm makes it comparable with Zc_k / ||Zc_k||. Rotation and sign are free; they are fixed by Procrustes to the
     `previous` round, and in the first round by making each column's largest entry positive.

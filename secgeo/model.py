@@ -1,12 +1,12 @@
 """The node's model: a tokeniser for the one local modality, the public transformer trunk with GeoLoRA, and a task head.
 
-Every modality passes through the same trunk; only tokeniser, magnitudes and head are local. A tokeniser is a fixed feature
-map (public: resizing, a spectrum), a normalisation with statistics of the public anchors, and ONE linear layer that makes
-all tokens at once. The trunk is pre-LN with no affine, no bias, no dropout and no batch statistics: the loss of a record
-depends on that record alone, which is what per-sample clipping under DP needs.
+Every modality passes through the same trunk; only tokeniser, magnitudes and head are local. A tokeniser is a fixed
+feature map (public: resizing, a spectrum), a normalisation with statistics of the public anchors, and ONE linear layer
+that makes all tokens at once. The trunk is pre-LN with no affine, no bias, no dropout and no batch statistics: the loss
+of a record depends on that record alone, which is what per-sample clipping under DP needs.
 
-What private data touches is exactly `private_parameters()`: B and m of every layer, the tokeniser's linear layer, the head.
-Anything else that would need a gradient is refused.
+What private data touches is exactly `private_parameters()`: B and m of every layer, the tokeniser's linear layer, the
+head. Anything else that would need a gradient is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
 from protocols.agreement import Agreement, Modality, Model
@@ -31,20 +31,22 @@ SIGNAL_POINTS = 64
 
 def _image_features(records: Tensor) -> Tensor:
     height, width = records.shape[-2:]
-    return F.adaptive_avg_pool2d(records, (min(height, IMAGE_SIDE), min(width, IMAGE_SIDE))).flatten(1)
+    return functional.adaptive_avg_pool2d(records, (min(height, IMAGE_SIDE), min(width, IMAGE_SIDE))).flatten(1)
 
 
 def _signal_features(records: Tensor) -> Tensor:
-    wave = F.adaptive_avg_pool1d(records, min(records.shape[-1], SIGNAL_POINTS))
+    wave = functional.adaptive_avg_pool1d(records, min(records.shape[-1], SIGNAL_POINTS))
     spectrum = torch.log1p(torch.fft.rfft(records, norm="ortho").abs())
-    return torch.cat([wave, F.adaptive_avg_pool1d(spectrum, min(spectrum.shape[-1], SIGNAL_POINTS))], dim=-1).flatten(1)
+    return torch.cat(
+        [wave, functional.adaptive_avg_pool1d(spectrum, min(spectrum.shape[-1], SIGNAL_POINTS))], dim=-1
+    ).flatten(1)
 
 
 class Tokeniser(nn.Module):
     """Records [n, *shape] to tokens [n, tokens, width].
 
-    `tabular` and `signal` features are standardised one by one; an `image` or a ready-made `embedding` keeps the relative
-    scale of its features (one common scale), because they share a unit. All statistics come from the anchors.
+    `tabular` and `signal` features are standardised one by one; an `image` or a ready-made `embedding` keeps the
+    relative scale of its features (one common scale), because they share a unit. All statistics come from the anchors.
 
     Args:
         modality: kind and shape of the records.
@@ -90,7 +92,7 @@ class Tokeniser(nn.Module):
         return _signal_features(records) if self.kind == "signal" else records.flatten(1)
 
     def forward(self, records: Tensor) -> Tensor:
-        """Tokens [n, tokens, width]. Features are clamped to 8 deviations, so that one odd record cannot blow up the trunk."""
+        """Tokens [n, tokens, width]. Features are clamped to 8 deviations: one odd record must not blow up."""
         features = ((self._features(records) - self._mean) / self._deviation).clamp(-8.0, 8.0)
         return self.projector(features).reshape(-1, self.tokens, self.width)  # type: ignore[no-any-return]
 
@@ -106,10 +108,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [n, t, width] to tokens of the same shape."""
         n, t, width = x.shape
-        normed = F.layer_norm(x, (width,))
+        normed = functional.layer_norm(x, (width,))
         q, k, v = self.qkv(normed).reshape(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width))
-        return x + self.down(F.gelu(self.up(F.layer_norm(x, (width,)))))  # type: ignore[no-any-return]
+        x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width))
+        return x + self.down(functional.gelu(self.up(functional.layer_norm(x, (width,)))))  # type: ignore[no-any-return]
 
 
 class MultimodalNode(nn.Module):
@@ -137,7 +139,7 @@ class MultimodalNode(nn.Module):
         tokens = self.tokeniser(x)
         for block in self.blocks:
             tokens = block(tokens)
-        return F.layer_norm(tokens.mean(dim=1), (tokens.shape[-1],))
+        return functional.layer_norm(tokens.mean(dim=1), (tokens.shape[-1],))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, classes] of records [n, *shape]."""
@@ -145,7 +147,7 @@ class MultimodalNode(nn.Module):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """B of every adapted layer."""
-        return [layer.direction.weight for layer in self.adapted.values()]
+        return [p for layer in self.adapted.values() for p in layer.direction.parameters()]
 
     def local_parameters(self) -> list[nn.Parameter]:
         """m of every adapted layer, the tokeniser's projector and the head."""

@@ -1,15 +1,15 @@
 """The cryptographic noise source of DP training: Gaussian noise and Poisson sampling from an AES-256-CTR keystream.
 
-Opacus' `secure_mode` needs a package that is no longer kept; this takes its place. The key comes from the operating system
-(`os.urandom`) and lives in the process only. One source belongs to one process: a forked child would repeat the parent's
-noise, so it is refused, and a source cannot be copied or pickled.
+Opacus' `secure_mode` needs a package that is no longer kept; this takes its place. The key comes from the operating
+system (`os.urandom`) and lives in the process only. One source belongs to one process: a forked child would repeat the
+parent's noise, so it is refused, and a source cannot be copied or pickled.
 
-Floating-point attacks (Mironov 2012; Jin et al. 2021): the set of doubles that a sampler can return has holes, and holes
-shifted by a secret sum give it away. What is done: (1) each value is (g1 + g2 + g3 + g4) / 2 of four independent Gaussians
-(Holohan and Braghin 2021), so that recovering the parts means a search of about 2^159; (2) the trainer adds noise to the
-gradient sum in float64 and only then rounds to float32, which drops 29 of 53 bits. What is not: this is a continuous
-Gaussian in floating point, not an exact discrete one, so the guarantee is that of the ideal mechanism up to these
-mitigations; and run time depends on the number of values only by intent, not by proof.
+Floating-point attacks (Mironov 2012; Jin et al. 2021): the set of doubles that a sampler can return has holes, and
+holes shifted by a secret sum give it away. What is done: (1) each value is (g1 + g2 + g3 + g4) / 2 of four independent
+Gaussians (Holohan and Braghin 2021), so that recovering the parts means a search of about 2^159; (2) the trainer adds
+noise to the gradient sum in float64 and only then rounds to float32, which drops 29 of 53 bits. What is not: this is a
+continuous Gaussian in floating point, not an exact discrete one, so the guarantee is that of the ideal mechanism up to
+these mitigations; and run time depends on the number of values only by intent, not by proof.
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ One DP step:
     g = (sum over the Poisson sample of clip_C(grad) + noise_multiplier C N(0, I)) / b     over ALL private parameters
     theta <- theta - lr (g + grad of lambda (1 - CKA(K_k, K*)) + mu ||Z_k / ||Z_k|| - Z*||^2)
 b is the public expected batch size. Clipping, the accountant and the step hook are Opacus'; the noise is drawn from a
-`NoiseSource`. The anchor gradient needs no noise: anchors are independent of private records, the private loss is per record,
-and the parameters it is taken at were made from noised or public values only. Hooks are off while it is computed, and it is
-added after `pre_step()`, because Opacus' `add_noise` overwrites `p.grad`.
+`NoiseSource`. The anchor gradient needs no noise: anchors are independent of private records, the private loss is per
+record, and the parameters it is taken at were made from noised or public values only. Hooks are off while it is
+computed, and it is added after `pre_step()`, because Opacus' `add_noise` overwrites `p.grad`.
 
-Rounds: the first round has no consensus, so it spends no privacy: the node sends dB = 0 and its first Gram matrix. Every
-later round starts with an anchor warm-up (public data only, no cost) of the tokeniser and the magnitudes, and then takes
-`steps_per_round` DP steps. The shared coordinates of a record are the first `coordinate_rank` entries of its embedding.
+Rounds: the first round has no consensus, so it spends no privacy: the node sends dB = 0 and its first Gram matrix.
+Every later round starts with an anchor warm-up (public data only, no cost) of the tokeniser and the magnitudes, and
+then takes `steps_per_round` DP steps. The shared coordinates of a record are the first `coordinate_rank` entries of its
+embedding.
 
 The neighbouring relation is add or remove one record. The number of private records is used for sampling only.
 """
@@ -30,7 +31,7 @@ from opacus import GradSampleModule
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
 from protocols.agreement import Agreement, Member, Privacy
@@ -67,7 +68,7 @@ class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
 
 def epsilon_after(privacy: Privacy, steps: int, delta: float) -> float:
-    """Epsilon of `steps` DP steps by Opacus' RDP accountant (add-or-remove-one). Infinite without noise, 0 without steps."""
+    """Epsilon of `steps` DP steps by Opacus' RDP accountant (add-or-remove-one); infinite without noise."""
     if steps == 0:
         return 0.0
     if privacy.noise_multiplier == 0.0:
@@ -81,14 +82,16 @@ def alignment_loss(embeddings: Tensor, consensus: Tensor) -> Tensor:
     """1 - CKA between the Gram matrix of `embeddings` [a, width] and a centred `consensus` [a, a]."""
     centred = embeddings - embeddings.mean(dim=0)
     kernel = centred @ centred.T
-    return 1.0 - (kernel * consensus).sum() / (kernel.norm() * consensus.norm() + 1e-12)
+    loss: Tensor = 1.0 - (kernel * consensus).sum() / (kernel.norm() * consensus.norm() + 1e-12)
+    return loss
 
 
 def coordinate_loss(embeddings: Tensor, coordinates: Tensor) -> Tensor:
     """||Z_k / ||Z_k|| - Z*||^2 with Z_k the centred first k entries of `embeddings`, for `coordinates` [a, k]."""
     shared = embeddings[:, : coordinates.shape[1]]
     shared = shared - shared.mean(dim=0)
-    return (shared / (shared.norm() + 1e-12) - coordinates).square().sum()
+    loss: Tensor = (shared / (shared.norm() + 1e-12) - coordinates).square().sum()
+    return loss
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class LocalTrainer:
         Raises:
             LocalProtocolError: the optimiser took another number of steps: privacy was spent without being booked.
         """
-        booked = sum(steps for _, _, steps in self._accountant.history)
+        booked = sum(int(steps) for _, _, steps in self._accountant.history)
         if booked != self._optimizer_steps:
             raise LocalProtocolError(
                 f"{self._optimizer_steps} optimiser steps but {booked} booked by the accountant; stop and report this"
@@ -263,7 +266,7 @@ class LocalTrainer:
             for p in self._optimizer.params:
                 p.grad_sample = p.new_zeros((0, *p.shape))
             return
-        loss = F.cross_entropy(self._hooked(self._features[index]), self._labels[index], reduction="sum")
+        loss = functional.cross_entropy(self._hooked(self._features[index]), self._labels[index], reduction="sum")
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:

@@ -1,10 +1,11 @@
-"""The public trunk as numbers: which layers are adapted, their frozen weights, the frozen low-rank bases, and their digest.
+"""The public trunk as numbers: its adapted layers, their frozen weights, the frozen low-rank bases, and a digest.
 
 Everything here follows from `Model.seed`, so that no weight file has to be trusted. Weights are made with integer and
-correctly rounded float64 operations only, from the raw 64-bit output of PCG64 (a stream that numpy promises never to change),
-so the digest is the same on every machine. Torch-free: the authority pins the digest without loading a model.
+correctly rounded float64 operations only, from the raw 64-bit output of PCG64 (a stream that numpy promises never to
+change), so the digest is the same on every machine. Torch-free: the authority pins the digest without loading a model.
 
-The bases A are orthonormal (QR) and may differ in the last bits between machines; that is harmless and they are not digested.
+The bases A are orthonormal (QR) and may differ in the last bits between machines; that is harmless and they are not
+digested.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def public_projection(model: Model, layer: AdaptedLayer, generation: int) -> Mat
 
 
 def trunk_digest(model: Model) -> str:
-    """SHA-256 (hex) over the shape of the trunk and every W0 as little-endian float32. `model.trunk_digest` is not read."""
+    """SHA-256 (hex) over the trunk's shape and every W0 as little-endian float32. Ignores `model.trunk_digest`."""
     facts = (model.seed, model.width, model.layers, model.heads, model.tokens, model.feedforward)
     digest = hashlib.sha256(Label.TRUNK + ",".join(map(str, facts)).encode())
     for layer in adapted_layers(model):

@@ -5,12 +5,12 @@ The vector (DESIGN section 8) is, for every adapted layer, [w dB (outputs * rank
 B <- B + sum(w dB) / (ridge + sum w) and K* = sum(w_g K_hat) / sum w_g. Every node computes it for itself; nothing here
 depends on who else took part. Torch-free.
 
-Threat assumption: the sum is checked by its tags, but a malicious node may have put anything into it. So every weight sum
-must be positive and finite, and K* is made centred and PSD again after decoding.
+Threat assumption: the sum is checked by its tags, but a malicious node may have put anything into it. So every weight
+sum must be positive and finite, and K* is made centred and PSD again after decoding.
 
-Precision weights P0 use public settings only: v = steps * lr^2 * (noise_multiplier * max_grad_norm / b)^2 is the variance
-that DP noise adds to one entry of dB in a round. Weights are relative to the members' mean variance (docs/adr/0011), so that
-the clamp means "at most R times more or less than the others".
+Precision weights P0 use public settings only: v = steps * lr^2 * (noise_multiplier * max_grad_norm / b)^2 is the
+variance that DP noise adds to one entry of dB in a round. Weights are relative to the members' mean variance
+(docs/adr/0011), so that the clamp means "at most R times more or less than the others".
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ def private_steps(agreement: Agreement, state: SharedState) -> int:
 def apply_sum(state: SharedState, layout: Layout, total: Vector, agreement: Agreement) -> SharedState:
     """The next shared state from the decoded sum `total` ([size] float64) of the nodes' vectors.
 
-    When `merge_every_rounds` divides the new round number, s B A goes into `merged`, B becomes 0 and the next basis is used.
+    When `merge_every_rounds` divides the new round number, s B A goes into `merged`, B becomes 0 and the next basis is
+    used.
 
     Raises:
         VerificationFailed: the sum is not finite, or a weight sum is too small to divide by.
