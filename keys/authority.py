@@ -39,7 +39,7 @@ _KeyFile = tuple[Literal["authority"], Key32, _Der]
 class Authority:
     """The authority's key and root certificate. Make one with `create` or `load`."""
 
-    __slots__ = ("__weakref__", "_root", "_signing_key")
+    __slots__ = ("_root", "_signing_key")
 
     def __init__(self, signing_key: Ed25519PrivateKey, root: x509.Certificate) -> None:
         if certificates.check_root(root) != signing_key.public_key():

@@ -13,11 +13,14 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
+from cryptography.x509.oid import NameOID
 
 from keys.errors import KeyFileError, LocalProtocolError
 
 CERTIFICATE_LIMIT_BYTES = 4096
+
+_ED25519_TAIL = bytes.fromhex("300506032b6570034100")
+"""What stands between the signed part of a certificate and its signature: the algorithm, a bit string of 64 bytes."""
 
 _UNREADABLE = (
     ValueError,
@@ -48,7 +51,7 @@ def from_pem(pem: bytes) -> x509.Certificate:
     """Parse a file that holds one PEM certificate and nothing else.
 
     Raises:
-        KeyFileError: not such a file.
+        KeyFileError: not such a file, or the certificate is not signed with Ed25519.
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem) if len(pem) <= CERTIFICATE_LIMIT_BYTES else None
@@ -56,6 +59,7 @@ def from_pem(pem: bytes) -> x509.Certificate:
             raise KeyFileError("this is not a file with exactly one PEM certificate as SecGeo writes it")
     except _UNREADABLE:
         raise KeyFileError("this is not a readable PEM certificate") from None
+    _check_encoding(certificate)
     return certificate
 
 
@@ -63,14 +67,16 @@ def from_der(der: bytes) -> x509.Certificate:
     """Parse a DER certificate.
 
     Raises:
-        KeyFileError: too long, or not a certificate.
+        KeyFileError: too long, or not a certificate signed with Ed25519.
     """
     try:
-        if len(der) <= CERTIFICATE_LIMIT_BYTES:
-            return x509.load_der_x509_certificate(der)
+        certificate = x509.load_der_x509_certificate(der) if len(der) <= CERTIFICATE_LIMIT_BYTES else None
     except _UNREADABLE:
-        pass
-    raise KeyFileError("this is not a readable DER certificate")
+        certificate = None
+    if certificate is None:
+        raise KeyFileError("this is not a readable DER certificate")
+    _check_encoding(certificate)
+    return certificate
 
 
 def root_name(name: str) -> x509.Name:
@@ -189,8 +195,6 @@ def _check_issued(
     what: str,
 ) -> None:
     try:
-        if certificate.signature_algorithm_oid != SignatureAlgorithmOID.ED25519:
-            raise KeyFileError(f"{what} is not signed with Ed25519")
         certificate.verify_directly_issued_by(issuer)
         exact = list(certificate.extensions) == extensions and certificate.version is x509.Version.v3
     except InvalidSignature:
@@ -199,6 +203,16 @@ def _check_issued(
         raise KeyFileError(f"{what} was not issued by the pinned authority, or is malformed") from None
     if not exact:
         raise KeyFileError(f"{what} has other extensions than SecGeo's profile allows")
+
+
+def _check_encoding(certificate: x509.Certificate) -> None:
+    """Refuse a second spelling of a certificate, which would have another fingerprint.
+
+    The signature guards its own part alone, and the library ignores the bit string's count of unused bits.
+    """
+    tail = certificate.tbs_certificate_bytes + _ED25519_TAIL + certificate.signature
+    if len(certificate.signature) != 64 or not to_der(certificate).endswith(tail):
+        raise KeyFileError("the certificate is not signed with Ed25519, or was changed")
 
 
 def _extension(value: x509.ExtensionType, *, critical: bool) -> x509.Extension[x509.ExtensionType]:

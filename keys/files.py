@@ -92,7 +92,7 @@ def read_secret(path: Path, passphrase: bytes | None) -> bytes:
         KeyFileError: missing, looser than 0600, owned by another user, a symbolic link, malformed, changed, asking for
             scrypt parameters out of bounds, encrypted and no passphrase given, or a wrong passphrase.
     """
-    content = _read_private(path, KEY_FILE_LIMIT_BYTES)
+    content = _read(path, KEY_FILE_LIMIT_BYTES, private=True)
     start = len(Label.KEY_FILE) + 1
     header, body = content[:start], content[start:]
     if header == Label.KEY_FILE + _PLAIN and len(body) >= _CHECKSUM_BYTES:
@@ -141,9 +141,7 @@ def read_public(path: Path, limit_bytes: int = PUBLIC_FILE_LIMIT_BYTES) -> bytes
     Raises:
         KeyFileError: missing, not a regular file, or larger than `limit_bytes`.
     """
-    descriptor = _open(path, 0)
-    with os.fdopen(descriptor, "rb") as file:
-        return _read_bounded(path, file.fileno(), limit_bytes)
+    return _read(path, limit_bytes, private=False)
 
 
 def read_passphrase_file(path: Path) -> bytes:
@@ -152,7 +150,7 @@ def read_passphrase_file(path: Path) -> bytes:
     Raises:
         KeyFileError: missing, looser than 0600, owned by another user, a symbolic link, too long or empty.
     """
-    passphrase = _read_private(path, PASSPHRASE_LIMIT_BYTES).removesuffix(b"\n")
+    passphrase = _read(path, PASSPHRASE_LIMIT_BYTES, private=True).removesuffix(b"\n")
     if not passphrase:
         raise KeyFileError(f"{path} holds an empty passphrase")
     return passphrase
@@ -164,44 +162,41 @@ def _cipher(passphrase: bytes, salt: bytes, log2_n: int) -> AESGCM:
     return AESGCM(Scrypt(salt=salt, length=32, n=1 << log2_n, r=SCRYPT_R, p=SCRYPT_P).derive(passphrase))
 
 
-def _open(path: Path, flags: int) -> int:
-    """Open for reading without following a link (if `flags` say so), and without waiting for the writer of a FIFO."""
+def _read(path: Path, limit_bytes: int, *, private: bool) -> bytes:
+    """Read a regular file. The *opened* file is checked, so that it cannot be exchanged between check and use."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if private else 0)
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+        descriptor = os.open(path, flags)
     except FileNotFoundError:
         raise KeyFileError(f"{path} does not exist") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise KeyFileError(f"{path} is a symbolic link; give the path of the file itself") from None
         raise KeyFileError(f"{path} cannot be opened: {error.strerror}") from None
-
-
-def _read_private(path: Path, limit_bytes: int) -> bytes:
-    """Read after checking the *opened* file, so that it cannot be exchanged between check and use."""
-    with os.fdopen(_open(path, os.O_NOFOLLOW), "rb") as file:
-        status = os.fstat(file.fileno())
-        if status.st_uid != os.geteuid():
-            raise KeyFileError(f"{path} belongs to another user (uid {status.st_uid}); a secret must be your own file")
-        if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) & ~0o600:
-            mode = stat.S_IMODE(status.st_mode)
-            raise KeyFileError(f"{path} has mode {mode:04o}, looser than 0600; if nobody read it: chmod 600 {path}")
-        return _read_bounded(path, file.fileno(), limit_bytes)
-
-
-def _read_bounded(path: Path, descriptor: int, limit_bytes: int) -> bytes:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise KeyFileError(f"{path} is not a regular file")
-    chunks, room = [], limit_bytes + 1
     try:
-        while room and (chunk := os.read(descriptor, min(room, 1 << 20))):
-            chunks.append(chunk)
-            room -= len(chunk)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise KeyFileError(f"{path} is not a regular file")
+        if private:
+            _check_private(path, status)
+        content = b""
+        while len(content) <= limit_bytes and (chunk := os.read(descriptor, limit_bytes + 1 - len(content))):
+            content += chunk
     except OSError as error:
         raise KeyFileError(f"{path} cannot be read: {error.strerror}") from None
-    if not room:
+    finally:
+        os.close(descriptor)
+    if len(content) > limit_bytes:
         raise KeyFileError(f"{path} is larger than {limit_bytes} bytes")
-    return b"".join(chunks)
+    return content
+
+
+def _check_private(path: Path, status: os.stat_result) -> None:
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid():
+        raise KeyFileError(f"{path} belongs to another user (uid {status.st_uid}); a secret must be your own file")
+    if mode & ~0o600:
+        raise KeyFileError(f"{path} has mode {mode:04o}, looser than 0600; if nobody read it: chmod 600 {path}")
 
 
 def _write_all(descriptor: int, content: bytes, mode: int) -> None:

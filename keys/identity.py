@@ -40,7 +40,7 @@ _KeyFile = tuple[Literal["identity"], NodeId, Role, Key32, Key32]
 class Identity:
     """The long-term keys of a node or of the aggregator. Make one with `generate` or `load`."""
 
-    __slots__ = ("__weakref__", "_certificate", "_curve_key", "_node_id", "_role", "_signing_key")
+    __slots__ = ("_certificate", "_curve_key", "_node_id", "_role", "_signing_key")
 
     def __init__(self, node_id: str, role: Role, signing_key: Ed25519PrivateKey, curve_key: X25519PrivateKey) -> None:
         check_node(node_id, role)

@@ -17,9 +17,10 @@ roster's digest with the study agreement. Two rosters of one version are proof a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import msgspec
@@ -124,7 +125,7 @@ class Roster:
     version: int
     listed: tuple[RosterEntry, ...]
     revoked: frozenset[str]
-    unusable: dict[str, str]
+    unusable: Mapping[str, str]
     digest: bytes
 
     def entry(self, node_id: str) -> RosterEntry:
@@ -223,14 +224,15 @@ def read_roster(
         for e in parsed.entries
     )
     _check_entries(entries, root)
-    revoked, unusable = frozenset(parsed.revoked), {}
+    revoked = frozenset(parsed.revoked)
+    unusable: dict[str, str] = {}
     for entry in entries:
         if entry.serial in revoked:
             unusable[entry.node_id] = "revoked by the authority"
         elif problem := certificates.validity_problem(entry.certificate, now):
             unusable[entry.node_id] = problem
     digest = hashlib.sha256(Label.ROSTER + document).digest()
-    return Roster(parsed.consortium, parsed.epoch, parsed.version, entries, revoked, unusable, digest)
+    return Roster(parsed.consortium, parsed.epoch, parsed.version, entries, revoked, MappingProxyType(unusable), digest)
 
 
 def make_roster(
