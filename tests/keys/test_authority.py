@@ -190,6 +190,18 @@ def test_every_byte_of_a_certificate_is_guarded():
                 check(certificates.from_der(der[:position] + bytes([der[position] ^ change]) + der[position + 1 :]))
 
 
+def test_a_certificate_has_one_spelling():
+    """The library takes any count of unused bits in the signature's bit string if they are 0: another fingerprint."""
+    certificate = CERTIFICATE
+    while certificate.signature[-1] & 1:
+        certificate = AUTHORITY.issue(REQUEST, NOW, NOW + DAY)
+    der = certificates.to_der(certificate)
+    second = der[:-65] + b"\x01" + der[-64:]
+    x509.load_der_x509_certificate(second).verify_directly_issued_by(AUTHORITY.root)
+    with pytest.raises(KeyFileError, match="was changed"):
+        certificates.from_der(second)
+
+
 @given(st.binary(max_size=400))
 def test_garbage_is_no_certificate(data):
     with pytest.raises(KeyFileError):

@@ -117,10 +117,14 @@ def test_other_forms_are_refused():
         duplicate,
         b"",
         b"[" * REQUEST_LIMIT_BYTES,
-        b" " * (REQUEST_LIMIT_BYTES + 1),
         b"\xff" + REQUEST,
     ):
         refuse(data)
+
+
+def test_size_is_bounded_before_decoding():
+    with pytest.raises(KeyFileError, match="at most"):
+        read_request(b" " * (REQUEST_LIMIT_BYTES + 1))
 
 
 @given(st.binary(max_size=300))

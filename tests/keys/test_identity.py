@@ -113,6 +113,14 @@ def test_certificate_of_another_key_name_or_role_is_refused(tmp_path, identity, 
             Identity.load(identity_files, None)
 
 
+def test_certificate_of_our_key_under_another_name_is_refused(identity, authority):
+    for node_id, role in (("hospital-b", "hospital"), ("hospital-a", "aggregator")):
+        alias = Identity(node_id, role, identity._signing_key, identity._curve_key)
+        enrol(authority, alias)
+        with pytest.raises(KeyFileError, match="does not name"):
+            identity.install_certificate(certificates.to_pem(alias.certificate))
+
+
 def test_certificate_file_holds_one_certificate_and_nothing_else(identity, authority):
     enrol(authority, identity)
     pem = certificates.to_pem(identity.certificate)

@@ -4,6 +4,8 @@ from datetime import timedelta, timezone
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,6 +200,45 @@ def test_duplicates_are_refused(other, reason):
     duplicate = enrol(C.authority, other)
     with pytest.raises(KeyFileError, match=f"share one {reason}"):
         make_roster(C.authority, "x", 1, 1, [*C.roster.listed, duplicate])
+
+
+def issue_unchecked(node_id: str, key: Ed25519PublicKey, serial: int) -> x509.Certificate:
+    """What `Authority.issue` would never issue."""
+    signer = C.authority._signing_key
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(certificates.leaf_name(node_id, "hospital"))
+        .issuer_name(C.root.subject)
+        .public_key(key)
+        .serial_number(serial)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+    )
+    for extension in certificates.leaf_extensions(key, signer.public_key()):
+        builder = builder.add_extension(extension.value, extension.critical)
+    return builder.sign(signer, None)
+
+
+def test_duplicate_serial_is_refused():
+    """Else one revocation would hit two parties."""
+    entries = []
+    for name in ("hospital-d", "hospital-e"):
+        identity = Identity.generate(name, "hospital")
+        certificate = issue_unchecked(name, identity.public_key, 77)
+        entries.append(RosterEntry.enrolled(read_request(make_request(identity)), certificate))
+    make_roster(C.authority, "x", 1, 1, entries[:1])
+    with pytest.raises(KeyFileError, match="share one certificate serial"):
+        make_roster(C.authority, "x", 1, 1, entries)
+
+
+def test_certified_key_of_small_order_is_refused():
+    """Under it, the forged binding below is a good signature."""
+    neutral = b"\1" + bytes(31)
+    certificate = issue_unchecked("hospital-d", Ed25519PublicKey.from_public_bytes(neutral), 78)
+    curve_public = Identity.generate("hospital-d", "hospital").curve_public
+    forged = RosterEntry("hospital-d", "hospital", certificate, curve_public, neutral + bytes(32))
+    with pytest.raises(KeyFileError, match="usable Ed25519"):
+        make_roster(C.authority, "x", 1, 1, [forged])
 
 
 def test_duplicate_id_in_a_signed_document_is_refused():
