@@ -9,9 +9,9 @@ record, and the parameters it is taken at were made from noised or public values
 computed, and it is added after `pre_step()`, because Opacus' `add_noise` overwrites `p.grad`.
 
 Rounds: the first round has no consensus, so it spends no privacy: the node sends dB = 0 and its first Gram matrix.
-Every later round starts with an anchor warm-up (public data only, no cost) of the tokeniser and the magnitudes, and
-then takes `steps_per_round` DP steps. The shared coordinates of a record are the first `coordinate_rank` entries of its
-embedding.
+When a trainer first sees a consensus it warms up on the anchors (tokeniser and magnitudes only, public data, no cost).
+Every round after the first takes `steps_per_round` DP steps. The shared coordinates of a record are the first
+`coordinate_rank` entries of its embedding.
 
 The neighbouring relation is add or remove one record. The number of private records is used for sampling only.
 """
@@ -163,6 +163,7 @@ class LocalTrainer:
         self._state: SharedState | None = None
         self._consensus: tuple[Tensor, Tensor] | None = None
         self._optimizer_steps = 0
+        self._warmed_up = False
         self._accountant = RDPAccountant()
         self._optimizer = self._make_optimizer()
         tokeniser = self.model.tokeniser.projector
@@ -233,9 +234,9 @@ class LocalTrainer:
 
     def _public_gradient(self, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         """The gradient of the anchor objective, from public data and current parameters only. Leaves `p.grad` alone."""
-        if self._consensus is None:
-            return [None] * len(parameters)
         training = self._agreement.training
+        if self._consensus is None or training.alignment_weight == training.coordinate_weight == 0.0:
+            return [None] * len(parameters)
         self._hooked.disable_hooks()
         try:
             embeddings = self.model.embed(self._anchors)
@@ -250,8 +251,6 @@ class LocalTrainer:
 
         Does nothing before the first consensus.
         """
-        if self._consensus is None:
-            return
         for _ in range(self._agreement.training.warmup_steps):
             for p, gradient in zip(
                 self._warm_up_parameters, self._public_gradient(self._warm_up_parameters), strict=True
@@ -285,13 +284,15 @@ class LocalTrainer:
         optimizer.zero_grad(set_to_none=True)
 
     def train_round(self, state: SharedState) -> RoundUpdate:
-        """Load the shared state, warm up on the anchors, take the round's DP steps, and report the change.
+        """Load the shared state, warm up at the first consensus, take the round's DP steps, and report the change.
 
         Raises:
             LocalProtocolError: steps and bookkeeping disagree.
         """
         self.load_shared(state)
-        self.warm_up()
+        if self._consensus is not None and not self._warmed_up:
+            self.warm_up()
+            self._warmed_up = True
         steps, before = private_steps(self._agreement, state), self.steps_taken
         for _ in range(steps):
             self.step()

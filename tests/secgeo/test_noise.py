@@ -1,0 +1,101 @@
+"""The noise source: distribution, sampling rate, no reuse, no copies, no leak through repr."""
+
+import copy
+import os
+import pickle
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from keys.errors import ConfigError, LocalProtocolError
+from secgeo.noise import BLOCK_VALUES, NoiseSource
+
+KEY = bytes(range(32))
+
+
+def test_gaussian_passes_kolmogorov_smirnov_and_variance() -> None:
+    sample = NoiseSource(KEY).gaussian((200_000,), 3.0)
+    assert stats.kstest(sample / 3.0, "norm").pvalue > 1e-3
+    assert sample.var() == pytest.approx(9.0, rel=0.02)
+    assert abs(sample.mean()) < 0.04
+    assert stats.kurtosis(sample) == pytest.approx(0.0, abs=0.05)
+
+
+def test_neighbouring_values_are_uncorrelated_across_blocks() -> None:
+    sample = NoiseSource(KEY).gaussian((BLOCK_VALUES // 2,), 1.0)
+    for lag in (1, 2, 4, BLOCK_VALUES // 4 - 1, BLOCK_VALUES // 4):
+        assert abs(np.corrcoef(sample[:-lag], sample[lag:])[0, 1]) < 0.02
+
+
+def test_tails_reach_beyond_five_deviations() -> None:
+    sample = NoiseSource(KEY).gaussian((4_000_000,), 1.0)
+    beyond = np.count_nonzero(np.abs(sample) > 4.5)
+    assert 10 <= beyond <= 50
+
+
+def test_nothing_is_ever_drawn_twice() -> None:
+    source = NoiseSource(KEY)
+    parts = [source.gaussian((1000,), 1.0) for _ in range(20)] + [source.uniform(1000) for _ in range(20)]
+    values = np.concatenate(parts)
+    assert len(np.unique(values)) == len(values)
+
+
+def test_fresh_sources_differ_and_equal_keys_agree() -> None:
+    first, second = NoiseSource().gaussian((8,), 1.0), NoiseSource().gaussian((8,), 1.0)
+    assert not np.any(first == second)
+    assert np.array_equal(NoiseSource(KEY).gaussian((2, 4), 1.0), NoiseSource(KEY).gaussian((2, 4), 1.0))
+
+
+def test_numpy_seeds_have_no_influence() -> None:
+    np.random.seed(0)
+    first = NoiseSource().uniform(4)
+    np.random.seed(0)
+    assert not np.any(first == NoiseSource().uniform(4))
+
+
+def test_zero_deviation_is_exactly_zero_and_bad_ones_are_refused() -> None:
+    assert not NoiseSource(KEY).gaussian((3, 3), 0.0).any()
+    for std in (-1.0, np.nan, np.inf):
+        with pytest.raises(ConfigError):
+            NoiseSource(KEY).gaussian((2,), std)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.25, 0.9])
+def test_poisson_sampling_has_the_rate_and_independent_members(rate: float) -> None:
+    source = NoiseSource(KEY)
+    masks = np.array([source.poisson_mask(200, rate) for _ in range(500)])
+    assert masks.mean() == pytest.approx(rate, abs=4 * np.sqrt(rate * (1 - rate) / masks.size))
+    sizes = masks.sum(axis=1)
+    assert sizes.var() == pytest.approx(200 * rate * (1 - rate), rel=0.3)
+
+
+def test_rate_one_takes_everybody_and_bad_rates_are_refused() -> None:
+    assert NoiseSource(KEY).poisson_mask(50, 1.0).all()
+    for rate in (0.0, -0.1, 1.1, np.nan):
+        with pytest.raises(ConfigError):
+            NoiseSource(KEY).poisson_mask(5, rate)
+
+
+def test_repr_shows_no_key_and_no_state() -> None:
+    source = NoiseSource(KEY)
+    assert repr(source) == str(source) == "NoiseSource(<secret>)"
+    assert not any(isinstance(value, bytes) for value in vars(source).values())
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_source_cannot_be_copied(copier) -> None:
+    with pytest.raises(LocalProtocolError):
+        copier(NoiseSource(KEY))
+
+
+def test_a_key_has_32_bytes() -> None:
+    with pytest.raises(ConfigError):
+        NoiseSource(b"short")
+
+
+def test_a_forked_child_cannot_repeat_the_parents_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = NoiseSource(KEY)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(LocalProtocolError, match="parent process"):
+        source.uniform(1)

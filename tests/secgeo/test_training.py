@@ -1,0 +1,306 @@
+"""DP training: what is clipped, noised and counted; the anchor gradient stays public; planted bugs are caught."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_study import KINDS, agreement, anchors, patients, records, trainer, view
+from torch.nn import functional
+
+from keys.errors import ConfigError, LocalProtocolError
+from secgeo.datasets import LabelledRecords
+from secgeo.geometry import cka, gram
+from secgeo.noise import NoiseSource
+from secgeo.training import LocalTrainer, alignment_loss, coordinate_loss, epsilon_after
+from secgeo.update import Layout, SharedState, apply_sum
+
+NOISELESS = {"noise_multiplier": 0.0, "max_grad_norm": 1e6, "sample_rate": 1.0}
+
+
+def consortium(study, rounds: int = 1):
+    """Trainers of all three hospitals and the state after `rounds` rounds with plain float sums."""
+    layout, state = Layout.from_agreement(study), SharedState.initial(study)
+    trainers = [trainer(study, i, key=10 + i) for i in range(3)]
+    for _ in range(rounds):
+        state = apply_sum(state, layout, sum(t.train_round(state).vector(layout) for t in trainers), study)
+    return trainers, state
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def test_a_noiseless_step_is_the_plain_gradient_step_including_the_anchors() -> None:
+    study = agreement(privacy=NOISELESS, training={"alignment_weight": 0.7, "coordinate_weight": 0.3})
+    (first, _, _), state = consortium(study)
+    first.load_shared(state)
+    model, data = first.model, records("table")
+    parameters = model.private_parameters()
+    before = [p.detach().clone() for p in parameters]
+    x, y = torch.from_numpy(data.features), torch.from_numpy(data.labels)
+    private = functional.cross_entropy(model(x), y, reduction="sum") / study.members[0].expected_batch_size
+    embedded = model.embed(torch.from_numpy(anchors("table")))
+    public = 0.7 * alignment_loss(embedded, torch.tensor(state.gram).float())
+    public = public + 0.3 * coordinate_loss(embedded, torch.tensor(state.coordinates).float())
+    wanted = torch.autograd.grad(private + public, parameters)
+    first.step()
+    for p, old, gradient in zip(parameters, before, wanted, strict=True):
+        torch.testing.assert_close(old - p.detach(), 0.1 * gradient, rtol=1e-3, atol=1e-6)
+
+
+def noised_gradient(t: LocalTrainer, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped sum and noised p.grad of one pre_step on the chosen records."""
+    t._optimizer.zero_grad(set_to_none=True)
+    t._private_gradient(chosen)
+    t._optimizer.pre_step()
+    parameters = t._optimizer.params
+    result = flat(p.summed_grad for p in parameters), flat(p.grad for p in parameters)
+    t._optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_one_record_moves_the_sum_by_at_most_the_clip_norm_over_all_parameters(index: int) -> None:
+    study = agreement(privacy={"max_grad_norm": 0.01})
+    t = trainer(study, index)
+    with torch.no_grad():
+        for p in t.model.private_parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    everyone = np.ones(24, dtype=bool)
+    total = noised_gradient(t, everyone)[0]
+    for left_out in range(4):
+        mask = everyone.copy()
+        mask[left_out] = False
+        assert (total - noised_gradient(t, mask)[0]).norm() <= 0.01 * (1 + 1e-3)
+    single = np.arange(24) == 0
+    assert noised_gradient(t, single)[0].norm() == pytest.approx(0.01, rel=1e-3)
+    assert len(total) == sum(p.numel() for p in t.model.parameters() if p.requires_grad)
+
+
+def test_noise_has_the_agreed_scale_on_every_parameter() -> None:
+    study = agreement(privacy={"noise_multiplier": 2.0, "max_grad_norm": 0.5}, batch_sizes=(4.0, 6.0, 6.0))
+    t = trainer(study)
+    nobody = np.zeros(24, dtype=bool)
+    draws = torch.stack([noised_gradient(t, nobody)[1] for _ in range(50)])
+    assert float(draws.std()) == pytest.approx(2.0 * 0.5 / 4.0, rel=0.02)
+    assert (draws.std(dim=0) > 0).all()
+    for p, start in zip(t._optimizer.params, np.cumsum([0, *[p.numel() for p in t._optimizer.params]]), strict=False):
+        assert float(draws[:, start : start + p.numel()].std()) == pytest.approx(0.25, rel=0.35)
+    assert len(torch.unique(draws)) > 0.99 * draws.numel()
+
+
+def test_noise_comes_from_the_noise_source_alone() -> None:
+    torch.manual_seed(0)
+    first = noised_gradient(trainer(agreement(), key=1), np.zeros(24, dtype=bool))[1]
+    torch.manual_seed(1)
+    second = noised_gradient(trainer(agreement(), key=1), np.zeros(24, dtype=bool))[1]
+    torch.manual_seed(1)
+    other = noised_gradient(trainer(agreement(), key=2), np.zeros(24, dtype=bool))[1]
+    assert torch.equal(first, second)
+    assert not torch.any(second == other)
+
+
+def test_the_divisor_is_the_public_batch_size_not_the_sampled_one() -> None:
+    t = trainer(agreement(privacy={"noise_multiplier": 0.0}, batch_sizes=(8.0, 6.0, 6.0)))
+    for count in (1, 5, 24):
+        total, gradient = noised_gradient(t, np.arange(24) < count)
+        torch.testing.assert_close(gradient, total / 8.0)
+
+
+def test_empty_samples_work_are_noised_and_are_counted() -> None:
+    t = trainer(agreement(privacy={"sample_rate": 1e-9}))
+    before = flat(t.model.private_parameters())
+    for _ in range(3):
+        t.step()
+    assert t.steps_taken == 3
+    assert (flat(t.model.private_parameters()) != before).float().mean() > 0.99
+
+
+def test_accountant_and_optimiser_count_the_same_steps() -> None:
+    trainers, _ = consortium(agreement(), rounds=3)
+    for t in trainers:
+        assert t.steps_taken == t._optimizer_steps == 2 * 3
+        assert t.epsilon() == epsilon_after(agreement().privacy, 6, 1e-3)
+        assert t._accountant.get_epsilon(1e-3) == pytest.approx(t.epsilon())
+
+
+def test_a_step_behind_the_accountants_back_is_caught() -> None:
+    t = trainer(agreement())
+    t.step()
+    t._optimizer.original_optimizer.step()
+    with pytest.raises(LocalProtocolError, match="2 optimiser steps but 1 booked"):
+        _ = t.steps_taken
+
+
+def test_a_planted_parameter_is_caught_before_the_step() -> None:
+    t = trainer(agreement())
+    t.model.head.planted = torch.nn.Parameter(torch.zeros(2))
+    before = t.steps_taken
+    with pytest.raises(LocalProtocolError, match="clipping would miss some"):
+        t.step()
+    assert t.steps_taken == before
+
+
+def test_a_parameter_left_out_of_the_optimiser_is_caught() -> None:
+    t = trainer(agreement())
+    t._optimizer.param_groups[1]["params"].pop()
+    with pytest.raises(LocalProtocolError, match="exactly the private parameters"):
+        t.step()
+
+
+def test_using_a_clipped_gradient_twice_is_refused() -> None:
+    t = trainer(agreement())
+    t._private_gradient(np.ones(24, dtype=bool))
+    t._optimizer.pre_step()
+    with pytest.raises(LocalProtocolError, match="twice"):
+        t._optimizer.add_noise()
+
+
+def test_epsilon_limits() -> None:
+    privacy = agreement().privacy
+    assert epsilon_after(privacy, 0, 1e-3) == 0.0
+    assert math.isinf(epsilon_after(agreement(privacy=NOISELESS).privacy, 1, 1e-3))
+    assert 0 < epsilon_after(privacy, 10, 1e-3) < epsilon_after(privacy, 100, 1e-3)
+    assert epsilon_after(privacy, 10, 1e-3) < epsilon_after(privacy, 10, 1e-6)
+
+
+def test_the_anchor_gradient_does_not_depend_on_private_data() -> None:
+    """Two hospitals with different records and the same parameters have the same anchor gradient and warm-up."""
+    study = agreement()
+    _, state = consortium(study)
+    member, noise = study.members[0], NoiseSource(bytes(32))
+    others = LabelledRecords(view("table", patients(24, 77)) * 50, np.full(24, 2, dtype=np.int64))
+    pair = [
+        LocalTrainer(study, member, data, anchors("table"), noise=noise, device="cpu")
+        for data in (records("table"), others)
+    ]
+    for t in pair:
+        t.load_shared(state)
+    gradients = [[g for g in t._public_gradient(t._optimizer.params) if g is not None] for t in pair]
+    assert torch.equal(flat(gradients[0]), flat(gradients[1]))
+    for t in pair:
+        t.warm_up()
+    assert torch.equal(flat(pair[0].model.private_parameters()), flat(pair[1].model.private_parameters()))
+    assert np.array_equal(pair[0].anchor_gram(), pair[1].anchor_gram())
+
+
+def test_the_anchor_pass_leaves_no_trace_in_per_record_gradients() -> None:
+    t = trainer(agreement(privacy=NOISELESS))
+    _, state = consortium(agreement())
+    t.load_shared(state)
+    everyone = np.ones(24, dtype=bool)
+    clean = noised_gradient(t, everyone)[0]
+    t._public_gradient(t._optimizer.params)
+    assert all(getattr(p, "grad_sample", None) is None and p.grad is None for p in t._optimizer.params)
+    assert torch.equal(noised_gradient(t, everyone)[0], clean)
+    assert t._hooked.hooks_enabled
+
+
+def test_warm_up_costs_nothing_and_raises_alignment() -> None:
+    study = agreement(training={"warmup_steps": 60})
+    trainers, state = consortium(study)
+    for t in trainers:
+        t.load_shared(state)
+        B, head = flat(t.model.shared_parameters()), flat(t.model.head.parameters())
+        before = cka(t.anchor_gram(), state.gram)
+        t.warm_up()
+        assert cka(t.anchor_gram(), state.gram) > before
+        assert t.steps_taken == 0
+        assert torch.equal(flat(t.model.shared_parameters()), B)
+        assert torch.equal(flat(t.model.head.parameters()), head)
+
+
+def test_first_round_sends_geometry_only() -> None:
+    study = agreement()
+    t = trainer(study)
+    t.warm_up()
+    update = t.train_round(SharedState.initial(study))
+    assert update.steps == t.steps_taken == 0
+    assert not any(delta.any() for delta in update.delta_b.values())
+    assert update.vector(Layout.from_agreement(study)).dtype == np.float64
+
+
+def test_update_is_the_change_of_the_shared_direction_only() -> None:
+    study = agreement()
+    trainers, state = consortium(study, rounds=2)
+    update = trainers[1].train_round(state)
+    for name, layer in trainers[1].model.adapted.items():
+        after = layer.direction.weight.detach().double().numpy()
+        np.testing.assert_allclose(update.delta_b[name], after - state.B[name], atol=1e-12)
+        assert update.delta_b[name].any()
+    np.testing.assert_allclose(update.gram, trainers[1].anchor_gram())
+    assert np.linalg.norm(update.gram) == pytest.approx(1.0)
+    assert update.steps == 3
+
+
+def test_all_nodes_agree_after_loading_and_a_merge_changes_no_output() -> None:
+    study = agreement(privacy=NOISELESS, training={"merge_every_rounds": 3})
+    trainers, state = consortium(study, rounds=2)
+    layout, x = Layout.from_agreement(study), records("table").features
+    total = sum(t.train_round(state).vector(layout) for t in trainers)
+    plain = agreement(privacy=NOISELESS)
+    trainers[0].load_shared(apply_sum(state, layout, total, plain))
+    unmerged = trainers[0].embed(x)
+    merged = apply_sum(state, layout, total, study)
+    assert merged.generation == 1
+    trainers[0].load_shared(merged)
+    np.testing.assert_allclose(trainers[0].embed(x), unmerged, atol=1e-4)
+    trainers[1].load_shared(merged)
+    for name, layer in trainers[0].model.adapted.items():
+        assert torch.equal(layer.base, trainers[1].model.adapted[name].base)
+        assert torch.equal(layer.direction.weight, trainers[1].model.adapted[name].direction.weight)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_training_learns(index: int) -> None:
+    study = agreement(privacy=NOISELESS, training={"steps_per_round": 40})
+    trainers, _ = consortium(study, rounds=3)
+    kind = list(KINDS)[index]
+    data = records(kind)
+    assert trainers[index].evaluate(data.features, data.labels) > 0.6
+
+
+def test_losses_match_numpy_and_reach_zero() -> None:
+    generator = np.random.Generator(np.random.PCG64(0))
+    E = generator.normal(size=(12, 16))
+    consensus = gram(generator.normal(size=(12, 4)))
+    consensus -= consensus.mean(axis=0)
+    consensus -= consensus.mean(axis=1, keepdims=True)
+    loss = alignment_loss(torch.tensor(E), torch.tensor(consensus))
+    assert float(loss) == pytest.approx(1.0 - cka(gram(E), consensus))
+    Z = E[:, :3] - E[:, :3].mean(axis=0)
+    assert float(coordinate_loss(torch.tensor(E), torch.tensor(Z / np.linalg.norm(Z)))) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_local_state_round_trips_and_never_holds_the_shared_direction(tmp_path) -> None:
+    trainers, state = consortium(agreement(), rounds=2)
+    np.savez(tmp_path / "local.npz", **trainers[0].local_state())
+    fresh = trainer(agreement())
+    with np.load(tmp_path / "local.npz", allow_pickle=False) as arrays:
+        assert not any("direction" in name for name in arrays)
+        fresh.load_local_state(dict(arrays))
+    x = records("table").features
+    for t in (fresh, trainers[0]):
+        t.load_shared(state)
+    assert np.array_equal(fresh.embed(x), trainers[0].embed(x))
+    broken = trainers[0].local_state()
+    broken["head.weight"][0, 0] = np.nan
+    with pytest.raises(ConfigError, match=r"head\.weight"):
+        fresh.load_local_state(broken)
+    with pytest.raises(ConfigError, match="malformed"):
+        fresh.load_local_state({})
+
+
+def test_wrong_anchors_records_and_labels_are_refused() -> None:
+    study, noise = agreement(), NoiseSource(bytes(32))
+    member, data = study.members[0], records("table")
+    changed = anchors("table")
+    changed[0, 0] += 1e-3
+    with pytest.raises(ConfigError, match="not the anchors"):
+        LocalTrainer(study, member, data, changed, noise=noise)
+    with pytest.raises(ConfigError, match="records have shape"):
+        LocalTrainer(study, member, records("image"), anchors("table"), noise=noise)
+    with pytest.raises(ConfigError, match="3 classes"):
+        LocalTrainer(study, member, dataclasses.replace(data, labels=data.labels + 3), anchors("table"), noise=noise)
