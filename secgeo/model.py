@@ -93,7 +93,7 @@ class Tokeniser(nn.Module):
 
     def forward(self, records: Tensor) -> Tensor:
         """Tokens [n, tokens, width]. Features are clamped to 8 deviations: one odd record must not blow up."""
-        features = ((self._features(records) - self._mean) / self._deviation).clamp(-8.0, 8.0)
+        features = ((self._features(records) - self._mean) / self._deviation).clamp(-8.0, 8.0).nan_to_num(0.0)
         return self.projector(features).reshape(-1, self.tokens, self.width)  # type: ignore[no-any-return]
 
 

@@ -9,9 +9,8 @@ record, and the parameters it is taken at were made from noised or public values
 computed, and it is added after `pre_step()`, because Opacus' `add_noise` overwrites `p.grad`.
 
 Rounds: the first round has no consensus, so it spends no privacy: the node sends dB = 0 and its first Gram matrix.
-When a trainer first sees a consensus it warms up on the anchors (tokeniser and magnitudes only, public data, no cost).
-Every round after the first takes `steps_per_round` DP steps. The shared coordinates of a record are the first
-`coordinate_rank` entries of its embedding.
+Every later round starts with an anchor warm-up (tokeniser and magnitudes only, public data, no cost) and then takes
+`steps_per_round` DP steps. The shared coordinates of a record are the first `coordinate_rank` entries of its embedding.
 
 The neighbouring relation is add or remove one record. The number of private records is used for sampling only.
 """
@@ -44,6 +43,9 @@ from secgeo.trunk import adapted_layers, public_projection, trunk_weight
 from secgeo.update import Layout, SharedState, gram_weight, pack, precision_weight, private_steps
 
 EVALUATION_BATCH = 1024
+
+PHYSICAL_BATCH = 256
+"""Records per backward pass. Larger Poisson samples are clipped and summed piece by piece; the step stays one step."""
 
 # Expected: the tokeniser's input is data and needs no gradient, and Opacus hooks every trainable layer.
 warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
@@ -163,7 +165,6 @@ class LocalTrainer:
         self._state: SharedState | None = None
         self._consensus: tuple[Tensor, Tensor] | None = None
         self._optimizer_steps = 0
-        self._warmed_up = False
         self._accountant = RDPAccountant()
         self._optimizer = self._make_optimizer()
         tokeniser = self.model.tokeniser.projector
@@ -259,14 +260,26 @@ class LocalTrainer:
             self._warm_up_optimizer.step()
 
     def _private_gradient(self, chosen: NDArray[np.bool_]) -> None:
-        """Per-record gradients of the chosen records, into `p.grad_sample`; an empty sample gives empty ones."""
-        index = torch.from_numpy(np.flatnonzero(chosen)).to(self._device)
-        if len(index) == 0:
-            for p in self._optimizer.params:
-                p.grad_sample = p.new_zeros((0, *p.shape))
-            return
-        loss = functional.cross_entropy(self._hooked(self._features[index]), self._labels[index], reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]
+        """Per-record gradients of the chosen records, into `p.grad_sample`; an empty sample gives empty ones.
+
+        A gradient that is not finite becomes zero, record by record: clipping cannot bound NaN, and one NaN in the sum
+        would tell that its record was sampled.
+        """
+        parameters = self._optimizer.params
+        pieces = torch.split(torch.from_numpy(np.flatnonzero(chosen)).to(self._device), PHYSICAL_BATCH)
+        for number, index in enumerate(pieces, start=1):
+            if len(index) == 0:
+                for p in parameters:
+                    p.grad_sample = p.new_zeros((0, *p.shape))
+                return
+            loss = functional.cross_entropy(self._hooked(self._features[index]), self._labels[index], reduction="sum")
+            loss.backward()  # type: ignore[no-untyped-call]
+            for p in parameters:
+                torch.nan_to_num_(p.grad_sample, nan=0.0, posinf=0.0, neginf=0.0)
+            if number < len(pieces):
+                self._optimizer.clip_and_accumulate()
+                for p in parameters:
+                    p.grad_sample = None
 
     def step(self) -> None:
         """One DP step on a Poisson sample."""
@@ -284,15 +297,13 @@ class LocalTrainer:
         optimizer.zero_grad(set_to_none=True)
 
     def train_round(self, state: SharedState) -> RoundUpdate:
-        """Load the shared state, warm up at the first consensus, take the round's DP steps, and report the change.
+        """Load the shared state, warm up on the anchors, take the round's DP steps, and report the change.
 
         Raises:
             LocalProtocolError: steps and bookkeeping disagree.
         """
         self.load_shared(state)
-        if self._consensus is not None and not self._warmed_up:
-            self.warm_up()
-            self._warmed_up = True
+        self.warm_up()
         steps, before = private_steps(self._agreement, state), self.steps_taken
         for _ in range(steps):
             self.step()

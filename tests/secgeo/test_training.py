@@ -10,6 +10,7 @@ from tiny_study import KINDS, agreement, anchors, patients, records, trainer, vi
 from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
+from secgeo import training
 from secgeo.datasets import LabelledRecords
 from secgeo.geometry import cka, gram
 from secgeo.noise import NoiseSource
@@ -107,6 +108,45 @@ def test_the_divisor_is_the_public_batch_size_not_the_sampled_one() -> None:
     for count in (1, 5, 24):
         total, gradient = noised_gradient(t, np.arange(24) < count)
         torch.testing.assert_close(gradient, total / 8.0)
+
+
+def test_a_large_sample_in_pieces_is_the_same_single_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    t, everyone = trainer(agreement(privacy={"max_grad_norm": 0.05})), np.ones(24, dtype=bool)
+    whole = noised_gradient(t, everyone)[0]
+    monkeypatch.setattr(training, "PHYSICAL_BATCH", 7)
+    torch.testing.assert_close(noised_gradient(t, everyone)[0], whole, rtol=1e-4, atol=1e-6)
+    assert sum(steps for _, _, steps in t._accountant.history) == 2
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_an_extreme_record_cannot_poison_the_sum(index: int) -> None:
+    """Values near the float32 limit overflow inside the model; the record still counts for at most the clip norm."""
+    study = agreement()
+    kind = study.members[index].modality
+    data = records(kind)
+    features = data.features.copy()
+    features[0] = np.where(np.arange(features[0].size).reshape(features[0].shape) % 2, 3e38, -3e38)
+    t = LocalTrainer(
+        study,
+        study.members[index],
+        LabelledRecords(features, data.labels),
+        anchors(kind),
+        noise=NoiseSource(),
+        device="cpu",
+    )
+    total, gradient = noised_gradient(t, np.arange(24) == 0)
+    assert torch.isfinite(gradient).all()
+    assert total.norm() <= 1.0 + 1e-3
+
+
+def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
+    t, everyone = trainer(agreement()), np.ones(24, dtype=bool)
+    without = noised_gradient(t, np.arange(24) != 3)[0]
+    t._features[3, 0] = float("nan")
+    t.model.tokeniser.forward = lambda x: t.model.tokeniser.projector(x).reshape(-1, 2, 16)  # no cleaning of the input
+    total, gradient = noised_gradient(t, everyone)
+    assert torch.isfinite(gradient).all()
+    assert len(total) == len(without)
 
 
 def test_empty_samples_work_are_noised_and_are_counted() -> None:
