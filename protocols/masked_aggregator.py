@@ -72,6 +72,7 @@ class SumOutcome:
     """A finished attempt: the sum, its contributors, and the evidence for the transcript."""
 
     total: Uint32Vector = field(repr=False)
+    cohort: tuple[str, ...]
     survivors: tuple[tuple[str, bytes], ...]
     votes: dict[str, bytes]
     dropped: dict[str, str]
@@ -362,7 +363,7 @@ class MaskedAggregator:
                 # The survivor's own mask is still in the total: low added it, high subtracted it.
                 add_mask(self._total, sealing.pair_mask_key(secret, attempt, cohort, low, high), subtract=survivor == low)
         self.phase = Phase.DONE
-        self.outcome = SumOutcome(self._total, self._survivors, dict(self._votes), dict(self.dropped))
+        self.outcome = SumOutcome(self._total, self._cohort, self._survivors, dict(self._votes), dict(self.dropped))
         return []
 
     def _reconstruct(self, shares: dict[str, bytes], genuine: Callable[[bytes], bool]) -> bytes | None:

@@ -7,6 +7,7 @@ Sans-IO: bodies go in, bodies come out. The states and what each accepts:
     UPLOAD     Credit          -> MaskedChunk..., UploadDone                 -> UPLOAD
     UPLOAD     Survivors       -> SurvivorVote (once, if it names us)        -> VOTED
     VOTED      SurvivorProof   -> (journal "revealed"), Unmasking            -> REVEALED
+    SEEDS      seeds that do not open -> Complaint                           -> COMPLAINED, which ignores the rest
     any other message in any other state is the aggregator's fault
 
 Rules against a malicious aggregator: every round key is signed by a roster identity and our own must be among them
@@ -45,6 +46,7 @@ class State(Enum):
     UPLOAD = auto()
     VOTED = auto()
     REVEALED = auto()
+    COMPLAINED = auto()
 
 
 class Shares(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -162,6 +164,8 @@ class MaskedNode:
                 return self._on_survivors(body)
             case State.VOTED, m.SurvivorProof():
                 return self._on_proof(body)
+            case State.COMPLAINED, _:
+                return []  # What crossed our complaint on the way; the attempt is void.
             case _:
                 raise RemoteProtocolError(m.AGGREGATOR, f"sent {type(body).__name__} in state {self._state.name}")
 
@@ -250,7 +254,7 @@ class MaskedNode:
     def _complain(self, accused: str) -> list[bytes]:
         """Void this attempt before any mask is used: our masters let the aggregator see who lied."""
         self._journal("revealed-unused")
-        self._state = State.REVEALED
+        self._state = State.COMPLAINED
         return [self._sign(m.Complaint(accused, self._secrets.share_master, self._secrets.pair_master))]
 
     def _split(self, masked: Uint32Vector) -> bytes:

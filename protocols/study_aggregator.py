@@ -334,7 +334,7 @@ class AggregatorMachine:
             round=self._round,
             attempt=self._attempt_number,
             protocol=self._agreement.secure_sum.protocol,
-            cohort=tuple(sorted(self._ready)),
+            cohort=outcome.cohort,
             survivors=tuple(
                 t.Survivor(node_id=name, upload_digest=digest.hex(), signature=outcome.votes.get(name, b"").hex())
                 for name, digest in outcome.survivors

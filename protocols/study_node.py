@@ -233,7 +233,7 @@ class NodeMachine:
         sends: list[Output] = [Send(data) for data in self._attempt.receive(body)]
         if self._attempt.state is State.VOTED:
             self._voted[number, attempt] = self._attempt.survivors
-        if self._attempt.state is State.REVEALED and self._attempt.survivors:
+        if self._attempt.state is State.REVEALED:
             self._revealed.add(number)
         return sends
 

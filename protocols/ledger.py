@@ -1,0 +1,142 @@
+"""A node's budget ledger: the differential-privacy events of one study, signed by the node and chained (DESIGN section 7).
+
+Events say what happened; epsilon is computed from them by whoever asks and stored only as a claim to be checked. The event of
+a round is durable before the first noise of that round is drawn, so a crash can overcount but never undercount.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from msgspec import Meta, Struct
+
+from keys.errors import VerificationFailed
+from keys.identity import Identity
+from keys.labels import Label
+from protocols.agreement import Agreement, Name
+from protocols.chain import GENESIS, ChainWriter, Entry, Hex32, read_chain
+
+NEIGHBOURING_RELATION: Literal["add-or-remove-one"] = "add-or-remove-one"
+ACCOUNTANT: Literal["opacus-rdp"] = "opacus-rdp"
+
+Number = Annotated[int, Meta(ge=0, lt=1 << 53)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+
+
+class LedgerOpened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The first line: whose budget, for which data and study. The fingerprint confirms guesses at the data: share with care."""
+
+    node_id: Name
+    agreement_digest: Hex32
+    dataset_fingerprint: Hex32
+    privacy_unit: Literal["record"]
+    neighbouring_relation: Literal["add-or-remove-one"]
+    delta: NonNegative
+    epsilon_budget: NonNegative
+
+
+class DpSgdEvent(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """`steps` DP-SGD steps of one round: Poisson sampling, per-unit clipping, Gaussian noise.
+
+    `transcript_link` is the digest of the last round record that the node has countersigned (zeros before the first).
+    """
+
+    round: Number
+    sample_rate: NonNegative
+    noise_multiplier: NonNegative
+    max_grad_norm: NonNegative
+    steps: Number
+    privacy_unit: Literal["record"]
+    dataset_fingerprint: Hex32
+    rng_kind: Annotated[str, Meta(max_length=100)]
+    transcript_link: Hex32
+
+
+class EpsilonClaim(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """What the node believes it has spent after `steps_total` steps; null epsilon means infinite (no noise)."""
+
+    steps_total: Number
+    delta: NonNegative
+    epsilon: NonNegative | None
+    accountant: Literal["opacus-rdp"]
+    neighbouring_relation: Literal["add-or-remove-one"]
+
+
+class LedgerClosed(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The last line; without it the ledger was cut off."""
+
+    rounds: Number
+    steps_total: Number
+
+
+Body = LedgerOpened | DpSgdEvent | EpsilonClaim | LedgerClosed
+_LedgerEntry = Entry[Body]
+
+
+class LedgerWriter(ChainWriter[Body]):
+    """Makes ledger lines, signed by the node."""
+
+    def __init__(self, node: Identity) -> None:
+        super().__init__(node, Label.LEDGER)
+
+
+def read_ledger(lines: bytes, node_key: Ed25519PublicKey) -> tuple[Body, ...]:
+    """Verify the chain and signatures of a ledger.
+
+    Raises:
+        VerificationFailed: names the first line that is wrong.
+    """
+    return tuple(entry.body for entry, _ in read_chain(lines, _LedgerEntry, node_key, Label.LEDGER))
+
+
+def verify_ledger(
+    ledger: Sequence[Body], node_id: str, agreement: Agreement, agreement_digest: bytes
+) -> tuple[tuple[DpSgdEvent, ...], EpsilonClaim]:
+    """Check what a ledger says, after `read_ledger` has checked its chain; gives its events and its final claim.
+
+    Raises:
+        VerificationFailed: another node or agreement, parameters that are not the agreed ones, rounds told twice, claims
+            that do not count every step, or no proper end.
+    """
+    if not ledger or not isinstance(ledger[0], LedgerOpened):
+        raise VerificationFailed("the ledger does not begin with its opening line")
+    opened, closed = ledger[0], ledger[-1]
+    if opened.node_id != node_id or opened.agreement_digest != agreement_digest.hex():
+        raise VerificationFailed("the ledger belongs to another node or study")
+    if (opened.delta, opened.epsilon_budget) != (agreement.privacy.delta, agreement.privacy.epsilon_budget):
+        raise VerificationFailed("the ledger was opened with another delta or budget than agreed")
+    if not isinstance(closed, LedgerClosed):
+        raise VerificationFailed("the ledger has no closing line: it was cut off, or the study still runs")
+    events: list[DpSgdEvent] = []
+    claim: EpsilonClaim | None = None
+    for body in ledger[1:-1]:
+        match body:
+            case DpSgdEvent():
+                if events and body.round <= events[-1].round:
+                    raise VerificationFailed(f"round {body.round} is booked after round {events[-1].round}")
+                _verify_event(body, opened, agreement)
+                events.append(body)
+            case EpsilonClaim():
+                if body.steps_total != sum(event.steps for event in events) or body.delta != opened.delta:
+                    raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count the steps booked before it")
+                claim = body
+            case _:
+                raise VerificationFailed(f"{type(body).__name__} stands in the middle of the ledger")
+    total = sum(event.steps for event in events)
+    if (closed.rounds, closed.steps_total) != (len(events), total) or claim is None or claim.steps_total != total:
+        raise VerificationFailed("the closing line and the last claim do not count every event: one is missing")
+    return tuple(events), claim
+
+
+def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement) -> None:
+    privacy = agreement.privacy
+    agreed = (privacy.sample_rate, privacy.noise_multiplier, privacy.max_grad_norm, privacy.unit, opened.dataset_fingerprint)
+    booked = (event.sample_rate, event.noise_multiplier, event.max_grad_norm, event.privacy_unit, event.dataset_fingerprint)
+    if booked != agreed:
+        raise VerificationFailed(f"the event of round {event.round} has other parameters than agreed")
+    if not 1 <= event.round <= agreement.study.rounds or event.steps not in (0, agreement.training.steps_per_round):
+        raise VerificationFailed(f"the event of round {event.round} is outside the agreed rounds or steps")
+    if event.round == 1 and event.transcript_link != GENESIS:
+        raise VerificationFailed("the first event is linked to a record that cannot exist yet")

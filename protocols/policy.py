@@ -1,0 +1,55 @@
+"""A hospital's local policy: floors and ceilings that no agreement and no server can weaken (DESIGN section 4)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from keys.errors import ConfigError
+from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement
+
+
+class LocalPolicy(Struct, frozen=True, forbid_unknown_fields=True):
+    """What this hospital accepts. The defaults are cautious; a study that needs more must be allowed to by hand."""
+
+    max_epsilon: Annotated[float, Meta(gt=0.0)] = 10.0
+    max_delta: Annotated[float, Meta(gt=0.0, lt=1.0)] = 1e-3
+    min_noise_multiplier: Annotated[float, Meta(ge=0.0)] = 0.3
+    max_sample_rate: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
+    max_grad_norm: Annotated[float, Meta(gt=0.0)] = 10.0
+    max_rounds: Annotated[int, Meta(ge=1)] = 1000
+    min_cohort: Annotated[int, Meta(ge=MINIMUM_CONTRIBUTORS)] = MINIMUM_CONTRIBUTORS
+    min_threshold: Annotated[int, Meta(ge=2)] = 2
+    protocols: tuple[Literal["masked"], ...] = ("masked",)
+
+
+def check_policy(agreement: Agreement, policy: LocalPolicy, *, epsilon: float) -> None:
+    """Refuse an agreement that is weaker than the local policy.
+
+    Args:
+        agreement: the study's agreement.
+        policy: this hospital's.
+        epsilon: what the whole study would spend at the agreed delta, by an accountant.
+
+    Raises:
+        ConfigError: names every rule that is broken, with both values.
+    """
+    privacy, ring = agreement.privacy, agreement.secure_sum
+    spent = min(epsilon, privacy.epsilon_budget)
+    rules = [
+        ("epsilon of the whole study", spent, "at most", policy.max_epsilon, spent <= policy.max_epsilon),
+        ("delta", privacy.delta, "at most", policy.max_delta, privacy.delta <= policy.max_delta),
+        ("noise multiplier", privacy.noise_multiplier, "at least", policy.min_noise_multiplier, privacy.noise_multiplier >= policy.min_noise_multiplier),
+        ("sample rate", privacy.sample_rate, "at most", policy.max_sample_rate, privacy.sample_rate <= policy.max_sample_rate),
+        ("clip norm", privacy.max_grad_norm, "at most", policy.max_grad_norm, privacy.max_grad_norm <= policy.max_grad_norm),
+        ("rounds", agreement.study.rounds, "at most", policy.max_rounds, agreement.study.rounds <= policy.max_rounds),
+        ("minimum cohort", ring.minimum_cohort, "at least", policy.min_cohort, ring.minimum_cohort >= policy.min_cohort),
+        ("threshold", ring.threshold, "at least", policy.min_threshold, ring.threshold >= policy.min_threshold),
+        ("protocol", ring.protocol, "one of", ", ".join(policy.protocols), ring.protocol in policy.protocols),
+    ]
+    broken = [f"{name} is {value}, our policy allows {bound} {limit}" for name, value, bound, limit, holds in rules if not holds]
+    if broken:
+        raise ConfigError(
+            f"study {agreement.study.id} is weaker than the local policy; refuse it, or change [policy] knowingly: " + "; ".join(broken)
+        )

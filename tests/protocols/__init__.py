@@ -1,0 +1,1 @@
+"""Tests of the secure sum and its records."""

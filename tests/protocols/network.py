@@ -1,0 +1,200 @@
+"""An in-memory network that runs the real machines of one study, with a virtual clock and a tap on every message.
+
+A `Tap` sees (sender, recipient, bytes) and returns what is delivered instead: nothing (a loss), the same, or something else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from keys.errors import RemoteProtocolError
+from protocols import study_aggregator as agg
+from protocols import study_node as node
+from protocols import transcript
+from protocols.agreement import (
+    Agreement,
+    Anchors,
+    Deadlines,
+    Member,
+    Modality,
+    Model,
+    Precision,
+    Privacy,
+    RosterPin,
+    SecureSum,
+    Study,
+    Training,
+    agreement_digest,
+    read_agreement,
+    write_agreement,
+)
+from protocols.encoding import Float64Vector
+from protocols.masked_node import Parties
+from tests.keys.factory import AGGREGATOR, Consortium, make_consortium
+
+Tap = Callable[[str, str, bytes], Sequence[bytes]]
+
+
+def names(count: int) -> list[str]:
+    return [f"hospital-{index:02d}" for index in range(count)]
+
+
+def make_agreement(consortium: Consortium, *, rounds: int = 1, threshold: int | None = None, **secure_sum: object) -> Agreement:
+    hospitals = [name for name in consortium.identities if name != AGGREGATOR]
+    n = len(hospitals)
+    t = threshold or n // 2 + 1
+    settings: dict[str, object] = {"minimum_cohort": max(3, t), "threshold": t, "value_bits": 24, "fraction_bits": 16, "chunk_values": 256}
+    return Agreement(
+        study=Study(id="test", rounds=rounds, classes=2),
+        roster=RosterPin(1, 1, consortium.roster.digest.hex(), consortium.authority.fingerprint),
+        secure_sum=SecureSum(protocol="masked", **(settings | secure_sum)),  # type: ignore[arg-type]
+        privacy=Privacy("record", 0.1, 1.0, 1.0, 1e-5, 8.0),
+        training=Training(steps_per_round=2, learning_rate=0.1, local_learning_rate=0.1),
+        precision=Precision(),
+        model=Model(seed=1, trunk_digest="0" * 64),
+        anchors=Anchors(count=16),
+        deadlines=Deadlines(10.0, 10.0, 10.0),
+        modalities=(Modality("mean", "tabular", (10,), "0" * 64),),
+        members=tuple(Member(h, consortium.roster.entry(h).certificate_fingerprint, "mean", 10.0) for h in hospitals),
+    )
+
+
+class MemoryJournal:
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, int, str]] = []
+
+    def last(self) -> tuple[int, int]:
+        return max(((r, a) for r, a, _ in self.entries), default=(0, 0))
+
+    def revealed(self, round_number: int) -> bool:
+        return any(r == round_number and event == "revealed" for r, _, event in self.entries)
+
+    def record(self, round_number: int, attempt: int, event: str) -> None:
+        self.entries.append((round_number, attempt, event))
+
+
+@dataclass
+class Network:
+    """One study in memory. `vectors(node, round)` gives each update."""
+
+    consortium: Consortium
+    agreement: Agreement
+    vectors: Callable[[str, int], Float64Vector]
+    size: int
+    tap: Tap = lambda _s, _r, data: [data]
+    now: float = 0.0
+    nodes: dict[str, node.NodeMachine] = field(default_factory=dict)
+    sums: dict[str, list[node.Summed]] = field(default_factory=dict)
+    lost: dict[str, list[node.RoundLost]] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, RemoteProtocolError] = field(default_factory=dict)
+    lines: list[bytes] = field(default_factory=list)
+    progress: list[agg.Progress] = field(default_factory=list)
+    journals: dict[str, MemoryJournal] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.digest = agreement_digest(write_agreement(self.agreement))
+        keys = {m.node_id: self.consortium.roster.entry(m.node_id).public_key for m in self.agreement.members}
+        self.parties = Parties(self.agreement, self.digest, keys)
+        aggregator = self.consortium.identities[AGGREGATOR]
+        self._store: dict[int, tuple[bytes, np.ndarray]] = {}
+        self._pending: tuple[int, np.ndarray] | None = None
+        self._queue: deque[tuple[str, str, bytes]] = deque()
+        self.aggregator = agg.AggregatorMachine(
+            self.parties,
+            aggregator,
+            self.size,
+            transcript.TranscriptWriter(aggregator),
+            load_sum=lambda number: self._store[number],
+        )
+        for member in self.agreement.members:
+            name = member.node_id
+            self.journals[name] = MemoryJournal()
+            self.nodes[name] = node.NodeMachine(
+                self.parties,
+                self.consortium.identities[name],
+                (AGGREGATOR, aggregator.public_key),
+                self.size,
+                coins=os.urandom,
+                journal=self.journals[name],
+            )
+            self.sums[name], self.lost[name] = [], []
+
+    def run(self, *, absent: Sequence[str] = (), order: Callable[[list[str]], list[str]] = sorted) -> None:
+        self._from_aggregator(self.aggregator.start(self.now))
+        for name in order(list(self.nodes)):
+            if name not in absent:
+                self._from_node(name, self.nodes[name].start())
+        for _ in range(200_000):
+            if self._queue:
+                self._deliver(*self._queue.popleft())
+            elif self.aggregator.ended:
+                return
+            else:
+                self.now = self.aggregator.deadline
+                self._from_aggregator(self.aggregator.tick(self.now))
+        raise AssertionError("the study neither ended nor made progress")
+
+    def _deliver(self, sender: str, recipient: str, data: bytes) -> None:
+        if recipient == AGGREGATOR:
+            self._from_aggregator(self.aggregator.receive(sender, data, self.now))
+        elif recipient not in self.faults:
+            try:
+                self._from_node(recipient, self.nodes[recipient].receive(data))
+            except RemoteProtocolError as fault:
+                self.faults[recipient] = fault
+
+    def _post(self, sender: str, recipient: str, data: bytes) -> None:
+        for delivered in self.tap(sender, recipient, data):
+            self._queue.append((sender, recipient, delivered))
+
+    def _from_node(self, name: str, outputs: list[node.Output]) -> None:
+        for output in outputs:
+            match output:
+                case node.Send():
+                    self._post(name, AGGREGATOR, output.data)
+                case node.Train():
+                    self._from_node(name, self.nodes[name].submit(output.round, self.vectors(name, output.round)))
+                case node.Summed():
+                    self.sums[name].append(output)
+                case node.RoundLost():
+                    self.lost[name].append(output)
+                case node.Ended():
+                    self.ended[name] = output.reason
+
+    def _from_aggregator(self, outputs: list[agg.Output]) -> None:
+        for output in outputs:
+            match output:
+                case agg.SendTo():
+                    self._post(AGGREGATOR, output.peer, output.data)
+                case agg.Record():
+                    self.lines.append(output.line)
+                    if self._pending is not None:
+                        number, total = self._pending
+                        self._store[number], self._pending = (output.line, total), None
+                case agg.SumOpened():
+                    self._pending = (output.round, output.total)
+                case agg.Progress():
+                    self.progress.append(output)
+
+
+def make_network(count: int = 4, *, size: int = 1000, rounds: int = 1, seed: int = 0, **settings: object) -> Network:
+    consortium = make_consortium(names(count))
+    agreement = make_agreement(consortium, rounds=rounds, **settings)  # type: ignore[arg-type]
+    limit = 2.0
+
+    def vectors(name: str, number: int) -> Float64Vector:
+        key = [seed, number, *name.encode()]
+        return np.random.default_rng(key).uniform(-limit, limit, size)
+
+    return Network(consortium, read_agreement(write_agreement(agreement)), vectors, size)
+
+
+def body_type(data: bytes) -> str:
+    return str(msgspec.msgpack.decode(data)[5][0])
