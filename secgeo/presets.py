@@ -69,19 +69,19 @@ _TRAINING = {
         local_learning_rate=0.1,
         warmup_steps=40,
         warmup_learning_rate=0.003,
-        coordinate_rank=6,
+        coordinate_rank=10,
     ),
     "mfeat": Training(
         steps_per_round=10,
         learning_rate=0.1,
         local_learning_rate=0.1,
-        warmup_steps=40,
+        warmup_steps=10,
         warmup_learning_rate=0.003,
-        coordinate_rank=16,
+        coordinate_rank=32,
     ),
 }
 
-_SAMPLE_RATE = {"breast-cancer": 0.25, "mfeat": 0.2}
+_SAMPLE_RATE = {"breast-cancer": 0.25, "mfeat": 0.4}
 _DELTA = {"breast-cancer": 1e-3, "mfeat": 1e-4}
 
 
