@@ -107,3 +107,10 @@ def test_a_constant_feature_and_an_odd_record_stay_finite() -> None:
     view[:, 0] = 1.0
     model = build_model(agreement(), "table", view)
     assert torch.isfinite(model(torch.full((1, 5), 1e30))).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_near_the_float_limit_stay_finite(kind: str) -> None:
+    shape = (3, *KINDS[kind][1])
+    signs = np.where(np.arange(np.prod(shape)) % 2, 3e38, -3e38).astype(np.float32).reshape(shape)
+    assert torch.isfinite(trained(kind)(torch.from_numpy(signs))).all()
