@@ -1,7 +1,11 @@
-"""A node's budget ledger: the differential-privacy events of one study, signed by the node and chained (DESIGN section 7).
+"""A node's budget ledger: the differential-privacy events of one study, signed and chained (DESIGN section 7).
+Events say what happened; epsilon is computed from them by whoever asks and stored only as a claim to be checked. The
+event of a round is durable before the first noise of that round is drawn, so a crash can overcount but never
+undercount.
 
-Events say what happened; epsilon is computed from them by whoever asks and stored only as a claim to be checked. The event of
-a round is durable before the first noise of that round is drawn, so a crash can overcount but never undercount.
+Threat assumption: the ledger is stored and sent by somebody who wants to change it. What its own node wrote into it
+is taken as it stands: a ledger cannot prove that the noise was really drawn. `audit.records` recomputes epsilon from
+the events.
 """
 
 from __future__ import annotations
@@ -26,7 +30,11 @@ NonNegative = Annotated[float, Meta(ge=0.0)]
 
 
 class LedgerOpened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """The first line: whose budget, for which data and study. The fingerprint confirms guesses at the data: share with care."""
+    """The first line: whose budget, for which data and study.
+
+    The fingerprint leaves the site with the ledger. A bare hash of the data would confirm guesses at them; keyed with a
+    secret of the site it tells an outsider nothing.
+    """
 
     node_id: Name
     agreement_digest: Hex32
@@ -79,7 +87,7 @@ class LedgerWriter(ChainWriter[Body]):
     """Makes ledger lines, signed by the node."""
 
     def __init__(self, node: Identity) -> None:
-        super().__init__(node, Label.LEDGER)
+        super().__init__(node, Label.LEDGER, _LedgerEntry)
 
 
 def read_ledger(lines: bytes, node_key: Ed25519PublicKey) -> tuple[Body, ...]:
@@ -107,6 +115,8 @@ def verify_ledger(
         raise VerificationFailed("the ledger belongs to another node or study")
     if (opened.delta, opened.epsilon_budget) != (agreement.privacy.delta, agreement.privacy.epsilon_budget):
         raise VerificationFailed("the ledger was opened with another delta or budget than agreed")
+    if opened.privacy_unit != agreement.privacy.unit:
+        raise VerificationFailed("the ledger was opened for another privacy unit than agreed")
     if not isinstance(closed, LedgerClosed):
         raise VerificationFailed("the ledger has no closing line: it was cut off, or the study still runs")
     events: list[DpSgdEvent] = []
@@ -120,7 +130,7 @@ def verify_ledger(
                 events.append(body)
             case EpsilonClaim():
                 if body.steps_total != sum(event.steps for event in events) or body.delta != opened.delta:
-                    raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count the steps booked before it")
+                    raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count every step before it")
                 claim = body
             case _:
                 raise VerificationFailed(f"{type(body).__name__} stands in the middle of the ledger")
@@ -132,8 +142,20 @@ def verify_ledger(
 
 def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement) -> None:
     privacy = agreement.privacy
-    agreed = (privacy.sample_rate, privacy.noise_multiplier, privacy.max_grad_norm, privacy.unit, opened.dataset_fingerprint)
-    booked = (event.sample_rate, event.noise_multiplier, event.max_grad_norm, event.privacy_unit, event.dataset_fingerprint)
+    agreed = (
+        privacy.sample_rate,
+        privacy.noise_multiplier,
+        privacy.max_grad_norm,
+        privacy.unit,
+        opened.dataset_fingerprint,
+    )
+    booked = (
+        event.sample_rate,
+        event.noise_multiplier,
+        event.max_grad_norm,
+        event.privacy_unit,
+        event.dataset_fingerprint,
+    )
     if booked != agreed:
         raise VerificationFailed(f"the event of round {event.round} has other parameters than agreed")
     if not 1 <= event.round <= agreement.study.rounds or event.steps not in (0, agreement.training.steps_per_round):

@@ -1,4 +1,7 @@
-"""A hospital's local policy: floors and ceilings that no agreement and no server can weaken (DESIGN section 4)."""
+"""A hospital's local policy: floors and ceilings that no agreement and no server can weaken (DESIGN section 4).
+
+Every rule says what must hold, so that NaN breaks it.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +39,50 @@ def check_policy(agreement: Agreement, policy: LocalPolicy, *, epsilon: float) -
         ConfigError: names every rule that is broken, with both values.
     """
     privacy, ring = agreement.privacy, agreement.secure_sum
-    spent = min(epsilon, privacy.epsilon_budget)
+    # A node stops at the budget; without noise there is nothing to stop it.
+    spent = min(epsilon, privacy.epsilon_budget) if privacy.noise_multiplier > 0 else float("inf")
     rules = [
         ("epsilon of the whole study", spent, "at most", policy.max_epsilon, spent <= policy.max_epsilon),
         ("delta", privacy.delta, "at most", policy.max_delta, privacy.delta <= policy.max_delta),
-        ("noise multiplier", privacy.noise_multiplier, "at least", policy.min_noise_multiplier, privacy.noise_multiplier >= policy.min_noise_multiplier),
-        ("sample rate", privacy.sample_rate, "at most", policy.max_sample_rate, privacy.sample_rate <= policy.max_sample_rate),
-        ("clip norm", privacy.max_grad_norm, "at most", policy.max_grad_norm, privacy.max_grad_norm <= policy.max_grad_norm),
+        (
+            "noise multiplier",
+            privacy.noise_multiplier,
+            "at least",
+            policy.min_noise_multiplier,
+            privacy.noise_multiplier >= policy.min_noise_multiplier,
+        ),
+        (
+            "sample rate",
+            privacy.sample_rate,
+            "at most",
+            policy.max_sample_rate,
+            privacy.sample_rate <= policy.max_sample_rate,
+        ),
+        (
+            "clip norm",
+            privacy.max_grad_norm,
+            "at most",
+            policy.max_grad_norm,
+            privacy.max_grad_norm <= policy.max_grad_norm,
+        ),
         ("rounds", agreement.study.rounds, "at most", policy.max_rounds, agreement.study.rounds <= policy.max_rounds),
-        ("minimum cohort", ring.minimum_cohort, "at least", policy.min_cohort, ring.minimum_cohort >= policy.min_cohort),
+        (
+            "minimum cohort",
+            ring.minimum_cohort,
+            "at least",
+            policy.min_cohort,
+            ring.minimum_cohort >= policy.min_cohort,
+        ),
         ("threshold", ring.threshold, "at least", policy.min_threshold, ring.threshold >= policy.min_threshold),
         ("protocol", ring.protocol, "one of", ", ".join(policy.protocols), ring.protocol in policy.protocols),
     ]
-    broken = [f"{name} is {value}, our policy allows {bound} {limit}" for name, value, bound, limit, holds in rules if not holds]
+    broken = [
+        f"{name} is {value}, our policy allows {bound} {limit}"
+        for name, value, bound, limit, holds in rules
+        if not holds
+    ]
     if broken:
         raise ConfigError(
-            f"study {agreement.study.id} is weaker than the local policy; refuse it, or change [policy] knowingly: " + "; ".join(broken)
+            f"study {agreement.study.id} is weaker than the local policy; refuse it, or change [policy] knowingly: "
+            + "; ".join(broken)
         )

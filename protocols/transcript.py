@@ -1,8 +1,11 @@
 """The aggregator's transcript: what was summed, by whom, with whose signatures (DESIGN section 7).
+Each round leaves a `RoundRecord`, signed by the aggregator and chained, which nodes get as a receipt and countersign.
+Two different records of one round, both signed, prove equivocation. A node's signature on the survivor statement says
+that it saw this very set of survivors and uploads before it revealed anything; t of them are needed.
 
-Each round leaves a `RoundRecord`, signed by the aggregator and chained, which nodes get as a receipt and countersign. Two
-different records of one round, both signed, prove equivocation. A node's signature on the survivor statement says that it
-saw this very set of survivors and uploads before it revealed anything; t of them are needed.
+Threat assumption: the aggregator holds the signing key and may lie. It cannot invent a survivor set, or a receipt
+that nobody gave. It can leave out rounds at the end before it signs the closing line: the ledgers, which are linked
+to the last record that their node had seen, show that (`audit.records`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from keys.errors import VerificationFailed
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols.agreement import MAXIMUM_MEMBERS, MINIMUM_CONTRIBUTORS, Agreement, Name
-from protocols.chain import ChainWriter, Entry, Hex32, Hex64, line_digest, read_chain
+from protocols.chain import ChainWriter, Entry, Hex32, Hex64, read_chain
+from protocols.chain import line_digest as line_digest
 from protocols.chain import read_line as read_chain_line
 
 Number = Annotated[int, Meta(ge=0, lt=1 << 53)]
@@ -118,7 +122,7 @@ class TranscriptWriter(ChainWriter[Body]):
     """Makes transcript lines, signed by the aggregator."""
 
     def __init__(self, aggregator: Identity) -> None:
-        super().__init__(aggregator, Label.TRANSCRIPT)
+        super().__init__(aggregator, Label.TRANSCRIPT, _TranscriptEntry)
 
 
 def read_line(line: bytes, aggregator_key: Ed25519PublicKey) -> Entry[Body]:
@@ -175,14 +179,22 @@ def verify_round(
     Raises:
         VerificationFailed: another agreement, strangers, too few survivors, or too few valid votes.
     """
-    ring = agreement.secure_sum
+    ring, pin = agreement.secure_sum, agreement.roster
     names = [survivor.node_id for survivor in record.survivors]
+    dropped = [lost.node_id for lost in record.dropped]
     minimum = max(ring.minimum_cohort, ring.threshold, MINIMUM_CONTRIBUTORS)
     rules = [
         ("it belongs to another agreement", record.agreement_digest == agreement_digest.hex()),
-        ("its round or attempt is not in the agreement", 1 <= record.round <= agreement.study.rounds and 1 <= record.attempt <= ring.max_attempts),
+        (
+            "its round or attempt is not in the agreement",
+            1 <= record.round <= agreement.study.rounds and 1 <= record.attempt <= ring.max_attempts,
+        ),
         ("it names another protocol", record.protocol == ring.protocol),
+        ("it names another roster", (record.roster_epoch, record.roster_version) == (pin.epoch, pin.version)),
         ("its cohort has strangers", set(record.cohort) <= public_keys.keys()),
+        ("its cohort is not sorted and distinct", list(record.cohort) == sorted(set(record.cohort))),
+        ("its dropped are not sorted and distinct", dropped == sorted(set(dropped))),
+        ("its cohort is not made of survivors and dropped", set(names) | set(dropped) == set(record.cohort)),
         ("its survivors are not in its cohort", set(names) <= set(record.cohort)),
         ("its survivors are not sorted and distinct", names == sorted(set(names))),
         (f"it has fewer than {minimum} survivors", len(names) >= minimum),
@@ -191,11 +203,16 @@ def verify_round(
         if not holds:
             raise VerificationFailed(f"the record of round {record.round} does not hold: {fault}")
     statement = survivor_statement(
-        agreement_digest, record.round, record.attempt, [(s.node_id, bytes.fromhex(s.upload_digest)) for s in record.survivors]
+        agreement_digest,
+        record.round,
+        record.attempt,
+        [(s.node_id, bytes.fromhex(s.upload_digest)) for s in record.survivors],
     )
     votes = [survivor for survivor in record.survivors if survivor.signature]
     if len(votes) < ring.threshold:
-        raise VerificationFailed(f"the record of round {record.round} has {len(votes)} votes; {ring.threshold} are needed")
+        raise VerificationFailed(
+            f"the record of round {record.round} has {len(votes)} votes; {ring.threshold} are needed"
+        )
     for vote in votes:
         try:
             verify_signature(public_keys[vote.node_id], Label.SURVIVORS, statement, bytes.fromhex(vote.signature))
@@ -222,10 +239,14 @@ def verify_transcript(
     opened, closed = transcript[0][0], transcript[-1][0]
     if opened.agreement_digest != agreement_digest.hex() or opened.study_id != agreement.study.id:
         raise VerificationFailed("the transcript belongs to another agreement")
+    pin = agreement.roster
+    if (opened.roster_digest, opened.roster_epoch, opened.roster_version) != (pin.digest, pin.epoch, pin.version):
+        raise VerificationFailed("the transcript was opened with another roster than agreed")
     if not isinstance(closed, StudyClosed):
         raise VerificationFailed("the transcript has no closing line: it was cut off, or the study still runs")
     records: dict[int, RoundRecord] = {}
     digests: dict[int, bytes] = {}
+    receipted: set[int] = set()
     latest = 0
     for body, line in transcript[1:-1]:
         match body:
@@ -235,15 +256,25 @@ def verify_transcript(
                 verify_round(body, agreement, agreement_digest, public_keys)
                 records[body.round], digests[body.round], latest = body, line_digest(line), body.round
             case RoundAbandoned():
+                if body.round > agreement.study.rounds or not set(body.blamed) <= public_keys.keys():
+                    raise VerificationFailed(
+                        f"the abandoned round {body.round}, or who is blamed, is not in the agreement"
+                    )
                 latest = body.round
             case Receipts():
+                if body.round in receipted:
+                    raise VerificationFailed(f"the receipts of round {body.round} are told twice")
                 _verify_receipts(body, digests, agreement_digest, public_keys)
+                receipted.add(body.round)
             case Misbehaved():
-                pass
+                if body.node_id not in public_keys:
+                    raise VerificationFailed(f"{body.node_id} is said to have misbehaved, but is no member")
             case _:
                 raise VerificationFailed(f"{type(body).__name__} stands in the middle of the transcript")
     if closed.rounds_completed != len(records):
-        raise VerificationFailed(f"the closing line counts {closed.rounds_completed} rounds, the transcript has {len(records)}")
+        raise VerificationFailed(
+            f"the closing line counts {closed.rounds_completed} rounds, the transcript has {len(records)}"
+        )
     return records
 
 
@@ -253,6 +284,9 @@ def _verify_receipts(
     digest = digests.get(body.round)
     if digest is None or digest.hex() != body.record_digest:
         raise VerificationFailed(f"the receipts of round {body.round} are for another record")
+    names = [receipt.node_id for receipt in body.countersignatures]
+    if names != sorted(set(names)):
+        raise VerificationFailed(f"the receipts of round {body.round} are not sorted and distinct")
     statement = receipt_statement(agreement_digest, body.round, digest)
     for receipt in body.countersignatures:
         key = public_keys.get(receipt.node_id)
