@@ -10,7 +10,6 @@ The no-overflow rule (DESIGN section 6) is checked when the agreement is made an
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -26,8 +25,8 @@ MINIMUM_CONTRIBUTORS = 3
 MAXIMUM_MEMBERS = 256
 """With every pair of nodes sharing a seed (full graph), the key and seed messages of one round stay below 1 MiB."""
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Sha256Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9-]{0,62}\Z")]
+Sha256Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Positive = Annotated[float, Meta(gt=0.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -175,7 +174,9 @@ class Agreement(Struct, frozen=True, forbid_unknown_fields=True):
         for member in self.members:
             if member.node_id == node_id:
                 return member
-        raise ConfigError(f"{node_id} is not a member of study {self.study.id}; ask the authority for an agreement that names it")
+        raise ConfigError(
+            f"{node_id} is not a member of study {self.study.id}; ask the authority for an agreement that names it"
+        )
 
     def modality(self, name: str) -> Modality:
         """The modality of that name.
@@ -241,17 +242,38 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
             f"no overflow: {n_max} members * (2^{ring.value_bits} - 1) must be below 2^{ring.ring_bits}; lower value_bits",
             n_max * (2**ring.value_bits - 1) < 2**ring.ring_bits,
         ),
-        ("fraction_bits must be below value_bits, else nothing but zero can be encoded", ring.fraction_bits < ring.value_bits),
-        ("threshold must be above half of the members, else two survivor sets could both be signed", 2 * ring.threshold > n_max),
-        ("threshold must not exceed minimum_cohort, else a permitted cohort could not recover a dropout", ring.threshold <= ring.minimum_cohort),
+        (
+            "fraction_bits must be below value_bits, else nothing but zero can be encoded",
+            ring.fraction_bits < ring.value_bits,
+        ),
+        (
+            "threshold must be above half of the members, else two survivor sets could both be signed",
+            2 * ring.threshold > n_max,
+        ),
+        (
+            "threshold must not exceed minimum_cohort, else a permitted cohort could not recover a dropout",
+            ring.threshold <= ring.minimum_cohort,
+        ),
         ("minimum_cohort must not exceed the number of members", ring.minimum_cohort <= n_max),
         ("members must have distinct node ids", len(set(names)) == n_max),
-        ("members must have distinct certificates", len({m.certificate_fingerprint for m in agreement.members}) == n_max),
+        (
+            "members must have distinct certificates",
+            len({m.certificate_fingerprint for m in agreement.members}) == n_max,
+        ),
         ("modalities must have distinct names", len(set(modalities)) == len(modalities)),
-        ("every member's modality must be listed in modalities", all(m.modality in modalities for m in agreement.members)),
+        (
+            "every member's modality must be listed in modalities",
+            all(m.modality in modalities for m in agreement.members),
+        ),
         ("model width must be a multiple of heads", agreement.model.width % agreement.model.heads == 0),
-        ("rank must not exceed width or feedforward", agreement.model.rank <= min(agreement.model.width, agreement.model.feedforward)),
-        ("coordinate_rank must be below the number of anchors", agreement.training.coordinate_rank < agreement.anchors.count),
+        (
+            "rank must not exceed width or feedforward",
+            agreement.model.rank <= min(agreement.model.width, agreement.model.feedforward),
+        ),
+        (
+            "coordinate_rank must be below the number of anchors",
+            agreement.training.coordinate_rank < agreement.anchors.count,
+        ),
         ("all numbers must be finite", all(_finite(section) for section in msgspec.structs.astuple(agreement))),
     ]
 
@@ -264,8 +286,3 @@ def _finite(value: object) -> bool:
     if isinstance(value, tuple):
         return all(_finite(item) for item in value)
     return True
-
-
-def is_name(text: str) -> bool:
-    """Whether `text` may name a node, study or modality: lower-case letters, digits and dashes."""
-    return re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", text) is not None

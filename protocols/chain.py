@@ -1,4 +1,5 @@
 """A signed hash chain of JSON lines: the form of the transcript and of every budget ledger (DESIGN section 7).
+
 One line is one canonical JSON document {seq, prev, body, signature}: `prev` is the SHA-256 of the previous line's
 exact bytes (64 zeros at first), the signature is Ed25519 over label and the canonical bytes of the first three.
 Reading encodes each line again and compares, so no byte can change without being noticed: not a space, not the case

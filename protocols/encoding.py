@@ -58,7 +58,9 @@ class FixedPoint:
             LocalProtocolError: the vector is not one-dimensional float64, or holds NaN or infinity.
         """
         if values.ndim != 1 or values.dtype != np.float64:
-            raise LocalProtocolError(f"the secure sum takes a flat float64 vector, not {values.dtype} of shape {values.shape}")
+            raise LocalProtocolError(
+                f"the secure sum takes a flat float64 vector, not {values.dtype} of shape {values.shape}"
+            )
         if not np.isfinite(values).all():
             raise LocalProtocolError("the update holds NaN or infinity and was not sent; lower the learning rate")
         scaled = np.rint(np.clip(values, -self.limit, self.limit) * 2.0**self.fraction_bits)
@@ -72,7 +74,11 @@ class FixedPoint:
         """
         if not 1 <= contributors <= self.n_max:
             raise VerificationFailed(f"a sum of {contributors} contributors; the agreement allows 1 to {self.n_max}")
-        if total.size and (int(total.max()) > contributors * (2**self.value_bits - 1) or int(total.min()) < contributors):
-            raise VerificationFailed("the sum is outside the range of its contributors: it was not computed from their uploads")
+        if total.size and (
+            int(total.max()) > contributors * (2**self.value_bits - 1) or int(total.min()) < contributors
+        ):
+            raise VerificationFailed(
+                "the sum is outside the range of its contributors: it was not computed from their uploads"
+            )
         offset = contributors * 2.0 ** (self.value_bits - 1)
         return (total.astype(np.float64) - offset) / 2.0**self.fraction_bits

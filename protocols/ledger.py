@@ -1,4 +1,5 @@
 """A node's budget ledger: the differential-privacy events of one study, signed and chained (DESIGN section 7).
+
 Events say what happened; epsilon is computed from them by whoever asks and stored only as a claim to be checked. The
 event of a round is durable before the first noise of that round is drawn, so a crash can overcount but never
 undercount.

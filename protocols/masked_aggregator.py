@@ -21,7 +21,7 @@ from itertools import combinations, islice
 
 import numpy as np
 
-from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
+from keys.errors import RemoteProtocolError, VerificationFailed
 from keys.identity import verify_signature
 from keys.labels import Label
 from protocols import messages as m
@@ -254,7 +254,9 @@ class MaskedAggregator:
         if body.cohort_digest != self._cohort_digest:
             raise RemoteProtocolError(peer, "sealed seeds for another set of round keys")
         signed_before = self._signed_seeds.setdefault(peer, {})
-        self._once(peer, signed_before.get(body.recipient, signed) != signed, f"two different seeds for {body.recipient}")
+        self._once(
+            peer, signed_before.get(body.recipient, signed) != signed, f"two different seeds for {body.recipient}"
+        )
         signed_before[body.recipient] = signed
         self._seeds.setdefault(peer, {})[body.recipient] = body
 
@@ -263,9 +265,9 @@ class MaskedAggregator:
         keys, seeds = self._keys.get(accuser), self._seeds.get(body.accused, {}).get(accuser)
         if keys is None or seeds is None or accuser in self._digests:
             raise RemoteProtocolError(accuser, f"complained about {body.accused} without ground")
-        genuine = sealing.same(sealing.public_key_bytes(body.share_master, self._attempt), keys.share_public) and sealing.same(
-            sealing.public_key_bytes(body.pair_master, self._attempt), keys.pair_public
-        )
+        genuine = sealing.same(
+            sealing.public_key_bytes(body.share_master, self._attempt), keys.share_public
+        ) and sealing.same(sealing.public_key_bytes(body.pair_master, self._attempt), keys.pair_public)
         try:
             open_shares(body.share_master, self._attempt, self._cohort_digest, body.accused, accuser, seeds)
             if body.accused < accuser:
@@ -361,7 +363,9 @@ class MaskedAggregator:
                     except sealing.SealBroken:
                         return self._blame_secret(low, "contribution")
                 # The survivor's own mask is still in the total: low added it, high subtracted it.
-                add_mask(self._total, sealing.pair_mask_key(secret, attempt, cohort, low, high), subtract=survivor == low)
+                add_mask(
+                    self._total, sealing.pair_mask_key(secret, attempt, cohort, low, high), subtract=survivor == low
+                )
         self.phase = Phase.DONE
         self.outcome = SumOutcome(self._total, self._cohort, self._survivors, dict(self._votes), dict(self.dropped))
         return []

@@ -24,7 +24,6 @@ from enum import Enum, auto
 from itertools import islice
 
 import msgspec
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
@@ -176,7 +175,9 @@ class MaskedNode:
         for data in body.keys:
             sender = self._open_relayed(data, m.RoundKeys)
             self._check(sender.sender not in signed, f"relayed two round keys of {sender.sender}")
-            self._check(sender.sender in self._cohort, f"relayed round keys of {sender.sender}, who is not in the cohort")
+            self._check(
+                sender.sender in self._cohort, f"relayed round keys of {sender.sender}, who is not in the cohort"
+            )
             signed[sender.sender] = data
             self._keys[sender.sender] = sender.body  # type: ignore[assignment]
         self._check(signed.get(self._me) == self._own_keys, "left out or replaced our own round keys")
@@ -225,7 +226,9 @@ class MaskedNode:
             if not isinstance(seeds, m.SealedSeeds):  # _open_relayed has checked the type already
                 raise LocalProtocolError("unreachable")
             self._check(seeds.recipient == self._me, f"delivered seeds of {peer} that are not for us")
-            self._check(peer in senders and peer not in self._peer_shares, f"delivered unasked or repeated seeds of {peer}")
+            self._check(
+                peer in senders and peer not in self._peer_shares, f"delivered unasked or repeated seeds of {peer}"
+            )
             self._check(seeds.cohort_digest == self._cohort_digest, f"showed {peer} other round keys than us")
             try:
                 self._open_seeds(peer, seeds, contributions)
@@ -258,12 +261,12 @@ class MaskedNode:
         return [self._sign(m.Complaint(accused, self._secrets.share_master, self._secrets.pair_master))]
 
     def _split(self, masked: Uint32Vector) -> bytes:
-        data = memoryview(masked.astype("<u4", copy=False)).cast("B")
+        data = masked.astype("<u4", copy=False).tobytes()
         step = 4 * self._parties.agreement.secure_sum.chunk_values
         self._chunks = [
-            m.MaskedChunk(index, bytes(data[start : start + step])) for index, start in enumerate(range(0, len(data), step))
+            m.MaskedChunk(index, data[start : start + step]) for index, start in enumerate(range(0, len(data), step))
         ]
-        digest = upload_digest(bytes(data))
+        digest = upload_digest(data)
         self._chunks.append(m.UploadDone(digest))
         return digest
 
@@ -301,7 +304,9 @@ class MaskedNode:
     def _on_proof(self, body: m.SurvivorProof) -> list[bytes]:
         survivors = dict(self._survivors)
         voters = {name for name, _ in body.votes}
-        self._check(len(voters) == len(body.votes) and voters <= survivors.keys(), "sent votes of strangers, or one twice")
+        self._check(
+            len(voters) == len(body.votes) and voters <= survivors.keys(), "sent votes of strangers, or one twice"
+        )
         self._check(len(voters) >= self._parties.threshold, f"sent fewer than {self._parties.threshold} survivor votes")
         for name, signature in body.votes:
             try:
@@ -340,7 +345,9 @@ class MaskedNode:
             (message.round, message.attempt) == (self._attempt.round, self._attempt.attempt),
             f"replayed a message of {sender} from another round or attempt",
         )
-        self._check(isinstance(message.body, kind), f"relayed a {type(message.body).__name__} instead of {kind.__name__}")
+        self._check(
+            isinstance(message.body, kind), f"relayed a {type(message.body).__name__} instead of {kind.__name__}"
+        )
         return message
 
     def _check(self, holds: bool, fault: str) -> None:

@@ -245,14 +245,18 @@ _decoder = msgspec.msgpack.Decoder(_Envelope)
 
 def encode(identity: Identity, attempt: AttemptId, body: AnyBody) -> bytes:
     """Sign and encode one message."""
-    signed = _encoder.encode((VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body))
+    signed = _encoder.encode(
+        (VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body)
+    )
     signature = identity.sign(Label.MESSAGE, signed)
     return _encoder.encode(
         _Envelope(VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body, signature)
     )
 
 
-def decode(data: bytes, peer: str, public_key: Ed25519PublicKey, agreement_digest: bytes, name: str | None = None) -> Message:
+def decode(
+    data: bytes, peer: str, public_key: Ed25519PublicKey, agreement_digest: bytes, name: str | None = None
+) -> Message:
     """Decode and verify one message of `peer`, whose roster key is `public_key`.
 
     Args:
@@ -272,14 +276,23 @@ def decode(data: bytes, peer: str, public_key: Ed25519PublicKey, agreement_diges
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         raise RemoteProtocolError(peer, "a message that cannot be decoded") from None
     if envelope.version != VERSION:
-        raise RemoteProtocolError(peer, f"speaks protocol version {envelope.version}, not {VERSION}; use the same release at all sites")
+        raise RemoteProtocolError(
+            peer, f"speaks protocol version {envelope.version}, not {VERSION}; use the same release at all sites"
+        )
     if envelope.sender != (name or peer):
         raise RemoteProtocolError(peer, f"sent a message in the name of {envelope.sender}")
     if envelope.agreement_digest != agreement_digest:
         raise RemoteProtocolError(peer, "works under another study agreement; compare the digests out of band")
     if _encoder.encode(envelope) != data:
         raise RemoteProtocolError(peer, "a message that is not in canonical form")
-    fields = (envelope.version, envelope.agreement_digest, envelope.round, envelope.attempt, envelope.sender, envelope.body)
+    fields = (
+        envelope.version,
+        envelope.agreement_digest,
+        envelope.round,
+        envelope.attempt,
+        envelope.sender,
+        envelope.body,
+    )
     try:
         verify_signature(public_key, Label.MESSAGE, _encoder.encode(fields), envelope.signature)
     except VerificationFailed:

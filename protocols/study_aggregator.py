@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-import numpy as np
-
 from keys.errors import RemoteProtocolError, VerificationFailed
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
@@ -293,7 +291,7 @@ class AggregatorMachine:
         blamed = [peer for peer in attempt.blamed if peer not in self._out]
         for peer in blamed:
             answer += self._expel(peer, attempt.blamed[peer], now)
-        if self._attempt is not attempt or blamed and self.stage is not Stage.SUM:
+        if self._attempt is not attempt or (blamed and self.stage is not Stage.SUM):
             return answer  # Expelling has already moved the round on.
         if attempt.outcome is not None:
             return answer + self._open_sum(attempt.outcome, now)
@@ -359,10 +357,10 @@ class AggregatorMachine:
         return answer
 
     def _result_for(self, peer: str, number: int, line: bytes, total: Uint32Vector) -> list[Output]:
-        data = memoryview(np.ascontiguousarray(total, dtype="<u4")).cast("B")
+        data = total.astype("<u4", copy=False).tobytes()
         step = 4 * self._agreement.secure_sum.chunk_values
         bodies: list[m.AnyBody] = [
-            m.SumChunk(index, bytes(data[start : start + step])) for index, start in enumerate(range(0, len(data), step))
+            m.SumChunk(index, data[start : start + step]) for index, start in enumerate(range(0, len(data), step))
         ]
         return [self._send(peer, body, number, 0) for body in (*bodies, m.RoundResult(line))]
 
@@ -386,7 +384,8 @@ class AggregatorMachine:
             round=self._round,
             record_digest=self._record_digest.hex(),
             countersignatures=tuple(
-                t.Countersignature(node_id=name, signature=signature.hex()) for name, signature in sorted(self._receipts.items())
+                t.Countersignature(node_id=name, signature=signature.hex())
+                for name, signature in sorted(self._receipts.items())
             ),
         )
         return [Record(self._transcript.append(receipts)), *self._next_round(now)]

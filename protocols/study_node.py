@@ -10,7 +10,6 @@ must be later than the last one journalled; seeds live in memory only, so no mas
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -252,7 +251,9 @@ class NodeMachine:
         if number != self._sum_round:
             self._sum_chunks, self._sum_round = [], number
         values = sum(len(chunk) for chunk in self._sum_chunks) + len(body.data)
-        self._check(body.index == len(self._sum_chunks) and values <= 4 * self._size, "sent the sum out of order or size")
+        self._check(
+            body.index == len(self._sum_chunks) and values <= 4 * self._size, "sent the sum out of order or size"
+        )
         self._sum_chunks.append(body.data)
         return []
 
@@ -270,7 +271,9 @@ class NodeMachine:
         if not isinstance(record, t.RoundRecord):
             raise RemoteProtocolError(m.AGGREGATOR, "sent another kind of record as a round's result")
         self._check(record.round == number, "sent the record of another round")
-        self._check(t.aggregate_digest(data).hex() == record.aggregate_digest, "sent a sum that its record does not vouch for")
+        self._check(
+            t.aggregate_digest(data).hex() == record.aggregate_digest, "sent a sum that its record does not vouch for"
+        )
         try:
             t.verify_round(record, self._parties.agreement, self._parties.agreement_digest, self._parties.public_keys)
             survivors = tuple((s.node_id, bytes.fromhex(s.upload_digest)) for s in record.survivors)

@@ -1,4 +1,5 @@
 """The aggregator's transcript: what was summed, by whom, with whose signatures (DESIGN section 7).
+
 Each round leaves a `RoundRecord`, signed by the aggregator and chained, which nodes get as a receipt and countersign.
 Two different records of one round, both signed, prove equivocation. A node's signature on the survivor statement says
 that it saw this very set of survivors and uploads before it revealed anything; t of them are needed.

@@ -45,11 +45,19 @@ def names(count: int) -> list[str]:
     return [f"hospital-{index:02d}" for index in range(count)]
 
 
-def make_agreement(consortium: Consortium, *, rounds: int = 1, threshold: int | None = None, **secure_sum: object) -> Agreement:
+def make_agreement(
+    consortium: Consortium, *, rounds: int = 1, threshold: int | None = None, **secure_sum: object
+) -> Agreement:
     hospitals = [name for name in consortium.identities if name != AGGREGATOR]
     n = len(hospitals)
     t = threshold or n // 2 + 1
-    settings: dict[str, object] = {"minimum_cohort": max(3, t), "threshold": t, "value_bits": 24, "fraction_bits": 16, "chunk_values": 256}
+    settings: dict[str, object] = {
+        "minimum_cohort": max(3, t),
+        "threshold": t,
+        "value_bits": 24,
+        "fraction_bits": 16,
+        "chunk_values": 256,
+    }
     return Agreement(
         study=Study(id="test", rounds=rounds, classes=2),
         roster=RosterPin(1, 1, consortium.roster.digest.hex(), consortium.authority.fingerprint),

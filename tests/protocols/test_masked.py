@@ -164,7 +164,9 @@ def tamper(network: Network, kind: str, change: "object") -> None:
 def test_substituted_round_keys_are_refused() -> None:
     network = make_network(4)
     forged = m.encode(
-        network.consortium.identities[AGGREGATOR], AttemptId(network.digest, 1, 1), m.RoundKeys(bytes(1216), bytes(1216), bytes(32))
+        network.consortium.identities[AGGREGATOR],
+        AttemptId(network.digest, 1, 1),
+        m.RoundKeys(bytes(1216), bytes(1216), bytes(32)),
     )
     tamper(network, "KeySet", lambda body, _: m.KeySet((forged, *body.keys[1:])))
     network.run()
@@ -192,7 +194,9 @@ def test_substituted_round_keys_are_refused() -> None:
         ("RoundResult", lambda body, _: m.RoundResult(body.record.replace(b"hospital-01", b"hospital-00"))),
     ],
 )
-def test_a_malicious_aggregator_is_refused_and_no_share_is_revealed_against_the_rules(kind: str, change: object) -> None:
+def test_a_malicious_aggregator_is_refused_and_no_share_is_revealed_against_the_rules(
+    kind: str, change: object
+) -> None:
     network = make_network(4)
     tamper(network, kind, change)
     network.run()
@@ -203,7 +207,12 @@ def test_a_malicious_aggregator_is_refused_and_no_share_is_revealed_against_the_
 
 def test_different_survivor_sets_to_different_nodes_get_no_quorum() -> None:
     network = make_network(4, threshold=3)
-    sets = {"hospital-00": slice(0, 3), "hospital-01": slice(0, 3), "hospital-02": slice(0, 4), "hospital-03": slice(0, 4)}
+    sets = {
+        "hospital-00": slice(0, 3),
+        "hospital-01": slice(0, 3),
+        "hospital-02": slice(0, 4),
+        "hospital-03": slice(0, 4),
+    }
     revealed: list[str] = []
     tamper(network, "Survivors", lambda body, to: m.Survivors(body.survivors[sets[to]]))
     inner = network.tap
@@ -223,8 +232,8 @@ def test_a_second_attempt_after_unmasking_is_refused() -> None:
     network.run()
     aggregator = network.consortium.identities[AGGREGATOR]
     again = m.encode(aggregator, AttemptId(network.digest, 1, 2), m.AttemptOpen(tuple(names(4))))
+    network.nodes["hospital-00"].ended = False
     with pytest.raises(RemoteProtocolError, match="before we were ready"):
-        network.nodes["hospital-00"].ended = False
         network.nodes["hospital-00"].receive(again)
 
 

@@ -1,0 +1,238 @@
+"""Offline verification of a study's folder of records, with no trust in whoever kept it. Torch-free, no network.
+
+Checks, each with a name and a verdict: root, roster and agreement; the transcript's chain, signatures, votes and receipts; each
+kept sum against its record; each member's ledger, its link to the transcript, and epsilon recomputed from its events;
+the manifest over every byte of every file. Hostile input gives a failed check that names the file, never a crash.
+
+What this proves and what not: who signed what, that nothing was changed since, and that the claimed epsilon follows from
+the booked events. It does not prove that a node really ran DP-SGD as it booked (see `secgeo audit`, and docs/threat-model.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from cryptography import x509
+
+from audit.budget import epsilon_pld, epsilon_rdp
+from keys.certificates import check_root, fingerprint, from_pem
+from keys.errors import SecGeoError, VerificationFailed
+from keys.files import read_public
+from keys.labels import Label
+from keys.roster import load_root
+from keys.signed import verify_document
+from protocols.chain import GENESIS, line_digest
+from protocols.encoding import FixedPoint
+from protocols.ledger import DpSgdEvent, read_ledger, verify_ledger
+from protocols.transcript import Body, RoundRecord, aggregate_digest, read_transcript, verify_transcript
+from secgeo.records import LEDGERS, MANIFEST, SUMS, TRANSCRIPT, list_files, sum_path
+from secgeo.study import DOCUMENTS, ROOT, OpenStudy, check_documents
+from secgeo.update import Layout
+
+FILE_LIMIT_BYTES = 1 << 30
+EPSILON_TOLERANCE = 1e-3
+"""Relative slack when a claim is compared with the tightest accountant, for its discretisation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was checked."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(slots=True)
+class VerificationReport:
+    """All checks of one folder."""
+
+    checks: list[Check] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    epsilons: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check held."""
+        return bool(self.checks) and all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON-able form."""
+        return {
+            "ok": self.ok,
+            **msgspec.to_builtins({"checks": self.checks, "warnings": self.warnings, "epsilon": self.epsilons}),
+        }
+
+
+def verify_folder(folder: Path, *, authority_fingerprint: str | None, now: datetime) -> VerificationReport:
+    """Verify everything in `folder`.
+
+    Args:
+        folder: as `secgeo.records` lays it out.
+        authority_fingerprint: the authority as you know it; without it the folder proves only that it is consistent.
+        now: certificates are checked against this moment; an archive may be checked against the day of the study.
+    """
+    report = VerificationReport()
+    if not folder.is_dir():
+        report.checks.append(Check("folder", False, f"{folder} is not a folder"))
+        return report
+    if authority_fingerprint is None:
+        report.warnings.append(
+            "no authority was pinned: this shows only that the folder agrees with itself; give --authority FINGERPRINT"
+        )
+    root: x509.Certificate | None = None
+    study: OpenStudy | None = None
+    with _checking(report, "authority") as done:
+        pem = read_public(folder / ROOT)
+        root = load_root(pem, authority_fingerprint or fingerprint(from_pem(pem)))
+        done(f"root certificate {fingerprint(root)[:16]}...")
+    if root is not None:
+        with _checking(report, "manifest") as done:
+            done(_verify_manifest(folder, root))
+        with _checking(report, "agreement and roster") as done:
+            study = check_documents({name: read_public(folder / name) for name in DOCUMENTS}, root, now=now)
+            done(f"study {study.agreement.study.id}, {len(study.agreement.members)} members")
+    if study is not None:
+        _verify_study(folder, study, report)
+    return report
+
+
+def _verify_manifest(folder: Path, root: x509.Certificate) -> str:
+    document = read_public(folder / MANIFEST)
+    verify_document(check_root(root), Label.MANIFEST, document, read_public(folder / f"{MANIFEST}.sig"))
+    try:
+        listed = msgspec.json.decode(document, type=dict[str, str])
+    except msgspec.DecodeError:
+        raise VerificationFailed(f"{MANIFEST} cannot be decoded") from None
+    found = list_files(folder)
+    for name in sorted(listed.keys() | found.keys()):
+        if name not in found:
+            raise VerificationFailed(f"{name} is missing")
+        if name not in listed:
+            raise VerificationFailed(f"{name} was added")
+        if listed[name] != found[name]:
+            raise VerificationFailed(f"{name} was changed")
+    return f"{len(listed)} files"
+
+
+def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) -> None:
+    records: dict[int, RoundRecord] | None = None
+    lines: tuple[tuple[Body, bytes], ...] = ()
+    with _checking(report, TRANSCRIPT) as done:
+        lines = read_transcript(read_public(folder / TRANSCRIPT, FILE_LIMIT_BYTES), study.roster.aggregator.public_key)
+        records = verify_transcript(lines, study.agreement, study.agreement_digest, study.public_keys)
+        done(f"{len(lines)} lines, {len(records)} rounds summed")
+    if records is None:
+        return
+    with _checking(report, SUMS) as done:
+        done(_verify_sums(folder, study, records))
+    digests = {body.round: line_digest(line).hex() for body, line in lines if isinstance(body, RoundRecord)}
+    for member in study.agreement.members:
+        path = folder / LEDGERS / f"{member.node_id}.jsonl"
+        with _checking(report, f"{LEDGERS}/{member.node_id}.jsonl") as done:
+            done(_verify_ledger(path, member.node_id, study, records, digests, report))
+
+
+def _verify_sums(folder: Path, study: OpenStudy, records: Mapping[int, RoundRecord]) -> str:
+    size = Layout.from_agreement(study.agreement).size
+    fixed_point = FixedPoint.from_agreement(study.agreement)
+    expected = {sum_path(folder, number) for number in records}
+    strangers = set((folder / SUMS).glob("*")) - expected
+    if strangers:
+        raise VerificationFailed(f"{min(strangers).name} belongs to no recorded round")
+    for number, record in records.items():
+        data = read_public(sum_path(folder, number), FILE_LIMIT_BYTES)
+        if len(data) != 4 * size:
+            raise VerificationFailed(f"the sum of round {number} has another size than agreed")
+        if aggregate_digest(data).hex() != record.aggregate_digest:
+            raise VerificationFailed(f"the sum of round {number} is not the one that was recorded")
+        fixed_point.decode(np.frombuffer(data, dtype="<u4"), len(record.survivors))
+    return f"{len(records)} sums of {size} values"
+
+
+def _verify_ledger(
+    path: Path,
+    node_id: str,
+    study: OpenStudy,
+    records: Mapping[int, RoundRecord],
+    digests: Mapping[int, str],
+    report: VerificationReport,
+) -> str:
+    body = read_ledger(read_public(path, FILE_LIMIT_BYTES), study.public_keys[node_id])
+    events, claim = verify_ledger(body, node_id, study.agreement, study.agreement_digest)
+    _link_to_transcript(events, node_id, study, records, digests)
+    delta = study.agreement.privacy.delta
+    rdp, pld = epsilon_rdp(events, delta), epsilon_pld(events, delta)
+    claimed = math.inf if claim.epsilon is None else claim.epsilon
+    report.epsilons[node_id] = {
+        "claimed_opacus_rdp": _finite(claimed),
+        "google_rdp": _finite(rdp),
+        "google_pld": _finite(pld),
+        "delta": delta,
+    }
+    if claimed < pld * (1 - EPSILON_TOLERANCE):
+        raise VerificationFailed(f"the node claims epsilon {claimed:.4f}, but its events give at least {pld:.4f} (PLD)")
+    if not math.isinf(claimed) and claimed > study.agreement.privacy.epsilon_budget:
+        raise VerificationFailed(
+            f"the node spent epsilon {claimed:.4f}; the budget is {study.agreement.privacy.epsilon_budget}"
+        )
+    steps = sum(event.steps for event in events)
+    shown = "infinite (no noise)" if math.isinf(claimed) else f"{claimed:.3f} claimed, {rdp:.3f} RDP, {pld:.3f} PLD"
+    return f"{len(events)} events, {steps} steps, epsilon {shown} at delta {delta:g}, add-or-remove-one"
+
+
+def _link_to_transcript(
+    events: Sequence[DpSgdEvent],
+    node_id: str,
+    study: OpenStudy,
+    records: Mapping[int, RoundRecord],
+    digests: Mapping[int, str],
+) -> None:
+    booked = {event.round: event for event in events}
+    for number, record in records.items():
+        if any(survivor.node_id == node_id for survivor in record.survivors) and number not in booked:
+            raise VerificationFailed(f"the node took part in round {number}, but booked no event for it")
+    first = min(records, default=study.agreement.study.rounds + 1)
+    for event in events:
+        due = study.agreement.training.steps_per_round if event.round > first else 0
+        if event.steps != due:
+            raise VerificationFailed(f"round {event.round} takes {due} private steps, but {event.steps} are booked")
+        earlier = {digest for number, digest in digests.items() if number < event.round}
+        if event.transcript_link != GENESIS and event.transcript_link not in earlier:
+            raise VerificationFailed(
+                f"the event of round {event.round} is linked to a record that is not in the transcript"
+            )
+        if event.transcript_link == GENESIS and event.steps:
+            raise VerificationFailed(f"the event of round {event.round} is not linked to the transcript")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+class _checking:  # noqa: N801 - reads as a verb where it is used
+    """Turns whatever goes wrong inside a `with` into one failed check, and `done(detail)` into a good one."""
+
+    def __init__(self, report: VerificationReport, name: str) -> None:
+        self._report, self._name, self._detail = report, name, "ok"
+
+    def __enter__(self) -> _checking:
+        return self
+
+    def __call__(self, detail: str) -> None:
+        self._detail = detail
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        if error is None:
+            self._report.checks.append(Check(self._name, True, self._detail))
+            return True
+        if isinstance(error, SecGeoError | OSError | ValueError):
+            self._report.checks.append(Check(self._name, False, str(error)))
+            return True
+        return False

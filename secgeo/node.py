@@ -1,0 +1,296 @@
+"""The hospital's process: checks everything, then trains and sums round by round, and books its privacy budget.
+
+Order of work, and nothing later starts before the earlier has passed: key files, study documents and pins, local policy,
+anchors, private data, ledger, connection. Before each round the ledger event is durable; the round that would pass the
+budget is refused and the study left in good order, so that the others can go on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from keys.errors import BudgetExceeded, ConfigError, TransportError
+from keys.identity import Identity
+from protocols import ledger
+from protocols import study_node as machine
+from protocols.agreement import Agreement, Modality
+from protocols.chain import GENESIS, line_digest
+from protocols.policy import check_policy
+from secgeo import datasets
+from secgeo.config import AnyData, ArrayData, EntryPointData, NodeConfig, TableData
+from secgeo.geometry import debiased_cka
+from secgeo.journal import SqliteJournal
+from secgeo.noise import RNG_KIND, NoiseSource
+from secgeo.records import LineFile
+from secgeo.study import ANCHORS, OpenStudy, open_study
+from secgeo.transport import NodeEndpoint
+from secgeo.update import Layout, SharedState, apply_sum, private_steps
+
+Report = Callable[[str, dict[str, object]], None]
+
+SILENCE_FACTOR = 4.0
+"""A node gives up when the aggregator has been silent for this many times its longest agreed deadline."""
+
+
+def load_records(data: AnyData, base: Path, modality: Modality, classes: int) -> datasets.LabelledRecords:
+    """Read a site's records as its configuration says; paths are relative to the configuration file.
+
+    Raises:
+        ConfigError: the data cannot be read or do not fit the agreement.
+    """
+    shape = modality.shape
+    match data:
+        case TableData():
+            columns = data.feature_columns or None
+            return datasets.load_table(
+                base / data.path, label_column=data.label_column, feature_columns=columns, shape=shape, classes=classes
+            )
+        case ArrayData():
+            return datasets.load_arrays(base / data.path, shape=shape, classes=classes)
+        case EntryPointData():
+            sys.path.insert(0, str((base / data.folder).resolve()))
+            importlib.invalidate_caches()
+            return datasets.load_entry_point(data.function, shape=shape, classes=classes)
+
+
+@dataclass(slots=True)
+class Budget:
+    """The node's ledger of this study, and what it has booked so far."""
+
+    agreement: Agreement
+    writer: ledger.LedgerWriter
+    file: LineFile
+    fingerprint: str
+    steps: int = 0
+    rounds: int = 0
+    link: str = GENESIS
+
+    def book(self, round_number: int, steps: int, epsilon_after: float) -> None:
+        """Make the event of a round durable, before its noise is drawn.
+
+        Raises:
+            BudgetExceeded: the round would pass the agreed epsilon; nothing was booked.
+        """
+        privacy = self.agreement.privacy
+        if steps and privacy.noise_multiplier > 0 and epsilon_after > privacy.epsilon_budget:
+            raise BudgetExceeded(
+                f"round {round_number} would spend epsilon {epsilon_after:.4f} at delta {privacy.delta}, "
+                f"more than the budget of {privacy.epsilon_budget}; it was refused"
+            )
+        self.steps, self.rounds = self.steps + steps, self.rounds + 1
+        event = ledger.DpSgdEvent(
+            round=round_number,
+            sample_rate=privacy.sample_rate,
+            noise_multiplier=privacy.noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            steps=steps,
+            privacy_unit=privacy.unit,
+            dataset_fingerprint=self.fingerprint,
+            rng_kind=RNG_KIND,
+            transcript_link=self.link,
+        )
+        self.file.append(self.writer.append(event))
+
+    def claim(self, epsilon: float) -> None:
+        """State what has been spent so far."""
+        self.file.append(
+            self.writer.append(
+                ledger.EpsilonClaim(
+                    steps_total=self.steps,
+                    delta=self.agreement.privacy.delta,
+                    epsilon=epsilon if np.isfinite(epsilon) else None,
+                    accountant=ledger.ACCOUNTANT,
+                    neighbouring_relation=ledger.NEIGHBOURING_RELATION,
+                )
+            )
+        )
+
+    def close(self) -> None:
+        """Write the closing line."""
+        self.file.append(self.writer.append(ledger.LedgerClosed(rounds=self.rounds, steps_total=self.steps)))
+        self.file.close()
+
+
+class NodeProcess:
+    """One study at one hospital. Everything that can be refused is refused in the constructor."""
+
+    def __init__(self, config: NodeConfig, base: Path, identity: Identity, report: Report) -> None:
+        self._config, self._base, self._identity, self._report = config, base, identity, report
+        self._study: OpenStudy = open_study(config.study, base, now=datetime.now(UTC))
+        self._study.check_identity(identity, "hospital")
+        agreement = self._study.agreement
+        member = agreement.member(identity.node_id)
+        modality = agreement.modality(member.modality)
+        # Torch is slow to import: a study that does not check is refused before it.
+        from secgeo import training
+
+        def epsilon_after(steps: int) -> float:
+            return training.epsilon_after(agreement.privacy, steps, agreement.privacy.delta)
+
+        self._epsilon_after = epsilon_after
+        check_policy(agreement, config.policy, epsilon=self._epsilon_after(agreement.total_steps))
+        anchors = datasets.load_anchors(
+            base / config.study.folder / ANCHORS / f"{modality.name}.npy", modality, agreement.anchors.count
+        )
+        records = load_records(config.data, base, modality, agreement.study.classes)
+        self._held_out = None
+        if config.evaluation is not None:
+            self._held_out = load_records(config.evaluation, base, modality, agreement.study.classes)
+        device = None if config.device == "auto" else config.device
+        self._trainer = training.LocalTrainer(agreement, member, records, anchors, noise=NoiseSource(), device=device)
+        self._state = SharedState.initial(agreement)
+        self._layout = Layout.from_agreement(agreement)
+        folder = base / config.state / f"{agreement.study.id}-{self._study.agreement_digest.hex()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder = folder
+        self._journal = SqliteJournal(folder / "journal.sqlite", self._study.agreement_digest)
+        self._budget = self._open_budget(folder / "ledger.jsonl", records.fingerprint)
+        entry = self._study.roster.aggregator
+        self._server_key = entry.curve_public
+        self._machine = machine.NodeMachine(
+            self._study.parties,
+            identity,
+            (entry.node_id, entry.public_key),
+            self._layout.size,
+            coins=os.urandom,
+            journal=self._journal,
+        )
+        self._round_started = 0.0
+        self._report("checked", {"node": identity.node_id, "modality": modality.name, "records": len(records)})
+
+    def _open_budget(self, path: Path, fingerprint: str) -> Budget:
+        agreement, privacy = self._study.agreement, self._study.agreement.privacy
+        budget = Budget(agreement, ledger.LedgerWriter(self._identity), LineFile(path), fingerprint)
+        opened = ledger.LedgerOpened(
+            node_id=self._identity.node_id,
+            agreement_digest=self._study.agreement_digest.hex(),
+            dataset_fingerprint=fingerprint,
+            privacy_unit=privacy.unit,
+            neighbouring_relation=ledger.NEIGHBOURING_RELATION,
+            delta=privacy.delta,
+            epsilon_budget=privacy.epsilon_budget,
+        )
+        budget.file.append(budget.writer.append(opened))
+        return budget
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where this node's ledger of this study is."""
+        return self._folder / "ledger.jsonl"
+
+    def run(self) -> None:
+        """Take part until the study ends.
+
+        Raises:
+            TransportError: the aggregator cannot be reached, refuses us, or falls silent.
+            RemoteProtocolError: the aggregator or a peer broke the protocol; we have left.
+            BudgetExceeded: our budget is spent; we have left in good order.
+        """
+        deadlines = self._study.agreement.deadlines
+        silence = SILENCE_FACTOR * max(deadlines.join_seconds, deadlines.train_seconds, deadlines.phase_seconds)
+        try:
+            with NodeEndpoint(
+                self._config.aggregator_address,
+                curve_secret=self._identity.curve_secret,
+                curve_public=self._identity.curve_public,
+                server_curve_public=self._server_key,
+            ) as endpoint:
+                endpoint.wait_connected(deadlines.join_seconds)
+                self._report("connected", {"address": self._config.aggregator_address})
+                self._carry(endpoint, self._machine.start())
+                while not self._machine.ended:
+                    data = endpoint.receive(silence)
+                    if data is None:
+                        raise TransportError(f"the aggregator said nothing for {silence:.0f} seconds; ask its operator")
+                    self._carry(endpoint, self._machine.receive(data))
+        finally:
+            self._budget.claim(self._epsilon_after(self._budget.steps))
+            self._budget.close()
+            self._journal.close()
+
+    def _carry(self, endpoint: NodeEndpoint, outputs: list[machine.Output]) -> None:
+        queue = deque(outputs)
+        while queue:
+            output = queue.popleft()
+            match output:
+                case machine.Send():
+                    endpoint.send(output.data)
+                case machine.Train():
+                    queue.extend(self._train(endpoint, output.round))
+                case machine.Summed():
+                    self._apply(output)
+                case machine.RoundLost():
+                    self._report("lost", {"round": output.round, "reason": output.reason, "final": output.final})
+                case machine.Ended():
+                    self._report("ended", {"reason": output.reason, "ledger": str(self.ledger_path)})
+
+    def _train(self, endpoint: NodeEndpoint, round_number: int) -> list[machine.Output]:
+        self._round_started = time.monotonic()
+        steps = private_steps(self._study.agreement, self._state)
+        try:
+            self._budget.book(round_number, steps, self._epsilon_after(self._budget.steps + steps))
+        except BudgetExceeded:
+            for output in self._machine.decline("the privacy budget of this node is spent"):
+                if isinstance(output, machine.Send):
+                    endpoint.send(output.data)
+            raise
+        update = self._trainer.train_round(self._state)
+        if update.steps != steps:
+            raise ConfigError(f"{update.steps} steps were taken but {steps} were booked; stop and report this")
+        vector = update.vector(self._layout)
+        self._report("trained", {"round": round_number, "seconds": round(time.monotonic() - self._round_started, 3)})
+        return self._machine.submit(round_number, vector)
+
+    def _apply(self, summed: machine.Summed) -> None:
+        self._state = apply_sum(self._state, self._layout, summed.total, self._study.agreement)
+        self._budget.link = line_digest(summed.line).hex()
+        epsilon = self._epsilon_after(self._budget.steps)
+        self._budget.claim(epsilon)
+        self._trainer.load_shared(self._state)
+        fields: dict[str, object] = {
+            "round": summed.round,
+            "contributors": len(summed.contributors),
+            "epsilon": epsilon if np.isfinite(epsilon) else None,
+            "delta": self._study.agreement.privacy.delta,
+        }
+        if self._state.gram is not None:
+            fields["cka"] = round(debiased_cka(self._trainer.anchor_gram(), self._state.gram), 4)
+        if self._held_out is not None:
+            fields["accuracy"] = round(self._trainer.evaluate(self._held_out.features, self._held_out.labels), 4)
+        self._report("round", fields)
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Keep the model of the latest round: shared state and local parameters, plus embeddings if asked for."""
+        arrays: dict[str, np.ndarray] = {f"shared/{name}": value for name, value in self._state.to_arrays().items()}
+        arrays |= {f"local/{name}": value for name, value in self._trainer.local_state().items()}
+        partial = self._folder / "model.partial.npz"
+        np.savez(partial, allow_pickle=False, **arrays)
+        partial.replace(self._folder / "model.npz")
+        if self._config.embeddings is not None and self._held_out is not None:
+            np.save(
+                self._base / self._config.embeddings, self._trainer.embed(self._held_out.features), allow_pickle=False
+            )
+
+
+def run_node(config: NodeConfig, base: Path, passphrase: bytes | None, report: Report) -> None:
+    """Take part in one study.
+
+    Raises:
+        SecGeoError: the first check that fails, before any training; or what ended the study early.
+    """
+    try:
+        identity = Identity.load(base / config.keys, passphrase)
+        NodeProcess(config, base, identity, report).run()
+    except OSError as error:
+        raise ConfigError(f"a file cannot be used: {error}") from None
