@@ -184,7 +184,7 @@ class AggregatorEndpoint:
 
     @property
     def broken_handshakes(self) -> int:
-        """All that never got to the roster: plaintext, garbage, silence, or a wrong key for this aggregator."""
+        """Those that never got to the roster: plaintext, silence, a wrong aggregator key. libzmq hides mere garbage."""
         return self._doorkeeper.broken
 
     @property
@@ -294,7 +294,7 @@ class NodeEndpoint:
         self._limits = limits
         self._state: State = "connecting"
         self._detail = ""
-        self._tcp_up = False
+        self._phase: Literal["dialling", "handshake", "done"] = "dialling"  # of the present attempt
         self._pause_seconds = self._first_pause_seconds = limits.reconnect_min_seconds * SystemRandom().uniform(
             0.5, 1.5
         )
@@ -349,7 +349,7 @@ class NodeEndpoint:
         Raises:
             TransportError: not connected in time; the text says unreachable, refused or slow.
         """
-        if not self._wait(zmq.POLLOUT, timeout_seconds) and self._state != "connected":
+        if not self._wait(zmq.POLLOUT, timeout_seconds) and self.state != "connected":
             raise TransportError(self._diagnosis(timeout_seconds))
 
     def send(self, message: bytes) -> None:
@@ -410,7 +410,7 @@ class NodeEndpoint:
             self._observe(event["event"], event["value"])
         self._dealer.getsockopt(zmq.EVENTS)  # lets libzmq attach a new connection, which sends the announcement
         if self._redial_at is not None and time.monotonic() >= self._redial_at:
-            self._redial_at = None
+            self._redial_at, self._phase = None, "dialling"
             try:
                 self._dealer.disconnect(self._address)
             except zmq.ZMQError as error:
@@ -423,28 +423,31 @@ class NodeEndpoint:
         if event in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_CONNECT_DELAYED, zmq.EVENT_CONNECTED):
             self._redial_at = None  # libzmq itself goes on
         if event == zmq.EVENT_CONNECTED:
-            self._tcp_up = True
+            self._phase = "handshake"
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._state, self._pause_seconds = "connected", self._first_pause_seconds
+            self._phase, self._state, self._pause_seconds = "done", "connected", self._first_pause_seconds
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._state, self._detail = "refused", "this node's key is not in the aggregator's roster"
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            self._state, self._detail = "refused", "what answers there is not a SecGeo aggregator"
+            self._refused("this node's key is not in the aggregator's roster")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value in (errno.EPIPE, errno.ECONNRESET):
-            self._state, self._detail = (
-                "refused",
-                "it hung up: the aggregator's key may be another than this node's roster says",
-            )
+            self._refused("it hung up: this node may hold a wrong aggregator key, or the port leads elsewhere")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            self._state = "slow"
-        elif event == zmq.EVENT_CONNECT_RETRIED and not self._tcp_up:
-            self._state = "unreachable"
-        elif event == zmq.EVENT_DISCONNECTED:
-            self._tcp_up = False
+            self._phase, self._state = "done", "slow"
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or (
+            event == zmq.EVENT_DISCONNECTED and self._phase == "handshake"  # libzmq says no more about a wrong greeting
+        ):
+            self._refused("what answers there is not a SecGeo aggregator")
+        elif event == zmq.EVENT_CONNECT_RETRIED:
+            if self._phase == "dialling":
+                self._state = "unreachable"
+            self._phase = "dialling"
+        if event == zmq.EVENT_DISCONNECTED:
             if self._state == "connected":
                 self._state = "connecting"
             self._redial_at = time.monotonic() + self._pause_seconds
             self._pause_seconds = min(2 * self._pause_seconds, self._limits.reconnect_max_seconds)
+
+    def _refused(self, detail: str) -> None:
+        self._phase, self._state, self._detail = "done", "refused", detail
 
     def _diagnosis(self, waited_seconds: float) -> str:
         if self._state == "refused":
@@ -452,7 +455,7 @@ class NodeEndpoint:
                 f"refused: {self._address} can be reached, but {self._detail}; "
                 "compare both sides' rosters, then ask the consortium authority"
             )
-        if self._state == "slow" or self._tcp_up:
+        if self._state == "slow" or self._phase == "handshake":
             return (
                 f"slow: {self._address} accepts connections but has not answered the handshake; "
                 "the aggregator is overloaded or stopped, or something else listens there"
