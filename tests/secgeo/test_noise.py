@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import ndtri
 
 from keys.errors import ConfigError, LocalProtocolError
 from secgeo.noise import BLOCK_VALUES, NoiseSource
@@ -20,6 +21,19 @@ def test_gaussian_passes_kolmogorov_smirnov_and_variance() -> None:
     assert sample.var() == pytest.approx(9.0, rel=0.02)
     assert abs(sample.mean()) < 0.04
     assert stats.kurtosis(sample) == pytest.approx(0.0, abs=0.05)
+
+
+def test_each_value_is_half_the_sum_of_four_gaussians() -> None:
+    """The mitigation of floating-point attacks: one value costs four 53-bit uniforms."""
+    parts = ndtri(NoiseSource(KEY).uniform(4 * 5)).reshape(4, 5)
+    np.testing.assert_allclose(NoiseSource(KEY).gaussian((5,), 3.0), 3.0 * parts.sum(axis=0) / 2.0, rtol=1e-14)
+
+
+def test_the_keystream_is_aes_256_ctr() -> None:
+    """First block for the zero key and counter: a published AES-256 known answer."""
+    block = bytes.fromhex("dc95c078a2408989ad48a21492842087")
+    wanted = (np.frombuffer(block, dtype="<u8") >> np.uint64(11)).astype(np.float64)
+    np.testing.assert_array_equal(NoiseSource(bytes(32)).uniform(2), (wanted + 0.5) * 2.0**-53)
 
 
 def test_neighbouring_values_are_uncorrelated_across_blocks() -> None:
