@@ -30,14 +30,14 @@ from keys.signed import verify_document
 from protocols.chain import GENESIS, line_digest
 from protocols.encoding import FixedPoint
 from protocols.ledger import DpSgdEvent, read_ledger, verify_ledger
-from protocols.transcript import Body, RoundRecord, aggregate_digest, read_transcript, verify_transcript
-from secgeo.records import LEDGERS, MANIFEST, SUMS, TRANSCRIPT, list_files, sum_path
-from secgeo.study import DOCUMENTS, ROOT, OpenStudy, check_documents
+from protocols.transcript import Body, Receipts, RoundRecord, aggregate_digest, read_transcript, verify_transcript
+from secgeo.records import LEDGERS, MANIFEST, SUMS, TRANSCRIPT, file_digests, list_files, manifest_bytes, sum_path
+from secgeo.study import AGREEMENT, DOCUMENTS, ROOT, OpenStudy, check_documents
 from secgeo.update import Layout
 
 FILE_LIMIT_BYTES = 1 << 30
-EPSILON_TOLERANCE = 1e-3
-"""Relative slack when a claim is compared with the tightest accountant, for its discretisation."""
+EPSILON_TOLERANCE = 1e-4
+"""Relative slack when a claim is compared: `audit.budget` and Opacus agree to nine digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +86,22 @@ def verify_folder(folder: Path, *, authority_fingerprint: str | None, now: datet
         report.warnings.append(
             "no authority was pinned: this shows only that the folder agrees with itself; give --authority FINGERPRINT"
         )
+    with _checking(report, "folder") as done:
+        done(f"{len(list_files(folder))} plain files")
+    if not report.ok:
+        return report  # Nothing in it is opened.
     root: x509.Certificate | None = None
     study: OpenStudy | None = None
-    with _checking(report, "authority") as done:
+    with _checking(report, ROOT) as done:
         pem = read_public(folder / ROOT)
         root = load_root(pem, authority_fingerprint or fingerprint(from_pem(pem)))
         done(f"root certificate {fingerprint(root)[:16]}...")
     if root is not None:
-        with _checking(report, "manifest") as done:
+        with _checking(report, MANIFEST) as done:
             done(_verify_manifest(folder, root))
+        with _checking(report, AGREEMENT):
+            agreement, signature = read_public(folder / AGREEMENT), read_public(folder / f"{AGREEMENT}.sig")
+            verify_document(check_root(root), Label.AGREEMENT, agreement, signature)
         with _checking(report, "agreement and roster") as done:
             study = check_documents({name: read_public(folder / name) for name in DOCUMENTS}, root, now=now)
             done(f"study {study.agreement.study.id}, {len(study.agreement.members)} members")
@@ -110,7 +117,9 @@ def _verify_manifest(folder: Path, root: x509.Certificate) -> str:
         listed = msgspec.json.decode(document, type=dict[str, str])
     except msgspec.DecodeError:
         raise VerificationFailed(f"{MANIFEST} cannot be decoded") from None
-    found = list_files(folder)
+    if manifest_bytes(listed) != document:
+        raise VerificationFailed(f"{MANIFEST} is not in its canonical form")
+    found = file_digests(folder)
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:
             raise VerificationFailed(f"{name} is missing")
@@ -130,13 +139,27 @@ def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) ->
         done(f"{len(lines)} lines, {len(records)} rounds summed")
     if records is None:
         return
+    if study.agreement.privacy.noise_multiplier == 0:
+        report.warnings.append("no differential privacy: the agreement's noise multiplier is 0, so epsilon is infinite")
+    signed = {body.round: len(body.countersignatures) for body, _ in lines if isinstance(body, Receipts)}
+    for number in records:
+        if signed.get(number, 0) < study.agreement.secure_sum.threshold:
+            report.warnings.append(f"round {number} was countersigned by only {signed.get(number, 0)} nodes")
     with _checking(report, SUMS) as done:
         done(_verify_sums(folder, study, records))
     digests = {body.round: line_digest(line).hex() for body, line in lines if isinstance(body, RoundRecord)}
     for member in study.agreement.members:
         path = folder / LEDGERS / f"{member.node_id}.jsonl"
         with _checking(report, f"{LEDGERS}/{member.node_id}.jsonl") as done:
-            done(_verify_ledger(path, member.node_id, study, records, digests, report))
+            if not path.exists() and not any(member.node_id in record.cohort for record in records.values()):
+                report.warnings.append(f"{member.node_id} took part in no round and left no ledger")
+                done("none; it took part in no round")
+            else:
+                done(_verify_ledger(path, member.node_id, study, records, digests, report))
+    with _checking(report, LEDGERS):
+        allowed = {f"{member.node_id}.jsonl" for member in study.agreement.members}
+        if strangers := {path.name for path in (folder / LEDGERS).glob("*")} - allowed:
+            raise VerificationFailed(f"{LEDGERS}/{min(strangers)} belongs to no member")
 
 
 def _verify_sums(folder: Path, study: OpenStudy, records: Mapping[int, RoundRecord]) -> str:
@@ -145,13 +168,14 @@ def _verify_sums(folder: Path, study: OpenStudy, records: Mapping[int, RoundReco
     expected = {sum_path(folder, number) for number in records}
     strangers = set((folder / SUMS).glob("*")) - expected
     if strangers:
-        raise VerificationFailed(f"{min(strangers).name} belongs to no recorded round")
+        raise VerificationFailed(f"{SUMS}/{min(strangers).name} belongs to no recorded round")
     for number, record in records.items():
-        data = read_public(sum_path(folder, number), FILE_LIMIT_BYTES)
+        path = sum_path(folder, number)
+        data, name = read_public(path, FILE_LIMIT_BYTES), f"{SUMS}/{path.name}"
         if len(data) != 4 * size:
-            raise VerificationFailed(f"the sum of round {number} has another size than agreed")
+            raise VerificationFailed(f"{name} has another size than agreed")
         if aggregate_digest(data).hex() != record.aggregate_digest:
-            raise VerificationFailed(f"the sum of round {number} is not the one that was recorded")
+            raise VerificationFailed(f"{name} is not the sum that was recorded")
         fixed_point.decode(np.frombuffer(data, dtype="<u4"), len(record.survivors))
     return f"{len(records)} sums of {size} values"
 
@@ -172,19 +196,19 @@ def _verify_ledger(
     claimed = math.inf if claim.epsilon is None else claim.epsilon
     report.epsilons[node_id] = {
         "claimed_opacus_rdp": _finite(claimed),
-        "google_rdp": _finite(rdp),
-        "google_pld": _finite(pld),
+        "recomputed_rdp": _finite(rdp),
+        "google_pld": _finite(math.inf if pld is None else pld),
         "delta": delta,
     }
-    if claimed < pld * (1 - EPSILON_TOLERANCE):
-        raise VerificationFailed(f"the node claims epsilon {claimed:.4f}, but its events give at least {pld:.4f} (PLD)")
-    if not math.isinf(claimed) and claimed > study.agreement.privacy.epsilon_budget:
-        raise VerificationFailed(
-            f"the node spent epsilon {claimed:.4f}; the budget is {study.agreement.privacy.epsilon_budget}"
-        )
+    if claimed < rdp * (1 - EPSILON_TOLERANCE):
+        raise VerificationFailed(f"the node claims epsilon {claimed:.6g}, but its events give {rdp:.6g} (RDP)")
+    budget = study.agreement.privacy.epsilon_budget
+    if study.agreement.privacy.noise_multiplier > 0 and rdp * (1 - EPSILON_TOLERANCE) > budget:
+        raise VerificationFailed(f"the node spent epsilon {rdp:.6g}, more than the budget of {budget:g}")
     steps = sum(event.steps for event in events)
-    shown = "infinite (no noise)" if math.isinf(claimed) else f"{claimed:.3f} claimed, {rdp:.3f} RDP, {pld:.3f} PLD"
-    return f"{len(events)} events, {steps} steps, epsilon {shown} at delta {delta:g}, add-or-remove-one"
+    tight = "not computed" if pld is None else f"{pld:.3f}"
+    shown = f"{claimed:.3f} claimed, {rdp:.3f} by RDP, {tight} by PLD, at delta {delta:g}, add-or-remove-one"
+    return f"{len(events)} events, {steps} steps, epsilon {shown}"
 
 
 def _link_to_transcript(
@@ -194,22 +218,28 @@ def _link_to_transcript(
     records: Mapping[int, RoundRecord],
     digests: Mapping[int, str],
 ) -> None:
-    booked = {event.round: event for event in events}
-    for number, record in records.items():
-        if any(survivor.node_id == node_id for survivor in record.survivors) and number not in booked:
-            raise VerificationFailed(f"the node took part in round {number}, but booked no event for it")
+    summed = {
+        number
+        for number, record in records.items()
+        if any(survivor.node_id == node_id for survivor in record.survivors)
+    }
+    if missing := summed - {event.round for event in events}:
+        raise VerificationFailed(
+            f"the node's update is in the sum of round {min(missing)}, but no event is booked for it"
+        )
     first = min(records, default=study.agreement.study.rounds + 1)
     for event in events:
         due = study.agreement.training.steps_per_round if event.round > first else 0
         if event.steps != due:
             raise VerificationFailed(f"round {event.round} takes {due} private steps, but {event.steps} are booked")
-        earlier = {digest for number, digest in digests.items() if number < event.round}
-        if event.transcript_link != GENESIS and event.transcript_link not in earlier:
+        earlier = {number: digest for number, digest in digests.items() if number < event.round}
+        if event.transcript_link != GENESIS and event.transcript_link not in earlier.values():
             raise VerificationFailed(
                 f"the event of round {event.round} is linked to a record that is not in the transcript"
             )
-        if event.transcript_link == GENESIS and event.steps:
-            raise VerificationFailed(f"the event of round {event.round} is not linked to the transcript")
+        latest = earlier[max(earlier)] if earlier else GENESIS
+        if event.round in summed and event.transcript_link != latest:
+            raise VerificationFailed(f"the event of round {event.round} is not linked to the record before it")
 
 
 def _finite(value: float) -> float | None:
@@ -232,7 +262,9 @@ class _checking:  # noqa: N801 - reads as a verb where it is used
         if error is None:
             self._report.checks.append(Check(self._name, True, self._detail))
             return True
-        if isinstance(error, SecGeoError | OSError | ValueError):
-            self._report.checks.append(Check(self._name, False, str(error)))
+        if isinstance(error, Exception):
+            # Whatever a hostile file provokes is a failed check, also what nobody thought of.
+            detail = str(error) if isinstance(error, SecGeoError) else f"{type(error).__name__}: {error}"
+            self._report.checks.append(Check(self._name, False, detail))
             return True
         return False

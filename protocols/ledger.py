@@ -106,8 +106,8 @@ def verify_ledger(
     """Check what a ledger says, after `read_ledger` has checked its chain; gives its events and its final claim.
 
     Raises:
-        VerificationFailed: another node or agreement, parameters that are not the agreed ones, rounds told twice, claims
-            that do not count every step, or no proper end.
+        VerificationFailed: another node or agreement, parameters that are not the agreed ones, rounds told twice,
+            claims that do not count every step, or no proper end.
     """
     if not ledger or not isinstance(ledger[0], LedgerOpened):
         raise VerificationFailed("the ledger does not begin with its opening line")

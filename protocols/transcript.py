@@ -229,7 +229,7 @@ def verify_transcript(
     agreement_digest: bytes,
     public_keys: Mapping[str, Ed25519PublicKey],
 ) -> dict[int, RoundRecord]:
-    """Check what a transcript says, after `read_transcript` has checked its chain; gives the record of every opened round.
+    """Check what a transcript says, after `read_transcript` has checked its chain; gives the record of every sum.
 
     Raises:
         VerificationFailed: no proper beginning or end, a record that does not hold, rounds out of order, or a receipt

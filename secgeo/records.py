@@ -5,15 +5,18 @@
     sums/round-0001.u32                                                                every opened sum, little-endian uint32
     ledgers/NODE.jsonl                                                                 every node's budget ledger
     metrics.json, split.json, curves.png, ...                                          what else the study wants to keep
-    manifest.json, manifest.json.sig                                                   SHA-256 of every file, signed by the authority
+    manifest.json, manifest.json.sig                                                   SHA-256 of every file, signed
 
-A line is on disk (fsync) before `append` returns.
+A line is on disk (fsync) before `append` returns, or it is not in the file at all. A folder may come from a stranger:
+links and special files are refused, and number and size of files are bounded before any of them is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,10 @@ from keys.files import write_public
 from keys.labels import Label
 from keys.signed import sign_document
 from protocols.encoding import Uint32Vector
+
+FOLDER_LIMIT_FILES = 50_000
+FOLDER_LIMIT_BYTES = 1 << 36
+"""A study of 10,000 rounds with a million values a sum takes 40 GB."""
 
 TRANSCRIPT, LEDGERS, SUMS, MANIFEST = "transcript.jsonl", "ledgers", "sums", "manifest.json"
 
@@ -42,13 +49,29 @@ class LineFile:
             ) from None
         except OSError as error:
             raise ConfigError(f"cannot create {path}: {error.strerror}") from None
+        self._path, self._size = path, 0
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def append(self, line: bytes) -> None:
-        """Write one whole line; it is on disk when this returns."""
+        """Write one whole line; it is on disk when this returns.
+
+        Raises:
+            ConfigError: it cannot be written, for example because the disk is full; what was written of it is undone.
+        """
         written = 0
-        while written < len(line):
-            written += os.write(self._descriptor, line[written:])
-        os.fsync(self._descriptor)
+        try:
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+            os.fsync(self._descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            raise ConfigError(f"cannot write to {self._path}: {error.strerror}; nothing was recorded") from None
+        self._size += len(line)
 
     def close(self) -> None:
         """Close the file."""
@@ -71,25 +94,54 @@ def read_sum(folder: Path, round_number: int) -> Uint32Vector:
     return np.frombuffer(sum_path(folder, round_number).read_bytes(), dtype="<u4").astype(np.uint32)
 
 
-def list_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder` but the manifest, by relative path.
+def list_files(folder: Path) -> tuple[str, ...]:
+    """The relative paths of all files below `folder`, sorted. No link is followed and no file is opened.
 
     Raises:
-        ConfigError: a symbolic link or something that is no plain file.
+        ConfigError: a link, something that is no plain file, a strange name, or too many files or bytes.
+    """
+    names: list[str] = []
+    waiting, entries, total = [folder], 0, 0
+    while waiting:
+        with os.scandir(waiting.pop()) as found:
+            for entry in found:
+                name = Path(entry.path).relative_to(folder).as_posix()
+                status = entry.stat(follow_symlinks=False)
+                entries, total = entries + 1, total + status.st_size
+                if entries > FOLDER_LIMIT_FILES or total > FOLDER_LIMIT_BYTES:
+                    raise ConfigError(f"{folder} holds too many files or bytes for a folder of records")
+                if not name.isprintable():
+                    raise ConfigError(f"{name!r} is no name for a file of records")
+                if stat.S_ISDIR(status.st_mode):
+                    waiting.append(Path(entry.path))
+                elif stat.S_ISREG(status.st_mode):
+                    names.append(name)
+                else:
+                    raise ConfigError(f"{name} is a link or a special file; a folder of records holds plain files only")
+    return tuple(sorted(names))
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 (hexadecimal) of every file below `folder` but the manifest, by relative path.
+
+    Raises:
+        ConfigError: see `list_files`.
     """
     digests: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise ConfigError(f"{name} is a link or a special file; a record folder holds plain files only")
-        if path.is_file() and name not in (MANIFEST, f"{MANIFEST}.sig"):
-            with path.open("rb") as file:
+    for name in list_files(folder):
+        if name not in (MANIFEST, f"{MANIFEST}.sig"):
+            with (folder / name).open("rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
+def manifest_bytes(digests: dict[str, str]) -> bytes:
+    """The one spelling of a manifest."""
+    return msgspec.json.format(msgspec.json.encode(digests, order="sorted"), indent=1) + b"\n"
+
+
 def write_manifest(folder: Path, sign: Callable[[Label, bytes], bytes]) -> None:
     """Sign the digests of all files, so that not one byte of any of them can change unseen."""
-    document = msgspec.json.format(msgspec.json.encode(list_files(folder), order="sorted"), indent=1) + b"\n"
+    document = manifest_bytes(file_digests(folder))
     write_public(folder / f"{MANIFEST}.sig", sign_document(sign, Label.MANIFEST, document))
     write_public(folder / MANIFEST, document)
