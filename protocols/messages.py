@@ -122,6 +122,10 @@ class Receipt(Body, frozen=True):
     signature: Signature
 
 
+class Farewell(Body, frozen=True):
+    """I know that the study is over."""
+
+
 # --- aggregator to node
 
 
@@ -206,6 +210,7 @@ AnyBody = (
     | SurvivorVote
     | Unmasking
     | Receipt
+    | Farewell
     | RoundOpen
     | AttemptOpen
     | KeySet

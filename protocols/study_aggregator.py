@@ -3,7 +3,7 @@
 Sans-IO: `receive` takes what an authenticated peer sent, `tick` the time; both give outputs for the driver to carry out in
 order. Stages of one round:
 
-    GATHER -> TRAIN -> SUM (one or more attempts) -> RECEIPTS -> TRAIN ... -> ENDED
+    GATHER -> TRAIN -> SUM (one or more attempts) -> RECEIPTS -> TRAIN ... -> FAREWELL -> ENDED
 
 Every stage has a deadline, so no silent node holds up a round for longer. A node that breaks a rule is named in the
 transcript and takes no further part. Once nodes may have revealed shares, the round is never attempted again: two sums over
@@ -34,6 +34,7 @@ class Stage(Enum):
     TRAIN = auto()
     SUM = auto()
     RECEIPTS = auto()
+    FAREWELL = auto()
     ENDED = auto()
 
 
@@ -108,6 +109,7 @@ class AggregatorMachine:
         self._received_bytes = self._sent_bytes = 0
         self._round_started = 0.0
         self._deadline = 0.0
+        self._end_reason = ""
         self.stage = Stage.GATHER
 
     @property
@@ -163,6 +165,9 @@ class AggregatorMachine:
                 return self._next_round(now)
             case Stage.TRAIN:
                 return self._begin_sum(now)
+            case Stage.FAREWELL:
+                self.stage = Stage.ENDED
+                return []
             case Stage.SUM if self._attempt is not None:
                 self._deadline = now + self._agreement.deadlines.phase_seconds
                 return self._carry(self._attempt.expire(), now)
@@ -171,7 +176,7 @@ class AggregatorMachine:
 
     def stop(self, reason: str, now: float) -> list[Output]:
         """End the study early, by the operator's wish."""
-        return [] if self.ended else self._end(reason, now)
+        return [] if self.stage in (Stage.FAREWELL, Stage.ENDED) else self._end(reason, now)
 
     # --- dispatch
 
@@ -182,6 +187,10 @@ class AggregatorMachine:
                 return self._on_join(peer, body, now)
             case m.Declined():
                 return self._on_declined(peer, body, now)
+            case m.Farewell():
+                return self._on_farewell(peer)
+        if self.stage is Stage.FAREWELL:
+            return []
         here, there = (self._round, self._attempt_number), (message.round, message.attempt)
         match body:
             case m.Ready():
@@ -212,9 +221,20 @@ class AggregatorMachine:
             answer += self._result_for(peer, completed, line, total)
         if self.stage is Stage.GATHER and len(self._joined) == len(self._agreement.members) - len(self._out):
             return answer + self._next_round(now)
-        if self.stage is Stage.TRAIN:
-            answer.append(self._send(peer, m.RoundOpen(self._last_completed)))
+        match self.stage:
+            case Stage.TRAIN:
+                answer.append(self._send(peer, m.RoundOpen(self._last_completed)))
+            case Stage.FAREWELL:
+                answer.append(self._send(peer, m.StudyEnded(self._end_reason)))
         return answer
+
+    def _on_farewell(self, peer: str) -> list[Output]:
+        if self.stage is not Stage.FAREWELL:
+            raise RemoteProtocolError(peer, "said farewell before the end of the study")
+        self._joined.discard(peer)
+        if not self._joined:
+            self.stage = Stage.ENDED
+        return []
 
     def _on_declined(self, peer: str, body: m.Declined, now: float) -> list[Output]:
         self._out[peer] = "declined"
@@ -236,6 +256,9 @@ class AggregatorMachine:
                 return self._begin_sum(now)
             case Stage.RECEIPTS:
                 return self._maybe_close(now)
+            case Stage.FAREWELL if not self._joined:
+                self.stage = Stage.ENDED
+                return []
             case _:
                 return []
 
@@ -391,8 +414,10 @@ class AggregatorMachine:
         return [Record(self._transcript.append(receipts)), *self._next_round(now)]
 
     def _end(self, reason: str, now: float) -> list[Output]:
-        del now
-        self.stage = Stage.ENDED
+        self.stage, self._deadline = Stage.FAREWELL, now + self._agreement.deadlines.phase_seconds
+        self._end_reason = reason
+        if not self._joined:
+            self.stage = Stage.ENDED
         closed = t.StudyClosed(rounds_completed=len(self._completed), reason=reason)
         return [
             Record(self._transcript.append(closed)),

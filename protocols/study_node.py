@@ -123,7 +123,7 @@ class NodeMachine:
         self.ended = False
 
     def start(self) -> list[Output]:
-        """Say that we are here."""
+        """Say that we are here; again after each reconnect, since what was under way may be lost."""
         return [self._send(m.Join(self._completed + 1), 0, 0)]
 
     def submit(self, round_number: int, vector: Float64Vector) -> list[Output]:
@@ -171,7 +171,7 @@ class NodeMachine:
                 return self._on_failed(message.round, message.attempt, body)
             case m.StudyEnded():
                 self.ended = True
-                return [Ended(body.reason)]
+                return [self._send(m.Farewell(), message.round, 0), Ended(body.reason)]
             case m.KeySet() | m.SeedSet() | m.Credit() | m.Survivors() | m.SurvivorProof():
                 return self._on_attempt_body(message.round, message.attempt, body)
             case _:
@@ -248,7 +248,7 @@ class NodeMachine:
     # --- results
 
     def _on_sum_chunk(self, number: int, body: m.SumChunk) -> list[Output]:
-        if number != self._sum_round:
+        if number != self._sum_round or body.index == 0:  # a sum is sent again from its start after a reconnect
             self._sum_chunks, self._sum_round = [], number
         values = sum(len(chunk) for chunk in self._sum_chunks) + len(body.data)
         self._check(
@@ -259,6 +259,7 @@ class NodeMachine:
 
     def _on_result(self, number: int, body: m.RoundResult) -> list[Output]:
         if number <= self._completed:
+            self._sum_chunks = []
             return []
         self._check(number == self._sum_round, "sent a record without its sum")
         data = b"".join(self._sum_chunks)

@@ -7,6 +7,7 @@ budget is refused and the study left in good order, so that the others can go on
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 
 from keys.errors import BudgetExceeded, ConfigError, TransportError
 from keys.identity import Identity
+from keys.labels import Label
 from protocols import ledger
 from protocols import study_node as machine
 from protocols.agreement import Agreement, Modality
@@ -40,6 +42,8 @@ Report = Callable[[str, dict[str, object]], None]
 
 SILENCE_FACTOR = 4.0
 """A node gives up when the aggregator has been silent for this many times its longest agreed deadline."""
+
+POLL_SECONDS = 1.0
 
 
 def load_records(data: AnyData, base: Path, modality: Modality, classes: int) -> datasets.LabelledRecords:
@@ -154,7 +158,9 @@ class NodeProcess:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         self._journal = SqliteJournal(folder / "journal.sqlite", self._study.agreement_digest)
-        self._budget = self._open_budget(folder / "ledger.jsonl", records.fingerprint)
+        # Keyed by the site's identity: a bare hash of the data would confirm guesses at them to whoever reads the ledger.
+        keyed = hashlib.sha256(identity.sign(Label.DATASET, bytes.fromhex(records.fingerprint))).hexdigest()
+        self._budget = self._open_budget(folder / "ledger.jsonl", keyed)
         entry = self._study.roster.aggregator
         self._server_key = entry.curve_public
         self._machine = machine.NodeMachine(
@@ -208,11 +214,18 @@ class NodeProcess:
                 endpoint.wait_connected(deadlines.join_seconds)
                 self._report("connected", {"address": self._config.aggregator_address})
                 self._carry(endpoint, self._machine.start())
+                heard = time.monotonic()
                 while not self._machine.ended:
-                    data = endpoint.receive(silence)
-                    if data is None:
+                    data = endpoint.receive(POLL_SECONDS)
+                    if data is not None:
+                        heard = time.monotonic()
+                        self._carry(endpoint, self._machine.receive(data))
+                    elif endpoint.state != "connected":
+                        endpoint.wait_connected(deadlines.join_seconds)
+                        self._report("reconnected", {"address": self._config.aggregator_address})
+                        self._carry(endpoint, self._machine.start())
+                    elif time.monotonic() - heard > silence:
                         raise TransportError(f"the aggregator said nothing for {silence:.0f} seconds; ask its operator")
-                    self._carry(endpoint, self._machine.receive(data))
         finally:
             self._budget.claim(self._epsilon_after(self._budget.steps))
             self._budget.close()
