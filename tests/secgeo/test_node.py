@@ -1,0 +1,236 @@
+"""A node refuses what does not check before it trains; whole studies over real sockets, one party a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from audit.records import verify_folder
+from keys.errors import BudgetExceeded, ConfigError, KeyFileError, SecGeoError, VerificationFailed
+from keys.identity import Identity
+from protocols.agreement import agreement_digest, read_agreement
+from secgeo.config import NodeConfig, read_config
+from secgeo.node import NodeProcess, run_node
+from secgeo.records import write_manifest
+from tests.keys.factory import AGGREGATOR, make_consortium
+from tests.secgeo.site import HOSPITALS, Site, make_site
+
+NODE = HOSPITALS[0]
+
+
+def quiet(_event: str, _fields: dict[str, object]) -> None:
+    pass
+
+
+def start(site: Site, name: str = NODE) -> NodeProcess:
+    config = read_config(site.config(name), NodeConfig)
+    return NodeProcess(config, site.base / name, Identity.load(site.base / name / "keys", None), quiet)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return make_site(tmp_path)
+
+
+def test_a_sound_study_is_accepted(site: Site) -> None:
+    assert start(site).ledger_path.exists()
+
+
+@pytest.mark.parametrize("name", ["agreement.toml", "agreement.toml.sig", "roster.json", "roster.json.sig", "authority.pem"])
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.95])
+def test_one_changed_byte_of_a_study_document_is_refused(site: Site, name: str, where: float) -> None:
+    path = site.base / "study" / name
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises((VerificationFailed, KeyFileError, ConfigError)):
+        start(site)
+    assert not (site.base / NODE / "state").exists()
+
+
+def test_an_agreement_that_is_signed_but_not_pinned_is_refused(site: Site) -> None:
+    document = (site.base / "study" / "agreement.toml").read_bytes()
+    site.sign_agreement(document.replace(b"rounds = 2", b"rounds = 3"))
+    with pytest.raises(VerificationFailed, match="is pinned"):
+        start(site)
+
+
+def test_an_agreement_of_another_authority_is_refused(site: Site) -> None:
+    other = make_consortium(HOSPITALS, now=datetime.now(UTC))
+    document = (site.base / "study" / "agreement.toml").read_bytes()
+    Site(site.base, other, site.digest).sign_agreement(document)
+    with pytest.raises(VerificationFailed):
+        start(site)
+
+
+def test_keys_that_the_roster_does_not_name_are_refused(site: Site) -> None:
+    with pytest.raises(KeyFileError, match="other keys"):
+        NodeProcess(
+            read_config(site.config(NODE), NodeConfig),
+            site.base / NODE,
+            make_consortium(HOSPITALS, now=datetime.now(UTC)).identities[NODE],
+            quiet,
+        )
+
+
+def test_an_agreement_weaker_than_the_local_policy_is_refused_with_every_reason(site: Site) -> None:
+    site.write_config(NODE, policy={"max_epsilon": 1.0, "min_noise_multiplier": 5.0, "min_cohort": 4})
+    with pytest.raises(ConfigError, match=r"epsilon.*noise multiplier.*minimum cohort"):
+        start(site)
+
+
+def test_other_anchors_than_the_agreed_ones_are_refused(site: Site) -> None:
+    path = site.base / "study" / "anchors" / "mean.npy"
+    np.save(path, np.load(path) + np.float32(1e-3))
+    with pytest.raises(ConfigError, match="anchors"):
+        start(site)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"colour": "red"}, {"state": 3}, {"device": "tpu"}, {"data": {"kind": "table"}}, {"policy": {"max_epsilom": 1.0}}],
+)
+def test_unknown_or_wrong_configuration_keys_are_refused(site: Site, change: dict[str, object]) -> None:
+    site.write_config(NODE, **change)
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        start(site)
+
+
+def test_a_study_is_never_continued_over_an_older_ledger(site: Site) -> None:
+    start(site)
+    with pytest.raises(ConfigError, match="has run here before"):
+        start(site)
+
+
+def test_refusals_come_before_torch_is_even_imported(site: Site) -> None:
+    document = site.base / "study" / "agreement.toml"
+    document.write_bytes(document.read_bytes() + b"\n")
+    code = (
+        "import sys, pathlib\n"
+        "from secgeo.config import NodeConfig, read_config\n"
+        "from secgeo.node import run_node\n"
+        f"base = pathlib.Path({str(site.base / NODE)!r})\n"
+        "try:\n"
+        "    run_node(read_config(base / 'config.toml', NodeConfig), base, None, lambda *_: None)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["VerificationFailed", "False"]
+
+
+def test_the_step_that_would_pass_the_budget_is_refused_and_not_booked(site: Site) -> None:
+    budget = start(site)._budget
+    lines = start_lines(site)
+    with pytest.raises(BudgetExceeded):
+        budget.book(2, 8, epsilon_after=budget.agreement.privacy.epsilon_budget + 0.1)
+    assert start_lines(site) == lines
+
+
+def start_lines(site: Site) -> int:
+    (path,) = (site.base / NODE / "state").glob("*/ledger.jsonl")
+    return len(path.read_bytes().splitlines())
+
+
+# --- whole studies over sockets
+
+
+def spawn(site: Site, role: str, name: str, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *options, "-m", "secgeo.cli", role, str(site.config(name)), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    errors = (site.base / name / "stderr").open("w")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+
+
+def wait_for(process: subprocess.Popen[str], event: str) -> dict[str, object]:
+    for line in process.stdout or ():
+        found: dict[str, object] = json.loads(line)
+        if found["event"] == event:
+            return found
+    raise AssertionError(f"the process ended without {event!r}")
+
+
+def run_study(site: Site, victim: str | None = None) -> dict[str, int]:
+    """Run aggregator and nodes; kill -9 `victim` after its first round. Gives the exit codes."""
+    aggregator = spawn(site, "aggregator", AGGREGATOR, "-X", "importtime")
+    processes = {AGGREGATOR: aggregator}
+    try:
+        address = wait_for(aggregator, "listening")["address"]
+        for name in HOSPITALS:
+            site.write_config(name, aggregator_address=address)
+            processes[name] = spawn(site, "node", name)
+        if victim is not None:
+            wait_for(processes[victim], "round")
+            processes[victim].kill()
+        deadline = time.monotonic() + 150
+        codes = {}
+        for name, process in processes.items():
+            process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            codes[name] = process.returncode
+        return codes
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def collect(site: Site) -> Path:
+    records = site.base / AGGREGATOR / "records"
+    (records / "ledgers").mkdir()
+    for name in HOSPITALS:
+        for path in (site.base / name / "state").glob("*/ledger.jsonl"):
+            (records / "ledgers" / f"{name}.jsonl").write_bytes(path.read_bytes())
+    write_manifest(records, site.consortium.authority.sign)
+    return records
+
+
+def test_a_study_over_sockets_without_torch_at_the_aggregator(site: Site) -> None:
+    codes = run_study(site)
+    assert codes == dict.fromkeys((AGGREGATOR, *HOSPITALS), 0)
+    imported = (site.base / AGGREGATOR / "stderr").read_text()
+    assert "msgspec" in imported
+    for module in ("torch", "opacus", "sklearn"):
+        assert f" {module}\n" not in imported
+        assert f" {module}." not in imported
+    records = collect(site)
+    report = verify_folder(records, authority_fingerprint=site.consortium.authority.fingerprint, now=datetime.now(UTC))
+    assert report.ok, report.to_json()
+
+
+def test_a_node_killed_in_mid_study_does_not_stop_the_others(tmp_path: Path) -> None:
+    site = make_site(tmp_path, rounds=3)
+    victim = HOSPITALS[3]
+    codes = run_study(site, victim)
+    assert {name: code for name, code in codes.items() if name != victim} == dict.fromkeys((AGGREGATOR, *HOSPITALS[:3]), 0)
+    transcript = (site.base / AGGREGATOR / "records" / "transcript.jsonl").read_text().splitlines()
+    bodies = [json.loads(line)["body"] for line in transcript]
+    last = [body for body in bodies if body["type"] == "RoundRecord"][-1]
+    assert [survivor["node_id"] for survivor in last["survivors"]] == list(HOSPITALS[:3])
+
+
+def test_the_verifier_never_imports_torch(site: Site) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "secgeo.cli", "verify", str(site.base / "study"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 8
+    assert not json.loads(done.stdout)["ok"]
+    assert " torch\n" not in done.stderr
+    assert " torch." not in done.stderr
+
+
+def test_a_node_that_cannot_reach_the_aggregator_says_so(site: Site) -> None:
+    document = (site.base / "study" / "agreement.toml").read_bytes().replace(b"join_seconds = 30.0", b"join_seconds = 2.0")
+    read_agreement(document)
+    site.sign_agreement(document)
+    changed = Site(site.base, site.consortium, agreement_digest(document).hex())
+    changed.write_config(NODE)
+    with pytest.raises(SecGeoError, match="unreachable"):
+        run_node(read_config(changed.config(NODE), NodeConfig), site.base / NODE, None, quiet)
