@@ -28,6 +28,7 @@ from keys.roster import Roster, RosterEntry, add_entry, load_root, make_roster, 
 from keys.signed import sign_document
 from protocols.agreement import Agreement, agreement_digest, read_agreement, write_agreement
 from secgeo.console import emit, show
+from secgeo.records import write_manifest
 from secgeo.study import AGREEMENT, ANCHORS, ROOT, ROSTER
 
 ANCHORS_LIMIT_BYTES = 1 << 30
@@ -206,10 +207,27 @@ def authority_roster(folder: Folder, json: Json = False) -> None:
         }
         for e in roster.listed
     ]
-    if not emit(json, consortium=roster.consortium, epoch=roster.epoch, version=roster.version, entries=rows):
-        show(f"{roster.consortium}, epoch {roster.epoch}, version {roster.version}")
+    listed = {"consortium": roster.consortium, "epoch": roster.epoch, "version": roster.version, "entries": rows}
+    if not emit(json, authority_fingerprint=fingerprint, **listed):
+        show(f"{roster.consortium}, epoch {roster.epoch}, version {roster.version}\n  fingerprint {fingerprint}")
         for row in rows:
             show(f"  {row['node_id']:24} {row['role']:11} {row['unusable'] or 'in use'}")
+
+
+@authority_app.command("archive")
+def authority_archive(
+    folder: Folder,
+    records: Annotated[Path, typer.Argument(help="A finished study's folder of records, ledgers included.")],
+    passphrase_file: PassphraseFile = None,
+    unencrypted: Unencrypted = False,
+) -> None:
+    """Sign the digests of all files in a folder of records, so that any later change of one byte shows.
+
+    Example: secgeo authority archive authority/ records/
+    """
+    authority = Authority.load(folder, read_passphrase(passphrase_file, prompt=str(folder), unencrypted=unencrypted))
+    write_manifest(records, authority.sign)
+    show(f"{records} is signed; check it with: secgeo verify {records} --authority {authority.fingerprint}")
 
 
 def _read_roster(folder: Path, authority: Authority) -> Roster:
