@@ -1,0 +1,453 @@
+"""Offline verification of a folder: an honest one passes; one changed byte, or one signed lie, is found and named."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from audit import budget
+from audit.records import VerificationReport, verify_folder
+from keys.labels import Label
+from keys.roster import revoke
+from keys.signed import sign_document
+from protocols import ledger as led
+from protocols import transcript as t
+from protocols.chain import GENESIS
+from tests.audit.factory import NOW, Study, make_study
+from tests.audit.tamper import byte_changes, line_changes
+
+replace = msgspec.structs.replace
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return make_study(count=4, rounds=3)
+
+
+@pytest.fixture(scope="module")
+def honest(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return study.write(tmp_path_factory.mktemp("honest") / "study")
+
+
+@pytest.fixture
+def folder(honest: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(honest, tmp_path / "study"))
+
+
+def verify(study: Study, folder: Path, **changes: object) -> VerificationReport:
+    settings = {"authority_fingerprint": study.consortium.authority.fingerprint, "now": NOW} | changes
+    return verify_folder(folder, **settings)  # type: ignore[arg-type]
+
+
+def failed(report: VerificationReport) -> dict[str, str]:
+    return {check.name: check.detail for check in report.checks if not check.ok}
+
+
+def test_an_honest_folder_passes(study: Study, honest: Path) -> None:
+    report = verify(study, honest)
+    assert report.ok, failed(report)
+    assert report.warnings == []
+    assert {check.name for check in report.checks} >= {
+        "authority.pem",
+        "manifest.json",
+        "agreement.toml",
+        "transcript.jsonl",
+        "sums",
+        *(f"ledgers/{name}.jsonl" for name in study.names),
+    }
+    epsilon = report.epsilons[study.names[0]]
+    assert epsilon["claimed_opacus_rdp"] == pytest.approx(epsilon["recomputed_rdp"])
+    assert 0 < epsilon["google_pld"] < epsilon["recomputed_rdp"]
+    text = json.dumps(report.to_json())
+    assert json.loads(text)["ok"] is True
+
+
+def test_without_a_pin_it_says_that_only_consistency_was_shown(study: Study, honest: Path) -> None:
+    report = verify(study, honest, authority_fingerprint=None)
+    assert report.ok
+    assert "agrees with itself" in report.warnings[0]
+
+
+def test_another_authority_is_refused(study: Study, tmp_path: Path) -> None:
+    other = make_study(count=4, rounds=3).write(tmp_path / "other")
+    assert "authority.pem" in failed(verify(study, other))
+    assert verify(study, other, authority_fingerprint=None).ok
+
+
+def test_verification_never_imports_torch(honest: Path) -> None:
+    code = (
+        "import sys; from datetime import datetime; from pathlib import Path; from audit.records import verify_folder\n"
+        "report = verify_folder(Path(sys.argv[1]), authority_fingerprint=None, now=datetime.fromisoformat(sys.argv[2]))\n"
+        "assert report.ok, report\n"
+        "print(*[m for m in ('torch', 'opacus', 'zmq', 'tensorflow', 'jax') if m in sys.modules])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(honest), NOW.isoformat()], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == ""
+    assert run.stderr == ""
+
+
+# --- one changed byte
+
+
+SIGNED = [
+    "agreement.toml",
+    "agreement.toml.sig",
+    "authority.pem",
+    "roster.json",
+    "roster.json.sig",
+    "transcript.jsonl",
+    "sums/round-0002.u32",
+    "ledgers/hospital-01.jsonl",
+]
+STEMS = {"agreement.toml.sig": "agreement", "roster.json": "roster", "roster.json.sig": "roster"}
+
+
+@pytest.mark.parametrize("name", [*SIGNED, "metrics.json", "manifest.json", "manifest.json.sig"])
+def test_one_changed_byte_is_found_and_its_file_is_named(study: Study, folder: Path, name: str) -> None:
+    path = folder / name
+    data = path.read_bytes()
+    chosen = sorted({0, len(data) - 1, *random.Random(name).sample(range(len(data)), 4)})  # noqa: S311
+    for position, changed in byte_changes(data, chosen):
+        path.write_bytes(changed)
+        report = verify(study, folder)
+        assert not report.ok, f"byte {position} of {name} can be changed"
+        assert any(name.removesuffix(".sig") in check + detail for check, detail in failed(report).items())
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_it_is_found_also_where_the_manifest_was_signed_after_the_change(study: Study, folder: Path, name: str) -> None:
+    path = folder / name
+    data = path.read_bytes()
+    chosen = sorted({0, len(data) - 1, *random.Random(name).sample(range(len(data)), 2)})  # noqa: S311
+    for position, changed in byte_changes(data, chosen):
+        path.write_bytes(changed)
+        study.seal(folder)
+        report = verify(study, folder)
+        assert not report.ok, f"byte {position} of {name} can be changed"
+        assert "manifest.json" not in failed(report)
+        assert any(STEMS.get(name, name) in check + detail for check, detail in failed(report).items())
+
+
+@pytest.mark.parametrize("name", ["transcript.jsonl", "ledgers/hospital-01.jsonl"])
+def test_lines_deleted_doubled_swapped_cut_or_added_are_found(study: Study, folder: Path, name: str) -> None:
+    path = folder / name
+    for what, changed in line_changes(path.read_bytes()):
+        path.write_bytes(changed)
+        study.seal(folder)
+        assert name in failed(verify(study, folder)), what
+
+
+@pytest.mark.parametrize("name", [*SIGNED, "manifest.json", "manifest.json.sig"])
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 100, b"[" * 200_000, b"\xff" * 1000, b"{}", b"null", b"\n"])
+def test_a_file_that_is_missing_or_garbage_is_a_failed_check(
+    study: Study, folder: Path, name: str, content: bytes | None
+) -> None:
+    path = folder / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    if not name.startswith("manifest"):
+        study.seal(folder)
+    report = verify(study, folder)
+    assert not report.ok
+    assert not verify(study, folder, authority_fingerprint=None).ok
+    assert any(name.split(".")[0] in check + detail for check, detail in failed(report).items())
+
+
+def test_files_added_to_the_folder_are_found(study: Study, folder: Path) -> None:
+    (folder / "notes.txt").write_bytes(b"x")
+    assert "notes.txt was added" in failed(verify(study, folder))["manifest.json"]
+    (folder / "notes.txt").unlink()
+    (folder / "sums" / "round-0009.u32").write_bytes(b"x")
+    (folder / "ledgers" / "stranger.jsonl").write_bytes(b"x")
+    study.seal(folder)
+    found = failed(verify(study, folder))
+    assert "round-0009" in found["sums"]
+    assert "stranger" in found["ledgers"]
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "pipe"])
+def test_links_and_special_files_are_refused_before_anything_is_opened(study: Study, folder: Path, kind: str) -> None:
+    target = folder / "transcript.jsonl"
+    kept = folder.parent / "kept"
+    if kind == "folder link":
+        (folder / "ledgers").rename(kept)
+        (folder / "ledgers").symlink_to(kept)
+    else:
+        target.rename(kept)
+        target.symlink_to(kept) if kind == "link" else os.mkfifo(target)
+    report = verify(study, folder)
+    assert list(failed(report)) == ["folder"]
+    assert len(report.checks) == 1
+
+
+def test_a_folder_that_is_none_is_a_failed_check(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "file", "empty"):
+        assert not verify(study, tmp_path / name).ok
+
+
+# --- signed lies
+
+
+def test_a_ledger_of_another_study_cannot_be_replayed(study: Study, folder: Path) -> None:
+    second = study.with_sections(study={"id": "second"})
+    name = study.names[0]
+    (folder / "ledgers" / f"{name}.jsonl").write_bytes(second.ledger(name, second.transcript()))
+    study.seal(folder)
+    assert "another node or study" in failed(verify(study, folder))[f"ledgers/{name}.jsonl"]
+
+
+def test_a_transcript_of_another_study_cannot_be_replayed(study: Study, folder: Path) -> None:
+    second = study.with_sections(study={"id": "second"})
+    (folder / "transcript.jsonl").write_bytes(second.transcript())
+    study.seal(folder)
+    assert "another agreement" in failed(verify(study, folder))["transcript.jsonl"]
+
+
+def test_a_ledger_cannot_be_dropped(study: Study, folder: Path) -> None:
+    name = study.names[1]
+    (folder / "ledgers" / f"{name}.jsonl").unlink()
+    study.seal(folder)
+    assert f"ledgers/{name}.jsonl" in failed(verify(study, folder))
+
+
+def test_only_a_member_that_took_part_in_no_round_may_have_no_ledger(study: Study, folder: Path) -> None:
+    here, absent = study.names[:3], study.names[3]
+
+    def change(bodies: list) -> None:
+        for index in (1, 3, 5):
+            bodies[index] = study.round_record(bodies[index].round, survivors=here, cohort=here)
+
+    transcript = study.transcript(change)
+    study.put(folder, transcript, {name: study.ledger(name, transcript) for name in here})
+    (folder / "ledgers" / f"{absent}.jsonl").unlink()
+    study.seal(folder)
+    report = verify(study, folder)
+    assert report.ok, failed(report)
+    assert any(absent in warning for warning in report.warnings)
+
+
+def claim(factor: float) -> Callable[[list], None]:
+    def change(bodies: list) -> None:
+        bodies[-2] = replace(bodies[-2], epsilon=bodies[-2].epsilon * factor)
+
+    return change
+
+
+def lie_in_ledger(study: Study, folder: Path, change: Callable[[list], object]) -> str:
+    name = study.names[0]
+    transcript = (folder / "transcript.jsonl").read_bytes()
+    study.put(folder, transcript, {name: study.ledger(name, transcript, change)})
+    found = failed(verify(study, folder))
+    assert set(found) <= {f"ledgers/{name}.jsonl"}
+    return found.get(f"ledgers/{name}.jsonl", "")
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.99, 0.999])
+def test_an_epsilon_claimed_too_low_is_found(study: Study, folder: Path, factor: float) -> None:
+    assert "claims epsilon" in lie_in_ledger(study, folder, claim(factor))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_an_epsilon_claimed_too_high_harms_nobody(study: Study, folder: Path, factor: float) -> None:
+    assert lie_in_ledger(study, folder, claim(factor)) == ""
+
+
+LIES = {
+    "less noise than agreed": lambda b: b.__setitem__(2, replace(b[2], noise_multiplier=0.5)),
+    "an event missing": lambda b: b.__setitem__(
+        slice(3, None), [replace(b[4], steps_total=2, epsilon=9.9), led.LedgerClosed(2, 2)]
+    ),
+    "no private steps where they are due": lambda b: b.__setitem__(
+        slice(2, None), [replace(b[2], steps=0), b[3], replace(b[4], steps_total=2), led.LedgerClosed(3, 2)]
+    ),
+    "private steps before there is a consensus": lambda b: b.__setitem__(
+        slice(1, None), [replace(b[1], steps=2), *b[2:4], replace(b[4], steps_total=6), led.LedgerClosed(3, 6)]
+    ),
+    "an event that is not linked": lambda b: b.__setitem__(3, replace(b[3], transcript_link=GENESIS)),
+    "an event linked to an older record": lambda b: b.__setitem__(
+        3, replace(b[3], transcript_link=b[2].transcript_link)
+    ),
+    "an event linked to a record that is not there": lambda b: b.__setitem__(
+        3, replace(b[3], transcript_link="1" * 64)
+    ),
+    "not closed": lambda b: b.pop(),
+}
+
+
+@pytest.mark.parametrize("lie", sorted(LIES))
+def test_a_node_that_signs_a_lie_is_named(study: Study, folder: Path, lie: str) -> None:
+    assert lie_in_ledger(study, folder, LIES[lie])
+
+
+def small_budget(study: Study) -> Study:
+    return study.with_sections(privacy={"epsilon_budget": 1.0})
+
+
+def test_a_budget_that_was_passed_is_found_also_behind_an_infinite_claim(study: Study, tmp_path: Path) -> None:
+    poor = small_budget(study)
+    folder = poor.write(tmp_path / "poor")
+    found = failed(verify(poor, folder))
+    assert set(found) == {f"ledgers/{name}.jsonl" for name in poor.names}
+    assert all("budget of 1" in detail for detail in found.values())
+    name, transcript = poor.names[0], poor.transcript()
+    hidden = poor.ledger(name, transcript, lambda b: b.__setitem__(-2, replace(b[-2], epsilon=None)))
+    poor.put(folder, transcript, {name: hidden})
+    assert "budget of 1" in failed(verify(poor, folder))[f"ledgers/{name}.jsonl"]
+
+
+def test_a_study_without_noise_passes_with_a_plain_warning(study: Study, tmp_path: Path) -> None:
+    loud = study.with_sections(privacy={"noise_multiplier": 0.0})
+    report = verify(loud, loud.write(tmp_path / "loud"))
+    assert report.ok, failed(report)
+    assert any("no differential privacy" in warning for warning in report.warnings)
+    finite = loud.ledger(loud.names[0], loud.transcript(), lambda b: b.__setitem__(-2, replace(b[-2], epsilon=1.0)))
+    loud.put(tmp_path / "loud", loud.transcript(), {loud.names[0]: finite})
+    assert "claims epsilon" in failed(verify(loud, tmp_path / "loud"))[f"ledgers/{loud.names[0]}.jsonl"]
+
+
+TRANSCRIPT_LIES = {
+    "a survivor who is not in the roster": lambda s, b: b.__setitem__(
+        1, s.round_record(1, survivors=[*s.names, "stranger"])
+    ),
+    "too few survivor signatures": lambda s, b: b.__setitem__(1, s.round_record(1, voters=s.names[:2])),
+    "the last round is hidden": lambda s, b: b.__setitem__(slice(5, None), [t.StudyClosed(2, "x")]),
+    "a round is hidden as abandoned": lambda s, b: b.__setitem__(
+        slice(5, None), [t.RoundAbandoned(3, 1, "x", ()), t.StudyClosed(2, "x")]
+    ),
+    "another sum is recorded": lambda s, b: b.__setitem__(3, s.round_record(2, aggregate_digest="1" * 64)),
+}
+
+
+@pytest.mark.parametrize("lie", sorted(TRANSCRIPT_LIES))
+def test_an_aggregator_that_signs_a_lie_is_found(study: Study, folder: Path, lie: str) -> None:
+    transcript = study.transcript(lambda bodies: TRANSCRIPT_LIES[lie](study, bodies))
+    study.put(folder, transcript, {})
+    assert failed(verify(study, folder))
+
+
+def test_an_abandoned_last_round_is_told_apart_from_a_hidden_one_by_the_sums(study: Study, folder: Path) -> None:
+    """Hiding the last round also needs its sum to go; then nothing but a receipt at a node contradicts the aggregator."""
+    transcript = study.transcript(lambda b: TRANSCRIPT_LIES["a round is hidden as abandoned"](study, b))
+    study.put(folder, transcript, {})
+    assert "round-0003" in failed(verify(study, folder))["sums"]
+    (folder / "sums" / "round-0003.u32").unlink()
+    study.seal(folder)
+    assert verify(study, folder).ok
+
+
+def test_a_round_in_the_middle_cannot_be_hidden(study: Study, folder: Path) -> None:
+    """The ledgers link to the record of round 2, so the aggregator cannot call it abandoned afterwards."""
+    ledgers = {name: (folder / "ledgers" / f"{name}.jsonl").read_bytes() for name in study.names}
+
+    def change(bodies: list) -> None:
+        bodies[3:5] = [t.RoundAbandoned(2, 1, "x", ())]
+        bodies[-1] = t.StudyClosed(2, "x")
+
+    study.put(folder, study.transcript(change), ledgers)
+    (folder / "sums" / "round-0002.u32").unlink()
+    study.seal(folder)
+    assert set(failed(verify(study, folder))) == {f"ledgers/{name}.jsonl" for name in study.names}
+
+
+def test_rounds_without_enough_receipts_are_named_in_a_warning(study: Study, folder: Path) -> None:
+    transcript = study.transcript(lambda bodies: bodies.pop(4))
+    study.put(folder, transcript, {name: study.ledger(name, transcript) for name in study.names})
+    report = verify(study, folder)
+    assert report.ok, failed(report)
+    assert report.warnings == ["round 2 was countersigned by only 0 nodes"]
+
+
+def test_a_revoked_member_is_refused(study: Study, folder: Path) -> None:
+    consortium = study.consortium
+    document, signature = revoke(consortium.authority, consortium.roster, study.names[2])
+    (folder / "roster.json").write_bytes(document)
+    (folder / "roster.json.sig").write_bytes(signature)
+    study.seal(folder)
+    assert "revoked" in failed(verify(study, folder))["agreement and roster"]
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_certificates_are_checked_against_the_given_moment(study: Study, honest: Path, days: int) -> None:
+    assert not verify(study, honest, now=NOW + timedelta(days=days)).ok
+
+
+def test_an_agreement_that_somebody_else_signed_is_refused(study: Study, folder: Path) -> None:
+    signer = study.consortium.identities[study.names[0]].sign
+    signature = sign_document(signer, Label.AGREEMENT, study.document)
+    (folder / "agreement.toml.sig").write_bytes(signature)
+    study.seal(folder)
+    assert "agreement.toml" in failed(verify(study, folder))
+
+
+def test_a_manifest_that_somebody_else_signed_is_refused(study: Study, folder: Path) -> None:
+    (folder / "metrics.json").write_bytes(b'{"accuracy": 1.0}\n')
+    from secgeo.records import write_manifest
+
+    write_manifest(folder, study.consortium.identities["aggregator"].sign)
+    assert "manifest.json" in failed(verify(study, folder))
+
+
+@pytest.mark.parametrize("noise", [1e-300, 0.01, 1e5])
+def test_parameters_out_of_range_cost_no_time(study: Study, tmp_path: Path, noise: float) -> None:
+    strange = study.with_sections(privacy={"noise_multiplier": noise})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.audit.factory.epsilon_rdp", lambda events, delta: 1.0)
+        folder = strange.write(tmp_path / "strange")
+    report = verify(strange, folder)
+    assert len(failed(report)) == len(strange.names)
+    assert all("not recomputed" in detail for detail in failed(report).values())
+
+
+# --- epsilon
+
+
+def event(rate: float, noise: float, steps: int) -> led.DpSgdEvent:
+    return led.DpSgdEvent(1, rate, noise, 1.0, steps, "record", "ab" * 32, "rng", GENESIS)
+
+
+def test_the_recomputed_epsilon_is_that_of_opacus() -> None:
+    """Values of opacus.accountants.RDPAccountant 1.6; at (0.25, 0.8, 48) Google's RDP accountant gives 15.52."""
+    known = [
+        (0.1, 1.0, 6, 1e-5, 3.0260196518145777),
+        (0.25, 1.0, 9, 1e-3, 4.4416740137772),
+        (0.01, 0.8, 1000, 1e-5, 3.695428832544017),
+        (1.0, 2.0, 5, 1e-5, 5.377728336819822),
+        (0.5, 0.5, 10, 1e-5, 34.24185776876831),
+        (0.25, 0.8, 48, 1e-3, 15.345320026175783),
+        (0.3, 100.0, 10**6, 1e-5, 17.80422754147167),
+    ]
+    for rate, noise, steps, delta, epsilon in known:
+        assert budget.epsilon_rdp([event(rate, noise, steps)], delta) == pytest.approx(epsilon, rel=1e-8)
+
+
+def test_without_sampling_the_renyi_divergence_is_that_of_the_gaussian() -> None:
+    """D_a = a / (2 sigma^2), Mironov 2017, table II."""
+    for noise in (0.3, 1.0, 5.0, 200.0):
+        orders = np.array(budget.RDP_ORDERS)
+        assert np.allclose(budget._renyi(1.0, noise), orders / (2 * noise**2), rtol=1e-9)
+
+
+def test_the_two_accountants_order_and_compose_as_they_must() -> None:
+    events = [event(0.1, 1.0, 5), event(0.1, 1.0, 5)]
+    assert budget.epsilon_rdp(events, 1e-5) == budget.epsilon_rdp([event(0.1, 1.0, 10)], 1e-5)
+    pld = budget.epsilon_pld(events, 1e-5)
+    assert pld is not None
+    assert pld < budget.epsilon_rdp(events, 1e-5)
+    assert budget.epsilon_rdp([event(0.1, 1.0, 0)], 1e-5) == budget.epsilon_pld([], 1e-5) == 0.0
+    assert math.isinf(budget.epsilon_rdp([event(0.1, 0.0, 1)], 1e-5))
+    assert budget.epsilon_pld([event(0.5, 0.15, 10)], 1e-5) is None
