@@ -31,7 +31,7 @@ from protocols.chain import GENESIS, line_digest
 from protocols.encoding import FixedPoint
 from protocols.ledger import DpSgdEvent, read_ledger, verify_ledger
 from protocols.transcript import Body, Receipts, RoundRecord, aggregate_digest, read_transcript, verify_transcript
-from secgeo.records import LEDGERS, MANIFEST, SUMS, TRANSCRIPT, file_digests, list_files, manifest_bytes, sum_path
+from secgeo.records import LEDGERS, MANIFEST, SUMS, TRANSCRIPT, file_digests, list_files, sum_path
 from secgeo.study import AGREEMENT, DOCUMENTS, ROOT, OpenStudy, check_documents
 from secgeo.update import Layout
 
@@ -117,8 +117,6 @@ def _verify_manifest(folder: Path, root: x509.Certificate) -> str:
         listed = msgspec.json.decode(document, type=dict[str, str])
     except msgspec.DecodeError:
         raise VerificationFailed(f"{MANIFEST} cannot be decoded") from None
-    if manifest_bytes(listed) != document:
-        raise VerificationFailed(f"{MANIFEST} is not in its canonical form")
     found = file_digests(folder)
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:

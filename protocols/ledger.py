@@ -116,8 +116,6 @@ def verify_ledger(
         raise VerificationFailed("the ledger belongs to another node or study")
     if (opened.delta, opened.epsilon_budget) != (agreement.privacy.delta, agreement.privacy.epsilon_budget):
         raise VerificationFailed("the ledger was opened with another delta or budget than agreed")
-    if opened.privacy_unit != agreement.privacy.unit:
-        raise VerificationFailed("the ledger was opened for another privacy unit than agreed")
     if not isinstance(closed, LedgerClosed):
         raise VerificationFailed("the ledger has no closing line: it was cut off, or the study still runs")
     events: list[DpSgdEvent] = []

@@ -135,13 +135,8 @@ def file_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def manifest_bytes(digests: dict[str, str]) -> bytes:
-    """The one spelling of a manifest."""
-    return msgspec.json.format(msgspec.json.encode(digests, order="sorted"), indent=1) + b"\n"
-
-
 def write_manifest(folder: Path, sign: Callable[[Label, bytes], bytes]) -> None:
     """Sign the digests of all files, so that not one byte of any of them can change unseen."""
-    document = manifest_bytes(file_digests(folder))
+    document = msgspec.json.format(msgspec.json.encode(file_digests(folder), order="sorted"), indent=1) + b"\n"
     write_public(folder / f"{MANIFEST}.sig", sign_document(sign, Label.MANIFEST, document))
     write_public(folder / MANIFEST, document)

@@ -170,6 +170,8 @@ def test_files_added_to_the_folder_are_found(study: Study, folder: Path) -> None
     (folder / "notes.txt").write_bytes(b"x")
     assert "notes.txt was added" in failed(verify(study, folder))["manifest.json"]
     (folder / "notes.txt").unlink()
+    (folder / "metrics.json").unlink()
+    assert "metrics.json is missing" in failed(verify(study, folder))["manifest.json"]
     (folder / "sums" / "round-0009.u32").write_bytes(b"x")
     (folder / "ledgers" / "stranger.jsonl").write_bytes(b"x")
     study.seal(folder)
@@ -338,6 +340,15 @@ def test_an_aggregator_that_signs_a_lie_is_found(study: Study, folder: Path, lie
     transcript = study.transcript(lambda bodies: TRANSCRIPT_LIES[lie](study, bodies))
     study.put(folder, transcript, {})
     assert failed(verify(study, folder))
+
+
+def test_a_sum_of_another_size_is_found_though_its_record_vouches_for_it(study: Study, folder: Path) -> None:
+    short = study.total(2)[:-1].tobytes()
+    record = study.round_record(2, aggregate_digest=t.aggregate_digest(short).hex())
+    transcript = study.transcript(lambda bodies: bodies.__setitem__(3, record))
+    (folder / "sums" / "round-0002.u32").write_bytes(short)
+    study.put(folder, transcript, {name: study.ledger(name, transcript) for name in study.names})
+    assert "round-0002.u32 has another size" in failed(verify(study, folder))["sums"]
 
 
 def test_an_abandoned_last_round_is_told_apart_from_a_hidden_one_by_the_sums(study: Study, folder: Path) -> None:

@@ -168,7 +168,7 @@ def test_missing_sections_are_refused(section: str) -> None:
         b"x = [" + b"[" * 20_000,
         b"\0",
         DOCUMENT + b"\n[study]\n",
-        b"#" * (1 << 22) + b"\n",
+        DOCUMENT + b"#" * (1 << 22),
     ],
     ids=range(9),
 )

@@ -133,6 +133,9 @@ LIES = {
     "survivors out of order": lambda s, b: b.__setitem__(1, s.round_record(1, survivors=s.names[::-1])),
     "a cohort member twice": lambda s, b: b.__setitem__(1, s.round_record(1, cohort=sorted([*s.names, s.names[0]]))),
     "a lost node is not told": lambda s, b: b.__setitem__(1, s.round_record(1, survivors=s.names[:-1], dropped=())),
+    "a lost node twice": lambda s, b: b.__setitem__(
+        1, s.round_record(1, survivors=s.names[:-1], dropped=(t.Dropped(s.names[-1], "x"),) * 2)
+    ),
     "too few survivors": lambda s, b: b.__setitem__(1, s.round_record(1, survivors=s.names[:2])),
     "too few votes": lambda s, b: b.__setitem__(1, s.round_record(1, voters=s.names[:2])),
     "votes for another attempt": lambda s, b: b.__setitem__(1, replace(s.round_record(1), attempt=2)),
@@ -180,6 +183,18 @@ def test_a_vote_by_another_node_is_refused_even_above_the_threshold(study: Study
 def test_a_survivor_that_vanished_before_its_vote_is_allowed(study: Study) -> None:
     record = study.round_record(1, voters=study.names[:3], dropped=(t.Dropped(study.names[3], "votes"),))
     t.verify_round(record, study.agreement, study.digest, study.public_keys)
+
+
+def test_receipts_must_name_the_record_that_they_sign(study: Study) -> None:
+    lines = study.sign_transcript([study.opened(), study.round_record(1)])
+    honest = study.receipts(1, t.line_digest(lines[1]))
+    lie = replace(honest, record_digest="1" * 64)
+    refuse(study, study.transcript(lambda bodies: bodies.__setitem__(2, lie)), "another record")
+
+
+def test_long_lines_are_refused_before_they_are_decoded(study: Study) -> None:
+    with pytest.raises(VerificationFailed, match="longer than 1 MiB"):
+        t.read_line(b"[" * (1 << 20) + b"\n", study.aggregator_key)
 
 
 @pytest.mark.parametrize("forgery", ["stranger", "twice", "swapped"])
