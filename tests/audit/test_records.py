@@ -296,6 +296,21 @@ def test_a_node_that_signs_a_lie_is_named(study: Study, folder: Path, lie: str) 
     assert lie_in_ledger(study, folder, LIES[lie])
 
 
+def test_a_node_that_dropped_out_may_lag_behind_but_links_to_real_records_only(study: Study, folder: Path) -> None:
+    lost = study.names[3]
+    transcript = study.transcript(lambda b: b.__setitem__(5, study.round_record(3, survivors=study.names[:3])))
+    ledgers = {name: study.ledger(name, transcript) for name in study.names}
+    study.put(folder, transcript, ledgers)
+    assert verify(study, folder).ok
+    for link, good in ((GENESIS, True), ("1" * 64, False)):
+
+        def change(bodies: list, link: str = link) -> None:
+            bodies[3] = replace(bodies[3], transcript_link=link)
+
+        study.put(folder, transcript, {lost: study.ledger(lost, transcript, change)})
+        assert verify(study, folder).ok is good
+
+
 def small_budget(study: Study) -> Study:
     return study.with_sections(privacy={"epsilon_budget": 1.0})
 
