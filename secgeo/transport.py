@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from secrets import SystemRandom
-from types import TracebackType
 from typing import Final, Literal, Self
 
 import zmq
@@ -149,9 +148,7 @@ class AggregatorEndpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -295,9 +292,8 @@ class NodeEndpoint:
         self._state: State = "connecting"
         self._detail = ""
         self._phase: Literal["dialling", "handshake", "done"] = "dialling"  # of the present attempt
-        self._pause_seconds = self._first_pause_seconds = limits.reconnect_min_seconds * SystemRandom().uniform(
-            0.5, 1.5
-        )
+        self._first_pause_seconds = limits.reconnect_min_seconds * SystemRandom().uniform(0.5, 1.5)
+        self._pause_seconds = self._first_pause_seconds
         self._redial_at: float | None = None
         self._dropped = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -307,9 +303,8 @@ class NodeEndpoint:
         self._dealer.setsockopt(zmq.PROBE_ROUTER, 1)
         self._dealer.setsockopt(zmq.CONNECT_TIMEOUT, _milliseconds(limits.connect_seconds))
         self._dealer.setsockopt(zmq.RECONNECT_IVL, _milliseconds(self._pause_seconds))
-        self._dealer.setsockopt(
-            zmq.RECONNECT_IVL_MAX, _milliseconds(max(limits.reconnect_max_seconds, self._pause_seconds))
-        )
+        longest_pause_seconds = max(limits.reconnect_max_seconds, self._pause_seconds)
+        self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _milliseconds(longest_pause_seconds))
         self._dealer.setsockopt(zmq.CURVE_SECRETKEY, curve_secret)
         self._dealer.setsockopt(zmq.CURVE_PUBLICKEY, curve_public)
         self._dealer.setsockopt(zmq.CURVE_SERVERKEY, server_curve_public)
@@ -319,9 +314,7 @@ class NodeEndpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -349,7 +342,11 @@ class NodeEndpoint:
         Raises:
             TransportError: not connected in time; the text says unreachable, refused or slow.
         """
-        if not self._wait(zmq.POLLOUT, timeout_seconds) and self.state != "connected":
+        deadline = time.monotonic() + timeout_seconds
+        while self._wait(zmq.POLLOUT, deadline - time.monotonic()) or time.monotonic() < deadline:
+            if self.state == "connected":  # libzmq reports this a moment after the socket is ready
+                return
+        if self.state != "connected":
             raise TransportError(self._diagnosis(timeout_seconds))
 
     def send(self, message: bytes) -> None:
