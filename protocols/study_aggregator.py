@@ -414,7 +414,8 @@ class AggregatorMachine:
         return [Record(self._transcript.append(receipts)), *self._next_round(now)]
 
     def _end(self, reason: str, now: float) -> list[Output]:
-        self.stage, self._deadline = Stage.FAREWELL, now + self._agreement.deadlines.phase_seconds
+        # A node that missed the last round may still be training for it, and hears this only afterwards.
+        self.stage, self._deadline = Stage.FAREWELL, now + self._agreement.deadlines.train_seconds
         self._end_reason = reason
         if not self._joined:
             self.stage = Stage.ENDED

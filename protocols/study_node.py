@@ -122,6 +122,11 @@ class NodeMachine:
         self._sum_round = 0
         self.ended = False
 
+    @property
+    def finished(self) -> bool:
+        """Whether the agreement's last round is summed, so that nothing more is to come."""
+        return self._completed == self._parties.agreement.study.rounds
+
     def start(self) -> list[Output]:
         """Say that we are here; again after each reconnect, since what was under way may be lost."""
         return [self._send(m.Join(self._completed + 1), 0, 0)]

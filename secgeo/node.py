@@ -220,6 +220,9 @@ class NodeProcess:
                     if data is not None:
                         heard = time.monotonic()
                         self._carry(endpoint, self._machine.receive(data))
+                    elif endpoint.state != "connected" and self._machine.finished:
+                        self._report("ended", {"reason": "all rounds are done", "ledger": str(self.ledger_path)})
+                        return
                     elif endpoint.state != "connected":
                         endpoint.wait_connected(deadlines.join_seconds)
                         self._report("reconnected", {"address": self._config.aggregator_address})
