@@ -187,8 +187,10 @@ def _verify_ledger(
     report: VerificationReport,
 ) -> str:
     body = read_ledger(read_public(path, FILE_LIMIT_BYTES), study.public_keys[node_id])
-    events, claim = verify_ledger(body, node_id, study.agreement, study.agreement_digest)
+    events, claim, closed = verify_ledger(body, node_id, study.agreement, study.agreement_digest)
     _link_to_transcript(events, node_id, study, records, digests)
+    if closed.transcript_link not in (GENESIS, *digests.values()):
+        raise VerificationFailed("the node has seen the record of a round that the transcript hides")
     delta = study.agreement.privacy.delta
     rdp, pld = epsilon_rdp(events, delta), epsilon_pld(events, delta)
     claimed = math.inf if claim.epsilon is None else claim.epsilon

@@ -74,10 +74,11 @@ class EpsilonClaim(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
 
 class LedgerClosed(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """The last line; without it the ledger was cut off."""
+    """The last line; without it the ledger was cut off. Its link tells when the transcript hides the last rounds."""
 
     rounds: Number
     steps_total: Number
+    transcript_link: Hex32
 
 
 Body = LedgerOpened | DpSgdEvent | EpsilonClaim | LedgerClosed
@@ -102,8 +103,8 @@ def read_ledger(lines: bytes, node_key: Ed25519PublicKey) -> tuple[Body, ...]:
 
 def verify_ledger(
     ledger: Sequence[Body], node_id: str, agreement: Agreement, agreement_digest: bytes
-) -> tuple[tuple[DpSgdEvent, ...], EpsilonClaim]:
-    """Check what a ledger says, after `read_ledger` has checked its chain; gives its events and its final claim.
+) -> tuple[tuple[DpSgdEvent, ...], EpsilonClaim, LedgerClosed]:
+    """Check what a ledger says, after `read_ledger` has checked its chain; gives its events, its final claim and its closing line.
 
     Raises:
         VerificationFailed: another node or agreement, parameters that are not the agreed ones, rounds told twice,
@@ -136,7 +137,7 @@ def verify_ledger(
     total = sum(event.steps for event in events)
     if (closed.rounds, closed.steps_total) != (len(events), total) or claim is None or claim.steps_total != total:
         raise VerificationFailed("the closing line and the last claim do not count every event: one is missing")
-    return tuple(events), claim
+    return tuple(events), claim, closed
 
 
 def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement) -> None:

@@ -121,7 +121,8 @@ class Budget:
 
     def close(self) -> None:
         """Write the closing line."""
-        self.file.append(self.writer.append(ledger.LedgerClosed(rounds=self.rounds, steps_total=self.steps)))
+        closed = ledger.LedgerClosed(rounds=self.rounds, steps_total=self.steps, transcript_link=self.link)
+        self.file.append(self.writer.append(closed))
         self.file.close()
 
 

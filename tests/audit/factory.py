@@ -182,7 +182,7 @@ class Study:
         epsilon = epsilon_rdp(events, privacy.delta)
         claimed = epsilon if np.isfinite(epsilon) else None
         bodies.append(led.EpsilonClaim(steps, privacy.delta, claimed, led.ACCOUNTANT, led.NEIGHBOURING_RELATION))
-        bodies.append(led.LedgerClosed(len(events), steps))
+        bodies.append(led.LedgerClosed(len(events), steps, link))
         return bodies
 
     def ledger(self, node: str, transcript: bytes, change: Callable[[list], object] = lambda bodies: None) -> bytes:

@@ -272,13 +272,13 @@ def test_an_epsilon_claimed_too_high_harms_nobody(study: Study, folder: Path, fa
 LIES = {
     "less noise than agreed": lambda b: b.__setitem__(2, replace(b[2], noise_multiplier=0.5)),
     "an event missing": lambda b: b.__setitem__(
-        slice(3, None), [replace(b[4], steps_total=2, epsilon=9.9), led.LedgerClosed(2, 2)]
+        slice(3, None), [replace(b[4], steps_total=2, epsilon=9.9), led.LedgerClosed(2, 2, GENESIS)]
     ),
     "no private steps where they are due": lambda b: b.__setitem__(
-        slice(2, None), [replace(b[2], steps=0), b[3], replace(b[4], steps_total=2), led.LedgerClosed(3, 2)]
+        slice(2, None), [replace(b[2], steps=0), b[3], replace(b[4], steps_total=2), led.LedgerClosed(3, 2, GENESIS)]
     ),
     "private steps before there is a consensus": lambda b: b.__setitem__(
-        slice(1, None), [replace(b[1], steps=2), *b[2:4], replace(b[4], steps_total=6), led.LedgerClosed(3, 6)]
+        slice(1, None), [replace(b[1], steps=2), *b[2:4], replace(b[4], steps_total=6), led.LedgerClosed(3, 6, GENESIS)]
     ),
     "an event that is not linked": lambda b: b.__setitem__(3, replace(b[3], transcript_link=GENESIS)),
     "an event linked to an older record": lambda b: b.__setitem__(
@@ -366,14 +366,16 @@ def test_a_sum_of_another_size_is_found_though_its_record_vouches_for_it(study: 
     assert "round-0002.u32 has another size" in failed(verify(study, folder))["sums"]
 
 
-def test_an_abandoned_last_round_is_told_apart_from_a_hidden_one_by_the_sums(study: Study, folder: Path) -> None:
-    """Hiding the last round also needs its sum to go; then nothing but a receipt at a node contradicts the aggregator."""
+def test_the_last_round_cannot_be_hidden(study: Study, folder: Path) -> None:
+    """Also where its sum is gone: the closing line of each ledger names the last record that its node has seen."""
     transcript = study.transcript(lambda b: TRANSCRIPT_LIES["a round is hidden as abandoned"](study, b))
     study.put(folder, transcript, {})
     assert "round-0003" in failed(verify(study, folder))["sums"]
     (folder / "sums" / "round-0003.u32").unlink()
     study.seal(folder)
-    assert verify(study, folder).ok
+    hidden = failed(verify(study, folder))
+    assert set(hidden) == {f"ledgers/{name}.jsonl" for name in study.names}
+    assert all("the transcript hides" in detail for detail in hidden.values())
 
 
 def test_a_round_in_the_middle_cannot_be_hidden(study: Study, folder: Path) -> None:
