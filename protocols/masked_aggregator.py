@@ -284,8 +284,13 @@ class MaskedAggregator:
             raise RemoteProtocolError(peer, "sent a chunk outside its upload")
         start = body.index * self._chunk_bytes
         expected = min(self._chunk_bytes, len(upload.data) - start)
-        if body.index != upload.chunks or body.index >= self._chunk_count or len(body.data) != expected:
-            raise RemoteProtocolError(peer, f"sent chunk {body.index} of {len(body.data)} bytes out of order or size")
+        if body.index >= self._chunk_count or len(body.data) != expected:
+            raise RemoteProtocolError(peer, f"sent chunk {body.index} of {len(body.data)} bytes, which no upload has")
+        if body.index > upload.chunks:
+            return self._drop(peer)  # Chunks were lost with a connection: no fault, but no upload either.
+        if body.index < upload.chunks:
+            self._once(peer, upload.data[start : start + expected] != body.data, "two different chunks of one index")
+            return []
         upload.data[start : start + expected] = body.data
         upload.chunks += 1
         return []
@@ -295,8 +300,12 @@ class MaskedAggregator:
             self._once(peer, self._digests[peer] != body.digest, "two different uploads")
             return
         upload = self._uploads.get(peer)
-        if upload is None or upload.chunks != self._chunk_count:
-            raise RemoteProtocolError(peer, "ended its upload before all chunks were sent")
+        if upload is None:
+            raise RemoteProtocolError(peer, "ended an upload that it never began")
+        if upload.chunks != self._chunk_count:
+            self._active.discard(peer)
+            self.dropped.setdefault(peer, self.phase.value)
+            return
         data = bytes(upload.data)
         if not sealing.same(upload_digest(data), body.digest):
             raise RemoteProtocolError(peer, "sent a digest that is not that of its upload")
@@ -316,7 +325,8 @@ class MaskedAggregator:
     def _on_unmasking(self, peer: str, body: m.Unmasking) -> None:
         survivors = {name for name, _ in self._survivors}
         lost = set(self._senders) - survivors
-        self._once(peer, peer in self._unmasked, "two unmaskings")
+        if peer in self._unmasked:
+            return
         if {name for name, _ in body.self_shares} != survivors or {name for name, _ in body.pair_shares} != lost:
             raise RemoteProtocolError(peer, "unmasked other nodes than the survivor set says")
         if len(body.self_shares) != len(survivors) or len(body.pair_shares) != len(lost):

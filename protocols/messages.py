@@ -39,7 +39,8 @@ Number = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MAXIMUM_MEMBERS)]
 Chunk = Annotated[bytes, Meta(min_length=4, max_length=CHUNK_LIMIT_BYTES)]
 PeerShares = Annotated[tuple[tuple[Name, Share], ...], Meta(max_length=MAXIMUM_MEMBERS)]
-Reason = Annotated[str, Meta(max_length=500)]
+Reason = Annotated[str, Meta(max_length=500, pattern=r"\A[\x20-\x7e]*\Z")]
+"""Text for people, in printable ASCII: nothing that a peer sends can steer an operator's terminal."""
 
 
 class Body(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=lambda name: name):

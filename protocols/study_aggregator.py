@@ -216,6 +216,9 @@ class AggregatorMachine:
         if peer not in self._joined:
             self._joined.add(peer)
             answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
+        elif self.stage is Stage.SUM and self._attempt is not None:
+            # Its connection was lost, and with it perhaps a message of this attempt.
+            answer += self._carry(self._attempt.leave(peer), now)
         for completed in [number for number in self._completed if number >= body.next_round]:
             line, total = self._load_sum(completed)
             answer += self._result_for(peer, completed, line, total)

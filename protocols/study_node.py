@@ -27,6 +27,10 @@ from protocols.sealing import AttemptId
 from protocols.shamir import Coins
 
 
+MAX_REPEATS = 16
+"""How often a sum may arrive incomplete, each time after a lost connection, before the aggregator is blamed."""
+
+
 class Journal(Protocol):
     """Durable memory of what this node has used; each call returns only when the entry is on disk."""
 
@@ -120,6 +124,8 @@ class NodeMachine:
         self._voted: dict[tuple[int, int], tuple[tuple[str, bytes], ...]] = {}
         self._sum_chunks: list[bytes] = []
         self._sum_round = 0
+        self._asked_again = 0
+        self._abandoned: tuple[int, int] | None = None
         self.ended = False
 
     @property
@@ -127,8 +133,14 @@ class NodeMachine:
         """Whether the agreement's last round is summed, so that nothing more is to come."""
         return self._completed == self._parties.agreement.study.rounds
 
+    def rejoin(self) -> list[Output]:
+        """After a lost connection: leave the running attempt, whose messages may be lost, and say that we are here."""
+        if self._attempt is not None:
+            self._attempt, self._abandoned = None, (self._round, self._attempt_number)
+        return self.start()
+
     def start(self) -> list[Output]:
-        """Say that we are here; again after each reconnect, since what was under way may be lost."""
+        """Say that we are here."""
         return [self._send(m.Join(self._completed + 1), 0, 0)]
 
     def submit(self, round_number: int, vector: Float64Vector) -> list[Output]:
@@ -185,9 +197,12 @@ class NodeMachine:
     # --- rounds and attempts
 
     def _on_round(self, number: int, body: m.RoundOpen) -> list[Output]:
-        self._check(number <= self._parties.agreement.study.rounds, "opened more rounds than the agreement has")
+        self._check(
+            1 <= number <= self._parties.agreement.study.rounds, "opened a round that the agreement does not have"
+        )
         if number == self._round and body.last_completed == self._completed:
-            return []  # Said again after a reconnect.
+            # Said again after a reconnect: our answer may be lost.
+            return [] if self._vector is None else [self._send(m.Ready(), number, 0)]
         self._check(number > self._round, f"went back to round {number}")
         self._check(not self._training, "opened a round while we train for another")
         if body.last_completed > self._completed:
@@ -228,6 +243,8 @@ class NodeMachine:
         return [Send(data) for data in self._attempt.open()]
 
     def _on_attempt_body(self, number: int, attempt: int, body: m.AnyBody) -> list[Output]:
+        if (number, attempt) == self._abandoned:
+            return []
         self._check(
             self._attempt is not None and (number, attempt) == (self._round, self._attempt_number),
             f"sent {type(body).__name__} for an attempt that is not open",
@@ -256,9 +273,9 @@ class NodeMachine:
         if number != self._sum_round or body.index == 0:  # a sum is sent again from its start after a reconnect
             self._sum_chunks, self._sum_round = [], number
         values = sum(len(chunk) for chunk in self._sum_chunks) + len(body.data)
-        self._check(
-            body.index == len(self._sum_chunks) and values <= 4 * self._size, "sent the sum out of order or size"
-        )
+        self._check(values <= 4 * self._size, "sent more than a sum")
+        if body.index != len(self._sum_chunks):
+            return []  # Chunks were lost with a connection; the result will find the sum too short, and ask again.
         self._sum_chunks.append(body.data)
         return []
 
@@ -266,10 +283,12 @@ class NodeMachine:
         if number <= self._completed:
             self._sum_chunks = []
             return []
-        self._check(number == self._sum_round, "sent a record without its sum")
-        data = b"".join(self._sum_chunks)
+        data = b"".join(self._sum_chunks) if number == self._sum_round else b""
         self._sum_chunks = []
-        self._check(len(data) == 4 * self._size, "sent a sum of another size")
+        if len(data) != 4 * self._size:
+            self._asked_again += 1
+            self._check(self._asked_again <= MAX_REPEATS, "keeps sending incomplete sums")
+            return self.start()
         try:
             record = t.read_line(body.record, self._aggregator_key).body
         except VerificationFailed as error:
@@ -290,7 +309,7 @@ class NodeMachine:
             self._voted.get((number, record.attempt), survivors) == survivors,
             "recorded another survivor set than the one we voted for",
         )
-        self._completed = number
+        self._completed, self._asked_again = number, 0
         self._attempt, self._vector = None, None
         statement = t.receipt_statement(self._parties.agreement_digest, number, t.line_digest(body.record))
         receipt = m.Receipt(self._identity.sign(Label.RECEIPT, statement))

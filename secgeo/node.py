@@ -215,19 +215,21 @@ class NodeProcess:
                 endpoint.wait_connected(deadlines.join_seconds)
                 self._report("connected", {"address": self._config.aggregator_address})
                 self._carry(endpoint, self._machine.start())
-                heard = time.monotonic()
+                heard, connections = time.monotonic(), endpoint.connections
                 while not self._machine.ended:
                     data = endpoint.receive(POLL_SECONDS)
+                    if data is None and endpoint.state != "connected":
+                        if self._machine.finished:
+                            self._report("ended", {"reason": "all rounds are done", "ledger": str(self.ledger_path)})
+                            return
+                        endpoint.wait_connected(deadlines.join_seconds)
+                    if endpoint.connections != connections:
+                        connections = endpoint.connections
+                        self._report("reconnected", {"address": self._config.aggregator_address})
+                        self._carry(endpoint, self._machine.rejoin())
                     if data is not None:
                         heard = time.monotonic()
                         self._carry(endpoint, self._machine.receive(data))
-                    elif endpoint.state != "connected" and self._machine.finished:
-                        self._report("ended", {"reason": "all rounds are done", "ledger": str(self.ledger_path)})
-                        return
-                    elif endpoint.state != "connected":
-                        endpoint.wait_connected(deadlines.join_seconds)
-                        self._report("reconnected", {"address": self._config.aggregator_address})
-                        self._carry(endpoint, self._machine.start())
                     elif time.monotonic() - heard > silence:
                         raise TransportError(f"the aggregator said nothing for {silence:.0f} seconds; ask its operator")
         finally:

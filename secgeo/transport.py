@@ -291,6 +291,7 @@ class NodeEndpoint:
         self._limits = limits
         self._state: State = "connecting"
         self._detail = ""
+        self._connections = 0
         self._phase: Literal["dialling", "handshake", "done"] = "dialling"  # of the present attempt
         self._first_pause_seconds = limits.reconnect_min_seconds * SystemRandom().uniform(0.5, 1.5)
         self._pause_seconds = self._first_pause_seconds
@@ -330,6 +331,12 @@ class NodeEndpoint:
         """How the connection stands; "refused", "unreachable" and "slow" stay until a later attempt ends otherwise."""
         self._pump()
         return self._state
+
+    @property
+    def connections(self) -> int:
+        """How many times a connection was made. When it rises, messages may have been lost, both ways."""
+        self._pump()
+        return self._connections
 
     @property
     def dropped(self) -> int:
@@ -423,6 +430,7 @@ class NodeEndpoint:
             self._phase = "handshake"
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._phase, self._state, self._pause_seconds = "done", "connected", self._first_pause_seconds
+            self._connections += 1
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self._refused("this node's key is not in the aggregator's roster")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value in (errno.EPIPE, errno.ECONNRESET):

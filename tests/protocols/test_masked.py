@@ -191,6 +191,7 @@ def test_substituted_round_keys_are_refused() -> None:
         ("SurvivorProof", lambda body, _: m.SurvivorProof((body.votes[0],) * 4)),
         ("SumChunk", lambda body, _: m.SumChunk(body.index, bytes([body.data[0] ^ 1]) + body.data[1:])),
         ("SumChunk", lambda body, _: m.SumChunk(body.index + 1, body.data)),
+        ("SumChunk", lambda body, _: m.SumChunk(0, body.data)),
         ("RoundResult", lambda body, _: m.RoundResult(body.record.replace(b"hospital-01", b"hospital-00"))),
     ],
 )
@@ -259,7 +260,7 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
     ("kind", "body"),
     [
         ("MaskedChunk", lambda b: m.MaskedChunk(b.index, b.data + b"1234")),
-        ("MaskedChunk", lambda b: m.MaskedChunk(b.index + 1, b.data)),
+        ("MaskedChunk", lambda b: m.MaskedChunk(b.index + 99, b.data)),
         ("UploadDone", lambda _: m.UploadDone(bytes(32))),
         ("RoundKeys", lambda _: m.UploadDone(bytes(32))),
         ("SurvivorVote", lambda _: m.SurvivorVote(bytes(64))),

@@ -63,7 +63,9 @@ class Site:
 
 def make_spec(rounds: int = 2) -> dict[str, Any]:
     settings = preset("breast-cancer", 4, rounds)
-    sections = {name: msgspec.to_builtins(getattr(settings, name)) for name in ("training", "privacy", "precision", "model")}
+    sections = {
+        name: msgspec.to_builtins(getattr(settings, name)) for name in ("training", "privacy", "precision", "model")
+    }
     del sections["model"]["trunk_digest"]
     return sections | {
         "study": {"id": "test-study", "rounds": rounds, "classes": 2},

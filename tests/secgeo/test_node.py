@@ -44,7 +44,9 @@ def test_a_sound_study_is_accepted(site: Site) -> None:
     assert start(site).ledger_path.exists()
 
 
-@pytest.mark.parametrize("name", ["agreement.toml", "agreement.toml.sig", "roster.json", "roster.json.sig", "authority.pem"])
+@pytest.mark.parametrize(
+    "name", ["agreement.toml", "agreement.toml.sig", "roster.json", "roster.json.sig", "authority.pem"]
+)
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.95])
 def test_one_changed_byte_of_a_study_document_is_refused(site: Site, name: str, where: float) -> None:
     path = site.base / "study" / name
@@ -210,7 +212,9 @@ def test_a_node_killed_in_mid_study_does_not_stop_the_others(tmp_path: Path) -> 
     site = make_site(tmp_path, rounds=3)
     victim = HOSPITALS[3]
     codes = run_study(site, victim)
-    assert {name: code for name, code in codes.items() if name != victim} == dict.fromkeys((AGGREGATOR, *HOSPITALS[:3]), 0)
+    assert {name: code for name, code in codes.items() if name != victim} == dict.fromkeys(
+        (AGGREGATOR, *HOSPITALS[:3]), 0
+    )
     transcript = (site.base / AGGREGATOR / "records" / "transcript.jsonl").read_text().splitlines()
     bodies = [json.loads(line)["body"] for line in transcript]
     last = [body for body in bodies if body["type"] == "RoundRecord"][-1]
@@ -227,7 +231,9 @@ def test_the_verifier_never_imports_torch(site: Site) -> None:
 
 
 def test_a_node_that_cannot_reach_the_aggregator_says_so(site: Site) -> None:
-    document = (site.base / "study" / "agreement.toml").read_bytes().replace(b"join_seconds = 30.0", b"join_seconds = 2.0")
+    document = (
+        (site.base / "study" / "agreement.toml").read_bytes().replace(b"join_seconds = 30.0", b"join_seconds = 2.0")
+    )
     read_agreement(document)
     site.sign_agreement(document)
     changed = Site(site.base, site.consortium, agreement_digest(document).hex())

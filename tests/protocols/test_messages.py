@@ -1,0 +1,124 @@
+"""Decoding hostile bytes: only RemoteProtocolError leaves, it names the peer, and nothing that was changed passes."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keys.errors import RemoteProtocolError
+from protocols import messages as m
+from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
+from tests.keys.factory import make_consortium
+from tests.protocols.network import names
+
+CONSORTIUM = make_consortium(names(3))
+ALICE = CONSORTIUM.identities["hospital-00"]
+DIGEST = bytes(range(32))
+ATTEMPT = AttemptId(DIGEST, 3, 2)
+KEY, SHARE, H32, H64 = bytes(PUBLIC_KEY_BYTES), bytes(33), bytes(32), bytes(64)
+
+BODIES = [
+    m.Join(1),
+    m.Ready(),
+    m.Declined("the budget is spent"),
+    m.RoundKeys(KEY, KEY, H32),
+    m.SealedSeeds("hospital-01", H32, b"sealed", b""),
+    m.Complaint("hospital-01", H32, H32),
+    m.MaskedChunk(0, b"1234"),
+    m.UploadDone(H32),
+    m.SurvivorVote(H64),
+    m.Unmasking((("hospital-01", SHARE),), ()),
+    m.Receipt(H64),
+    m.Farewell(),
+    m.RoundOpen(2),
+    m.AttemptOpen(("hospital-00",)),
+    m.KeySet((b"signed",)),
+    m.SeedSet(("hospital-00",), (b"signed",)),
+    m.Credit(4),
+    m.Survivors((("hospital-00", H32),)),
+    m.SurvivorProof((("hospital-00", H64),)),
+    m.SumChunk(0, b"1234"),
+    m.RoundResult(b"line"),
+    m.AttemptFailed("too few", final=True),
+    m.StudyEnded("done"),
+]
+
+
+def decode(data: bytes) -> m.Message:
+    return m.decode(data, "hospital-00", ALICE.public_key, DIGEST)
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
+def test_every_body_comes_back(body: m.AnyBody) -> None:
+    assert decode(m.encode(ALICE, ATTEMPT, body)) == m.Message("hospital-00", 3, 2, body)
+
+
+def test_all_bodies_are_listed_here() -> None:
+    assert {type(body) for body in BODIES} == set(m.AnyBody.__args__)
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
+def test_no_changed_byte_passes(body: m.AnyBody) -> None:
+    data = m.encode(ALICE, ATTEMPT, body)
+    places = range(len(data)) if len(data) < 400 else [*range(0, len(data), 37), *range(len(data) - 70, len(data))]
+    for place in places:
+        for flip in (0x01, 0x80, 0xFF):
+            changed = bytearray(data)
+            changed[place] ^= flip
+            with pytest.raises(RemoteProtocolError) as caught:
+                decode(bytes(changed))
+            assert caught.value.peer == "hospital-00"
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xdd\xff\xff\xff\xff",  # an array of 2^32 - 1 elements
+        b"\xc6\xff\xff\xff\xff",  # a byte string of 4 GiB
+        b"\x91" * 100_000,  # nested 100,000 deep
+        bytes(m.MESSAGE_LIMIT_BYTES + 1),
+    ],
+    ids=["empty", "huge array", "huge bytes", "deep", "oversized"],
+)
+def test_hostile_sizes_are_refused_before_anything_is_allocated(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode(data)
+
+
+def test_appended_bytes_truncation_and_other_spellings_are_refused() -> None:
+    data = m.encode(ALICE, ATTEMPT, m.Join(1))
+    envelope = msgspec.msgpack.decode(data)
+    wide = data.replace(b"\x03\x02", b"\xcc\x03\x02", 1)  # the round as a two-byte integer
+    extra = msgspec.msgpack.encode([*envelope, 0])
+    more = msgspec.msgpack.encode([*envelope[:5], [*envelope[5], 0], envelope[6]])
+    for bad in (data + b"\0", data[:-1], wide, extra, more):
+        with pytest.raises(RemoteProtocolError):
+            decode(bad)
+
+
+def test_a_message_is_bound_to_its_agreement_sender_round_attempt_and_type() -> None:
+    data = m.encode(ALICE, ATTEMPT, m.Join(1))
+    with pytest.raises(RemoteProtocolError, match="agreement"):
+        m.decode(data, "hospital-00", ALICE.public_key, bytes(32))
+    with pytest.raises(RemoteProtocolError, match="in the name of"):
+        m.decode(data, "hospital-01", CONSORTIUM.identities["hospital-01"].public_key, DIGEST)
+    envelope = msgspec.msgpack.decode(data)
+    for place, value in ((2, 4), (3, 1), (5, ["Ready"]), (0, 2), (4, "hospital-01")):
+        moved = list(envelope)
+        moved[place] = value
+        with pytest.raises(RemoteProtocolError):
+            decode(msgspec.msgpack.encode(moved))
+
+
+def test_text_from_peers_cannot_steer_a_terminal() -> None:
+    for text in ("\x1b[2J", "line\nbreak", "\u202eevil", "x" * 501):
+        with pytest.raises(RemoteProtocolError):
+            decode(m.encode(ALICE, ATTEMPT, m.Declined(text)))

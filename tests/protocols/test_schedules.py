@@ -1,0 +1,199 @@
+"""Any schedule of losses, repetitions and re-ordering ends in the right sum of the survivors or in none: never in a wrong sum, a
+hang, an exception out of the aggregator, or an honest party that is blamed."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keys.errors import LocalProtocolError, RemoteProtocolError
+from protocols import messages as m
+from protocols import study_node as node
+from protocols.sealing import AttemptId
+from tests.keys.factory import AGGREGATOR
+from tests.protocols.network import Network, body_type, make_network, names
+from tests.protocols.test_masked import check_sum
+
+
+def check_outcome(network: Network, honest: list[str]) -> None:
+    """Every sum that an honest node holds is right, nobody honest is blamed, and the study came to its end."""
+    assert not network.faults
+    assert not [p for p in network.progress if p.event == "expelled" and p.fields["node"] in honest]
+    for name in honest:
+        for summed in network.sums[name]:
+            check_sum(network, name, summed.round)
+    assert network.aggregator.ended
+
+
+@given(st.integers(0, 2**32), st.floats(0.0, 0.08))
+@settings(max_examples=60, deadline=None)
+def test_random_loss_of_connections(seed: int, rate: float) -> None:
+    """A node loses a message, and with it its connection: it joins again."""
+    network = make_network(5, size=600, rounds=2, threshold=3, minimum_cohort=3)
+    generator = random.Random(seed)  # noqa: S311
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        if generator.random() >= rate:
+            return [data]
+        lost = recipient if sender == AGGREGATOR else sender
+        if not network.nodes[lost].ended:
+            rejoined = network.nodes[lost].rejoin()
+            network._queue.extend((lost, AGGREGATOR, o.data) for o in rejoined if isinstance(o, node.Send))
+        return []
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(5))
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_any_interleaving_of_different_nodes_gives_the_same_sum(seed: int) -> None:
+    network = make_network(4, size=300)
+    generator = random.Random(seed)  # noqa: S311
+    deliver = network._deliver
+
+    def shuffled(sender: str, recipient: str, data: bytes) -> None:
+        # Put the message back behind those of other pairs now and then; order within a pair is kept, as TCP does.
+        others = [entry for entry in network._queue if entry[:2] != (sender, recipient)]
+        if others and generator.random() < 0.4:
+            later = [entry for entry in network._queue if entry[:2] == (sender, recipient)]
+            network._queue.clear()
+            network._queue.extend([*others, (sender, recipient, data), *later])
+        else:
+            deliver(sender, recipient, data)
+
+    network._deliver = shuffled  # type: ignore[method-assign]
+    network.run()
+    check_outcome(network, names(4))
+    assert all(len(network.sums[name]) == 1 for name in names(4))
+
+
+@pytest.mark.parametrize(
+    "kind", ["Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking", "Receipt"]
+)
+def test_a_repeated_message_changes_nothing(kind: str) -> None:
+    network = make_network(4)
+    network.tap = lambda sender, _recipient, data: (
+        [data, data] if sender != AGGREGATOR and body_type(data) == kind else [data]
+    )
+    network.run()
+    check_outcome(network, names(4))
+    assert check_sum(network, "hospital-00") == tuple(names(4))
+
+
+@pytest.mark.parametrize("kind", ["RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone"])
+def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
+    network = make_network(5, threshold=3)
+    liar = network.consortium.identities["hospital-01"]
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender != liar.node_id or body_type(data) != kind:
+            return [data]
+        message = m.decode(data, liar.node_id, liar.public_key, network.digest)
+        match message.body:
+            case m.RoundKeys(share, pair, _):
+                other: m.AnyBody = m.RoundKeys(share, pair, bytes(32))
+            case m.SealedSeeds(recipient, cohort, _, contribution):
+                other = m.SealedSeeds(recipient, cohort, bytes(1202), contribution)
+            case m.MaskedChunk(index, chunk):
+                other = m.MaskedChunk(index, bytes(len(chunk)))
+            case _:
+                other = m.UploadDone(bytes(32))
+        return [data, m.encode(liar, AttemptId(network.digest, message.round, message.attempt), other)]
+
+    network.tap = tap
+    network.run()
+    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar.node_id]
+    check_sum(network, "hospital-00")
+
+
+def test_old_messages_that_are_replayed_are_ignored_or_refused() -> None:
+    network = make_network(4, rounds=2)
+    kept: list[bytes] = []
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender == "hospital-02" and body_type(data) in ("RoundKeys", "MaskedChunk", "Unmasking"):
+            kept.append(data)
+            return [*kept[:1], data] if body_type(data) == "Unmasking" else [data]
+        return [data]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(4))
+    assert len(network.sums["hospital-02"]) == 2
+
+
+def test_a_restarted_node_never_masks_twice() -> None:
+    network = make_network(4)
+    network.run()
+    name = "hospital-00"
+    again = node.NodeMachine(
+        network.parties,
+        network.consortium.identities[name],
+        (AGGREGATOR, network.consortium.identities[AGGREGATOR].public_key),
+        network.size,
+        coins=lambda n: bytes(n),
+        journal=network.journals[name],
+    )
+    aggregator = network.consortium.identities[AGGREGATOR]
+    with pytest.raises(LocalProtocolError, match="before a restart"):
+        again.receive(m.encode(aggregator, AttemptId(network.digest, 1, 0), m.RoundOpen(0)))
+
+
+def test_what_a_driver_may_not_do() -> None:
+    network = make_network(4, size=8)
+    machine = network.nodes["hospital-00"]
+    with pytest.raises(LocalProtocolError, match="none is asked for"):
+        machine.submit(1, np.zeros(8))
+    aggregator = network.consortium.identities[AGGREGATOR]
+    machine.receive(m.encode(aggregator, AttemptId(network.digest, 1, 0), m.RoundOpen(0)))
+    for bad in (np.zeros(7), np.full(8, np.nan), np.zeros((8, 1))):
+        with pytest.raises(LocalProtocolError):
+            machine.submit(1, bad)
+
+
+@pytest.mark.parametrize("number", [0, 3, 2**31])
+def test_rounds_that_the_agreement_does_not_have_are_refused(number: int) -> None:
+    network = make_network(4, rounds=2)
+    aggregator = network.consortium.identities[AGGREGATOR]
+    opened = m.encode(aggregator, AttemptId(network.digest, number, 0), m.RoundOpen(0))
+    with pytest.raises(RemoteProtocolError, match="does not have"):
+        network.nodes["hospital-00"].receive(opened)
+
+
+def test_too_few_hospitals_end_the_study_in_good_order() -> None:
+    network = make_network(4)
+    network.run(absent=["hospital-00", "hospital-01"])
+    assert network.ended["hospital-02"] == "too few hospitals joined before the deadline"
+
+
+def test_a_node_that_declines_leaves_the_others_to_go_on() -> None:
+    network = make_network(5, rounds=2, threshold=3)
+    leaver = network.nodes["hospital-04"]
+    vectors = network.vectors
+
+    def declining(name: str, number: int) -> np.ndarray:
+        if name == "hospital-04" and number == 2:
+            for output in leaver.decline("the budget is spent"):
+                assert isinstance(output, node.Send)
+                network._post("hospital-04", AGGREGATOR, output.data)
+            leaver._training = True  # the network submits all the same; a late Ready must not disturb
+        return vectors(name, number)
+
+    network.vectors = declining
+    network.run()
+    assert check_sum(network, "hospital-00", 2) == tuple(names(4))
+
+
+def test_equal_weights_give_the_plain_mean() -> None:
+    network = make_network(4, size=11)
+    network.vectors = lambda name, number: np.append(np.random.default_rng(int(name[-2:])).normal(size=10), 1.0)
+    network.run()
+    total = network.sums["hospital-01"][0].total
+    mean = np.mean([network.vectors(name, 1)[:10] for name in names(4)], axis=0)
+    assert np.abs(total[:10] / total[10] - mean).max() < 2.0**-16
