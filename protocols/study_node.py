@@ -26,7 +26,6 @@ from protocols.masked_node import MaskedNode, Parties, State
 from protocols.sealing import AttemptId
 from protocols.shamir import Coins
 
-
 MAX_REPEATS = 16
 """How often a sum may arrive incomplete, each time after a lost connection, before the aggregator is blamed."""
 
