@@ -1,5 +1,7 @@
 """The masked secure sum, run end to end in memory: correctness, dropouts at every phase, and misbehaving parties."""
 
+import re
+
 import msgspec
 import numpy as np
 import pytest
@@ -42,6 +44,17 @@ def test_sum_is_bit_identical_under_permutation_of_nodes() -> None:
         totals.append(network.sums["hospital-00"][0].total.tobytes())
     # The machines draw fresh keys each time; only the sum is the same.
     assert len(set(totals)) == 1
+
+
+def test_sum_does_not_depend_on_which_node_brings_which_vector() -> None:
+    totals = set()
+    for shift in range(4):
+        network = make_network(4)
+        vectors = network.vectors
+        network.vectors = lambda name, number, v=vectors, k=shift: v(names(4)[(int(name[-2:]) + k) % 4], number)
+        network.run()
+        totals.add(network.sums["hospital-00"][0].total.tobytes())
+    assert len(totals) == 1
 
 
 def test_several_rounds_and_a_transcript_that_verifies() -> None:
@@ -174,36 +187,105 @@ def test_substituted_round_keys_are_refused() -> None:
     assert all(fault.peer == m.AGGREGATOR for fault in network.faults.values())
 
 
-@pytest.mark.parametrize(
-    ("kind", "change"),
-    [
-        ("AttemptOpen", lambda body, to: m.AttemptOpen((to, "hospital-00", "hospital-01")[:2])),
-        ("AttemptOpen", lambda body, _: m.AttemptOpen((*body.cohort, "invented"))),
-        ("AttemptOpen", lambda body, to: m.AttemptOpen(tuple(n for n in body.cohort if n != to))),
-        ("KeySet", lambda body, _: m.KeySet(body.keys[:2])),
-        ("KeySet", lambda body, _: m.KeySet((*body.keys, body.keys[0]))),
-        ("SeedSet", lambda body, _: m.SeedSet(body.senders, body.sealed[1:])),
-        ("SeedSet", lambda body, _: m.SeedSet(body.senders[:2], body.sealed)),
-        ("Survivors", lambda body, _: m.Survivors(body.survivors[:2])),
-        ("Survivors", lambda body, _: m.Survivors(tuple((n, bytes(32)) for n, _ in body.survivors))),
-        ("SurvivorProof", lambda body, _: m.SurvivorProof(body.votes[:1])),
-        ("SurvivorProof", lambda body, _: m.SurvivorProof(tuple((n, bytes(64)) for n, _ in body.votes))),
-        ("SurvivorProof", lambda body, _: m.SurvivorProof((body.votes[0],) * 4)),
-        ("SumChunk", lambda body, _: m.SumChunk(body.index, bytes([body.data[0] ^ 1]) + body.data[1:])),
-        ("SumChunk", lambda body, _: m.SumChunk(body.index + 1, body.data)),
-        ("SumChunk", lambda body, _: m.SumChunk(0, body.data)),
-        ("RoundResult", lambda body, _: m.RoundResult(body.record.replace(b"hospital-01", b"hospital-00"))),
-    ],
-)
+ATTACKS = [
+    ("AttemptOpen", lambda b, to: m.AttemptOpen((to, "hospital-00", "hospital-01")[:2]), "shrank|twice"),
+    ("AttemptOpen", lambda b, _: m.AttemptOpen((*b.cohort[:3], b.cohort[0])), "a node twice in the cohort"),
+    ("AttemptOpen", lambda b, _: m.AttemptOpen(b.cohort[:2]), "shrank|not part of"),
+    ("AttemptOpen", lambda b, _: m.AttemptOpen((*b.cohort, "invented")), "a stranger into the cohort"),
+    ("AttemptOpen", lambda b, to: m.AttemptOpen(tuple(n for n in b.cohort if n != to)), "not part of"),
+    ("KeySet", lambda b, _: m.KeySet(b.keys[:2]), "shrank|our own round keys"),
+    ("KeySet", lambda b, to: m.KeySet(tuple(k for k in b.keys if m.claimed_sender(k) != to)), "our own round keys"),
+    ("KeySet", lambda b, _: m.KeySet((*b.keys, b.keys[0])), "two round keys"),
+    ("SeedSet", lambda b, _: m.SeedSet(b.senders, b.sealed[1:]), "held back seeds"),
+    ("SeedSet", lambda b, _: m.SeedSet(b.senders, (*b.sealed, b.sealed[0])), "unasked or repeated"),
+    ("SeedSet", lambda b, _: m.SeedSet((*b.senders, b.senders[0]), b.sealed), "sender of seeds twice"),
+    ("SeedSet", lambda b, _: m.SeedSet((*b.senders, "invented"), b.sealed), "no round keys"),
+    ("SeedSet", lambda b, to: m.SeedSet(tuple(n for n in b.senders if n != to), b.sealed), "left us out"),
+    ("SeedSet", lambda b, _: m.SeedSet(b.senders[:2], b.sealed), "shrank|left us out"),
+    ("Survivors", lambda b, _: m.Survivors(b.survivors[:2]), "fewer survivors"),
+    ("Survivors", lambda b, _: m.Survivors((*b.survivors, ("invented", bytes(32)))), "never distributed seeds"),
+    ("Survivors", lambda b, _: m.Survivors(b.survivors[::-1]), "not sorted and distinct"),
+    ("Survivors", lambda b, _: m.Survivors((*b.survivors, b.survivors[-1])), "not sorted and distinct"),
+    ("Survivors", lambda b, _: m.Survivors(tuple((n, bytes(32)) for n, _ in b.survivors)), "another digest"),
+    ("SurvivorProof", lambda b, _: m.SurvivorProof(b.votes[:1]), "fewer than 3 survivor votes"),
+    ("SurvivorProof", lambda b, _: m.SurvivorProof(tuple((n, bytes(64)) for n, _ in b.votes)), "never signed"),
+    ("SurvivorProof", lambda b, _: m.SurvivorProof((b.votes[0],) * 4), "one twice"),
+    ("SurvivorProof", lambda b, _: m.SurvivorProof((*b.votes[:3], ("invented", bytes(64)))), "votes of strangers"),
+    ("SumChunk", lambda b, _: m.SumChunk(b.index, bytes([b.data[0] ^ 1]) + b.data[1:]), "does not vouch"),
+    ("SumChunk", lambda b, _: m.SumChunk(b.index, b.data * 100), "more than a sum"),
+    ("RoundResult", lambda b, _: m.RoundResult(b.record.replace(b"hospital-01", b"hospital-00")), "does not verify"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "fault"), ATTACKS)
 def test_a_malicious_aggregator_is_refused_and_no_share_is_revealed_against_the_rules(
-    kind: str, change: object
+    kind: str, change: object, fault: str
 ) -> None:
     network = make_network(4)
     tamper(network, kind, change)
+    inner, revealed = network.tap, []
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        revealed.extend([sender] if body_type(data) == "Unmasking" else [])
+        return list(inner(sender, recipient, data))
+
+    network.tap = tap
     network.run()
     assert network.faults
-    assert all(fault.peer == m.AGGREGATOR for fault in network.faults.values())
+    assert all(found.peer == m.AGGREGATOR and re.search(fault, str(found)) for found in network.faults.values())
     assert all(not sums for sums in network.sums.values())
+    assert not revealed or kind in ("SumChunk", "RoundResult")
+
+
+def test_sums_that_never_come_whole_are_blamed_on_the_aggregator() -> None:
+    network = make_network(4)
+    tamper(network, "SumChunk", lambda body, _: m.SumChunk(body.index + 1, body.data))
+    network.run()
+    assert {str(fault) for fault in network.faults.values()} == {"aggregator: keeps sending incomplete sums"}
+
+
+def test_round_keys_of_another_attempt_are_refused() -> None:
+    """The first attempt fails in the upload; in the second the aggregator replays a node's old keys."""
+    network = make_network(5, threshold=3, minimum_cohort=3)
+    liar, kept = network.consortium.identities["hospital-04"], {}
+    aggregator = network.consortium.identities[AGGREGATOR]
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        envelope = msgspec.msgpack.decode(data)
+        kind, attempt = envelope[5][0], envelope[3]
+        if sender == liar.node_id and kind == "SealedSeeds" and attempt == 1 and envelope[5][1] == "hospital-03":
+            bad = m.SealedSeeds("hospital-03", envelope[5][2], bytes(1202), b"")
+            return [m.encode(liar, AttemptId(network.digest, 1, 1), bad)]
+        if kind == "RoundKeys" and attempt == 1:
+            kept[sender] = data
+        if kind == "KeySet" and attempt == 2:
+            old = next(name for name in sorted(kept) if name != recipient)
+            keys = tuple(kept[old] if m.claimed_sender(k) == old else k for k in envelope[5][1])
+            return [m.encode(aggregator, AttemptId(network.digest, 1, 2), m.KeySet(keys))]
+        return [data]
+
+    network.tap = tap
+    network.run()
+    assert network.faults
+    assert all("replayed a message" in str(fault) for fault in network.faults.values())
+
+
+def test_seeds_for_somebody_else_or_under_other_keys_are_refused() -> None:
+    """Two views of the round keys: the aggregator shows one node a cohort without hospital-03."""
+    network = make_network(5, threshold=3, minimum_cohort=3)
+    aggregator = network.consortium.identities[AGGREGATOR]
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        envelope = msgspec.msgpack.decode(data)
+        if envelope[5][0] == "KeySet" and recipient == "hospital-00":
+            keys = tuple(k for k in envelope[5][1] if m.claimed_sender(k) != "hospital-03")
+            return [m.encode(aggregator, AttemptId(network.digest, 1, 1), m.KeySet(keys))]
+        return [data]
+
+    network.tap = tap
+    network.run()
+    # hospital-00's seeds are bound to its own view, so it is put out; its upload never joins the others' sum.
+    assert check_sum(network, "hospital-01") == ("hospital-01", "hospital-02", "hospital-03", "hospital-04")
 
 
 def test_different_survivor_sets_to_different_nodes_get_no_quorum() -> None:
