@@ -213,13 +213,15 @@ class AggregatorMachine:
 
     def _on_join(self, peer: str, body: m.Join, now: float) -> list[Output]:
         answer: list[Output] = []
+        # Before the attempt goes on without it: a sum that this opens is sent to all who have joined, and is not stored yet.
+        missed = [number for number in self._completed if number >= body.next_round]
         if peer not in self._joined:
             self._joined.add(peer)
             answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
         elif self.stage is Stage.SUM and self._attempt is not None:
             # Its connection was lost, and with it perhaps a message of this attempt.
             answer += self._carry(self._attempt.leave(peer), now)
-        for completed in [number for number in self._completed if number >= body.next_round]:
+        for completed in missed:
             line, total = self._load_sum(completed)
             answer += self._result_for(peer, completed, line, total)
         if self.stage is Stage.GATHER and len(self._joined) == len(self._agreement.members) - len(self._out):

@@ -271,10 +271,10 @@ class NodeMachine:
     def _on_sum_chunk(self, number: int, body: m.SumChunk) -> list[Output]:
         if number != self._sum_round or body.index == 0:  # a sum is sent again from its start after a reconnect
             self._sum_chunks, self._sum_round = [], number
-        values = sum(len(chunk) for chunk in self._sum_chunks) + len(body.data)
-        self._check(values <= 4 * self._size, "sent more than a sum")
         if body.index != len(self._sum_chunks):
             return []  # Chunks were lost with a connection; the result will find the sum too short, and ask again.
+        values = sum(len(chunk) for chunk in self._sum_chunks) + len(body.data)
+        self._check(values <= 4 * self._size, "sent more than a sum")
         self._sum_chunks.append(body.data)
         return []
 

@@ -7,6 +7,7 @@ Heavy imports happen inside the commands that need them: the aggregator and `ver
 from __future__ import annotations
 
 import json as jsonlib
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +75,7 @@ def node(config: Config, passphrase_file: PassphraseFile = None, json: Json = Fa
     base = config.parent
     chosen = passphrase_file or (base / settings.passphrase_file if settings.passphrase_file else None)
     passphrase = read_passphrase(chosen, prompt=settings.keys, unencrypted=settings.unencrypted_keys)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, so that the ledger is closed
     run_node(settings, base, passphrase, _reporter(json))
 
 
