@@ -27,7 +27,7 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir
 from protocols.encoding import Uint32Vector
-from protocols.masked_node import Parties, open_contribution, open_shares
+from protocols.masked_node import Parties, open_contribution
 from protocols.prg import add_mask
 from protocols.transcript import survivor_statement, upload_digest
 
@@ -110,6 +110,8 @@ class MaskedAggregator:
         """Whether nodes may have revealed shares: from then on this round is not attempted again."""
         self.dropped: dict[str, str] = {}
         self.blamed: dict[str, str] = {}
+        self.disputed: tuple[str, str] | None = None
+        """An accuser and whom it accuses, when that is why the attempt failed."""
         self.failure = ""
         self.outcome: SumOutcome | None = None
 
@@ -261,22 +263,11 @@ class MaskedAggregator:
         self._seeds.setdefault(peer, {})[body.recipient] = body
 
     def _on_complaint(self, accuser: str, body: m.Complaint) -> list[Send]:
-        """Judge by the accuser's own masters: either the seeds really do not open, or the complaint is false."""
-        keys, seeds = self._keys.get(accuser), self._seeds.get(body.accused, {}).get(accuser)
-        if keys is None or seeds is None or accuser in self._digests:
+        """Seeds that do not open, or a false complaint: nobody can tell without opening more, so both sit this round out."""
+        if body.accused == accuser or body.accused not in self._senders or accuser in self._digests:
             raise RemoteProtocolError(accuser, f"complained about {body.accused} without ground")
-        genuine = sealing.same(
-            sealing.public_key_bytes(body.share_master, self._attempt), keys.share_public
-        ) and sealing.same(sealing.public_key_bytes(body.pair_master, self._attempt), keys.pair_public)
-        try:
-            open_shares(body.share_master, self._attempt, self._cohort_digest, body.accused, accuser, seeds)
-            if body.accused < accuser:
-                open_contribution(body.pair_master, self._attempt, self._cohort_digest, body.accused, accuser, seeds)
-        except sealing.SealBroken:
-            if genuine:
-                self.blamed[body.accused] = f"{body.accused}: sealed seeds for {accuser} that do not open"
-                return self._fail(f"{body.accused} sealed seeds that do not open")
-        raise RemoteProtocolError(accuser, f"complained falsely about {body.accused}")
+        self.disputed = (accuser, body.accused)
+        return self._fail(f"{accuser} cannot open what {body.accused} sealed to it")
 
     def _on_chunk(self, peer: str, body: m.MaskedChunk) -> list[Send]:
         upload = self._uploads.get(peer)

@@ -255,10 +255,9 @@ class MaskedNode:
             contributions[peer] = open_contribution(secrets.pair_master, attempt, cohort, peer, self._me, seeds)
 
     def _complain(self, accused: str) -> list[bytes]:
-        """Void this attempt before any mask is used: our masters let the aggregator see who lied."""
-        self._journal("revealed-unused")
+        """Leave this attempt before anything is masked. Keys that would prove who lied also open other nodes' shares."""
         self._state = State.COMPLAINED
-        return [self._sign(m.Complaint(accused, self._secrets.share_master, self._secrets.pair_master))]
+        return [self._sign(m.Complaint(accused))]
 
     def _split(self, masked: Uint32Vector) -> bytes:
         data = masked.astype("<u4", copy=False).tobytes()

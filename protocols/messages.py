@@ -84,11 +84,9 @@ class SealedSeeds(Body, frozen=True):
 
 
 class Complaint(Body, frozen=True):
-    """The seeds that `accused` sealed to me do not open. My masters, not used for any mask, let the aggregator judge."""
+    """The seeds that `accused` sealed to me do not open. Nothing is disclosed: see docs/adr/0006."""
 
     accused: Name
-    share_master: Digest
-    pair_master: Digest
 
 
 class MaskedChunk(Body, frozen=True):

@@ -331,11 +331,17 @@ class AggregatorMachine:
         blamed = tuple(sorted(attempt.blamed))
         self._attempt = None
         self._ready -= attempt.dropped.keys()
+        answer: list[Output] = []
+        if attempt.disputed is not None:
+            self._ready -= set(attempt.disputed)
+            accuser, accused = attempt.disputed
+            dispute = t.Disputed(round=self._round, attempt=self._attempt_number, accuser=accuser, accused=accused)
+            answer.append(Record(self._transcript.append(dispute)))
         again = not attempt.opened and self._attempt_number < self._agreement.secure_sum.max_attempts
         if not again or len(self._ready & self._joined) < self._parties.minimum:
-            return self._abandon(attempt.failure, blamed, now)
+            return answer + self._abandon(attempt.failure, blamed, now)
         failed = m.AttemptFailed(attempt.failure, final=False)
-        answer: list[Output] = [self._send(name, failed) for name in sorted(self._joined)]
+        answer += [self._send(name, failed) for name in sorted(self._joined)]
         answer.append(Progress("attempt failed", {"round": self._round, "reason": attempt.failure}))
         return answer + self._begin_sum(now)
 

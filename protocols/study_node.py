@@ -40,7 +40,7 @@ class Journal(Protocol):
         """Whether shares were revealed in any attempt of this round."""
 
     def record(self, round_number: int, attempt: int, event: str) -> None:
-        """Note "begun", "used", "revealed" or "revealed-unused"."""
+        """Note "begun", "used" or "revealed"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,15 @@ class Misbehaved(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     fault: Text
 
 
+class Disputed(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """One of the two is at fault: what `accused` sealed to `accuser` did not open, or the accuser says so falsely."""
+
+    round: Number
+    attempt: Number
+    accuser: Name
+    accused: Name
+
+
 class StudyClosed(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The last line; without it the transcript was cut off."""
 
@@ -115,7 +124,7 @@ class StudyClosed(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     reason: Text
 
 
-Body = StudyOpened | RoundRecord | Receipts | RoundAbandoned | Misbehaved | StudyClosed
+Body = StudyOpened | RoundRecord | Receipts | RoundAbandoned | Misbehaved | Disputed | StudyClosed
 _TranscriptEntry = Entry[Body]
 
 
@@ -269,6 +278,9 @@ def verify_transcript(
             case Misbehaved():
                 if body.node_id not in public_keys:
                     raise VerificationFailed(f"{body.node_id} is said to have misbehaved, but is no member")
+            case Disputed():
+                if not {body.accuser, body.accused} <= public_keys.keys():
+                    raise VerificationFailed("a dispute is recorded between parties that are no members")
             case _:
                 raise VerificationFailed(f"{type(body).__name__} stands in the middle of the transcript")
     if closed.rounds_completed != len(records):

@@ -1,5 +1,6 @@
 """The masked secure sum, run end to end in memory: correctness, dropouts at every phase, and misbehaving parties."""
 
+import os
 import re
 
 import msgspec
@@ -125,22 +126,71 @@ def test_a_failed_attempt_is_repeated_with_fresh_seeds_and_never_after_unmasking
     assert len(set(uploads)) == len(uploads)
 
 
-def test_a_false_seed_is_judged_and_its_author_expelled() -> None:
-    network = make_network(5, threshold=3)
-    liar = network.consortium.identities["hospital-02"]
+def seal_badly(network: Network, liar: str, victims: set[str]) -> None:
+    identity = network.consortium.identities[liar]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
         envelope = msgspec.msgpack.decode(data)
-        if sender == liar.node_id and envelope[5][0] == "SealedSeeds" and envelope[5][1] == "hospital-04":
-            bad = m.SealedSeeds("hospital-04", envelope[5][2], bytes(1202), bytes(1168))
-            return [m.encode(liar, AttemptId(network.digest, envelope[2], envelope[3]), bad)]
+        if sender == liar and envelope[5][0] == "SealedSeeds" and envelope[5][1] in victims:
+            bad = m.SealedSeeds(envelope[5][1], envelope[5][2], bytes(1202), bytes(1168))
+            return [m.encode(identity, AttemptId(network.digest, envelope[2], envelope[3]), bad)]
         return [data]
 
     network.tap = tap
+
+
+def test_seeds_that_do_not_open_cost_the_two_who_dispute_the_round() -> None:
+    network = make_network(6, threshold=4, minimum_cohort=4)
+    seal_badly(network, "hospital-02", {"hospital-04"})
     network.run()
-    assert check_sum(network, "hospital-04") == ("hospital-00", "hospital-01", "hospital-03", "hospital-04")
-    assert any(p.event == "expelled" and p.fields["node"] == liar.node_id for p in network.progress)
+    assert check_sum(network, "hospital-00") == ("hospital-00", "hospital-01", "hospital-03", "hospital-05")
+    assert b'{"type":"Disputed","round":1,"attempt":1,"accuser":"hospital-04","accused":"hospital-02"}' in b"".join(
+        network.lines
+    )
     assert not network.faults
+    record = transcript.read_transcript(b"".join(network.lines), network.consortium.identities[AGGREGATOR].public_key)
+    transcript.verify_transcript(record, network.agreement, network.digest, network.parties.public_keys)
+
+
+def test_a_complaint_without_ground_expels_its_author() -> None:
+    network = make_network(5, threshold=3, minimum_cohort=3)
+    liar = network.consortium.identities["hospital-01"]
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender != liar.node_id or body_type(data) != "MaskedChunk":
+            return [data]
+        return [m.encode(liar, AttemptId(network.digest, 1, 1), m.Complaint("hospital-01"))]
+
+    network.tap = tap
+    network.run()
+    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar.node_id]
+    check_sum(network, "hospital-00")
+
+
+@pytest.mark.parametrize("victims", [set(), {"hospital-01", "hospital-03", "hospital-04"}])
+def test_no_secret_is_ever_on_the_wire_in_clear(victims: set[str]) -> None:
+    """Also not where a node provokes complaints, which once disclosed keys that open other nodes' shares."""
+    network = make_network(5, threshold=3, minimum_cohort=3)
+    drawn: set[bytes] = set()
+    opened: set[bytes] = set()
+
+    def coins(count: int) -> bytes:
+        drawn.add(value := os.urandom(count))
+        return value
+
+    for machine in network.nodes.values():
+        machine._coins = coins
+    seal_badly(network, "hospital-02", victims)
+    inner = network.tap
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        opened.update(secret for secret in drawn if secret in data)
+        return list(inner(sender, recipient, data))
+
+    network.tap = tap
+    network.run()
+    assert len(drawn) >= 15
+    assert not opened
 
 
 def test_a_wrong_share_in_the_unmasking_does_not_spoil_the_sum_and_is_named() -> None:

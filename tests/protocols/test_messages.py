@@ -23,7 +23,7 @@ BODIES = [
     m.Declined("the budget is spent"),
     m.RoundKeys(KEY, KEY, H32),
     m.SealedSeeds("hospital-01", H32, b"sealed", b""),
-    m.Complaint("hospital-01", H32, H32),
+    m.Complaint("hospital-01"),
     m.MaskedChunk(0, b"1234"),
     m.UploadDone(H32),
     m.SurvivorVote(H64),
