@@ -197,9 +197,9 @@ class AggregatorMachine:
                 here, there = (self._round, 0), (message.round, 0)
             case m.Receipt():
                 here, there = (self._round, 0), (message.round, 0)
-        if there < here:
-            return []  # Late.
-        if there > here or peer not in self._joined:
+        if there < here or peer not in self._joined:
+            return []  # Late, or it was under way when the connection was given up.
+        if there > here:
             raise RemoteProtocolError(peer, f"sent {type(body).__name__} for a round or attempt that is not open")
         match body:
             case m.Ready():

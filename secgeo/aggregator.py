@@ -26,6 +26,7 @@ Report = Callable[[str, dict[str, object]], None]
 """Called with an event name and plain fields, for the operator's screen or log."""
 
 POLL_SECONDS = 0.2
+BUSY_POLL_SECONDS = 0.005
 
 
 class AggregatorProcess:
@@ -41,6 +42,7 @@ class AggregatorProcess:
         self._lines: dict[int, bytes] = {}
         self._opened: int | None = None
         self._stopping = False
+        self._outboxes: dict[str, deque[bytes]] = {}
         layout = Layout.from_agreement(self._study.agreement)
         self._machine = machine.AggregatorMachine(
             self._study.parties, identity, layout.size, TranscriptWriter(identity), load_sum=self._load_sum
@@ -70,7 +72,8 @@ class AggregatorProcess:
             self._carry(endpoint, self._machine.start(time.monotonic()))
             refused = 0
             while not self._machine.ended:
-                received = endpoint.receive(POLL_SECONDS)
+                self._flush(endpoint)
+                received = endpoint.receive(BUSY_POLL_SECONDS if self._outboxes else POLL_SECONDS)
                 now = time.monotonic()
                 if received is not None:
                     self._carry(endpoint, self._machine.receive(*received, now))
@@ -80,18 +83,16 @@ class AggregatorProcess:
                 if endpoint.refused_handshakes > refused:
                     refused = endpoint.refused_handshakes
                     self._report("refused", {"handshakes": refused})
+            self._flush(endpoint)
         self._transcript.close()
 
     def _carry(self, endpoint: AggregatorEndpoint, outputs: list[machine.Output]) -> None:
         queue = deque(outputs)
-        unreachable: set[str] = set()
         while queue:
             output = queue.popleft()
             match output:
                 case machine.SendTo():
-                    if output.peer not in unreachable and not endpoint.send(output.peer, output.data):
-                        unreachable.add(output.peer)
-                        queue.extend(self._machine.leave(output.peer, time.monotonic()))
+                    self._outboxes.setdefault(output.peer, deque()).append(output.data)
                 case machine.SumOpened():
                     write_sum(self._records, output.round, output.total)
                     self._opened = output.round
@@ -101,6 +102,18 @@ class AggregatorProcess:
                         self._lines[self._opened], self._opened = output.line, None
                 case machine.Progress():
                     self._report(output.event, output.fields)
+
+    def _flush(self, endpoint: AggregatorEndpoint) -> None:
+        """Send what the peers' queues take; what a full queue leaves behind is tried again, a lost peer's is dropped."""
+        for peer in list(self._outboxes):
+            outbox = self._outboxes[peer]
+            while outbox and endpoint.send(peer, outbox[0]):
+                outbox.popleft()
+            if outbox and peer in endpoint.connected:
+                continue
+            del self._outboxes[peer]
+            if outbox:
+                self._carry(endpoint, self._machine.leave(peer, time.monotonic()))
 
     def _load_sum(self, round_number: int) -> tuple[bytes, Uint32Vector]:
         return self._lines[round_number], read_sum(self._records, round_number)

@@ -69,7 +69,7 @@ def make_spec(rounds: int = 2) -> dict[str, Any]:
     del sections["model"]["trunk_digest"]
     return sections | {
         "study": {"id": "test-study", "rounds": rounds, "classes": 2},
-        "secure_sum": {"protocol": "masked", "minimum_cohort": 3, "threshold": 3, "chunk_values": 512},
+        "secure_sum": {"protocol": "masked", "minimum_cohort": 3, "threshold": 3, "chunk_values": 256},
         "deadlines": {"join_seconds": 30.0, "train_seconds": 30.0, "phase_seconds": 5.0},
         "modalities": [{"name": name, "tokeniser": "tabular", "shape": [10]} for name in MODALITIES],
         "members": [
@@ -82,7 +82,7 @@ def make_spec(rounds: int = 2) -> dict[str, Any]:
 def make_site(base: Path, rounds: int = 2) -> Site:
     consortium = make_consortium(HOSPITALS, now=datetime.now(UTC))
     generator = np.random.default_rng(7)
-    anchors = {name: generator.normal(size=(24, 10)).astype(np.float32) for name in MODALITIES}
+    anchors = {name: generator.normal(size=(128, 10)).astype(np.float32) for name in MODALITIES}
     agreement = complete(make_spec(rounds), consortium.roster, consortium.authority.fingerprint, anchors)
     document = write_agreement(agreement)
     study = base / "study"
