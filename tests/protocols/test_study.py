@@ -1,0 +1,410 @@
+"""Whole studies under crashes, silence, restarts and replays: the right sum of the survivors or none, and nobody honest is blamed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from keys.errors import LocalProtocolError, RemoteProtocolError
+from protocols import messages as m
+from protocols import study_aggregator as agg
+from protocols import study_node as node
+from protocols.sealing import AttemptId
+from protocols.study_aggregator import Stage
+from tests.keys.factory import AGGREGATOR
+from tests.protocols.network import Network, body_type, make_network, names
+from tests.protocols.test_masked import check_sum
+from tests.protocols.test_schedules import check_outcome
+
+FROM_NODES = ["Join", "Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking"]
+
+
+def new_machine(network: Network, name: str) -> node.NodeMachine:
+    """A node's machine as after a crash: nothing left but its keys and its journal."""
+    aggregator = (AGGREGATOR, network.consortium.identities[AGGREGATOR].public_key)
+    identity, journal = network.consortium.identities[name], network.journals[name]
+    return node.NodeMachine(network.parties, identity, aggregator, network.size, coins=os.urandom, journal=journal)
+
+
+def from_aggregator(network: Network, body: m.AnyBody, number: int = 1, attempt: int = 0) -> bytes:
+    identity = network.consortium.identities[AGGREGATOR]
+    return m.encode(identity, AttemptId(network.digest, number, attempt), body)
+
+
+def from_node(network: Network, name: str, body: m.AnyBody, number: int = 0, attempt: int = 0) -> bytes:
+    return m.encode(network.consortium.identities[name], AttemptId(network.digest, number, attempt), body)
+
+
+def each_uploads_once_per_attempt(network: Network) -> bool:
+    """No (round, attempt) is begun or used twice at any node."""
+    return all(count == 1 for journal in network.journals.values() for count in Counter(journal.entries).values())
+
+
+# --- silence
+
+
+@given(st.dictionaries(st.sampled_from(names(5)), st.integers(0, 45), max_size=3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_nodes_that_fall_silent_at_any_message_for_good(silent_after: dict[str, int], noticed: bool) -> None:
+    """A crash after a node's n-th message; the transport may or may not tell the aggregator."""
+    network, sent = make_network(5, size=600, rounds=2, threshold=3), Counter[str]()
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        party = recipient if sender == AGGREGATOR else sender
+        if sent[party] > silent_after.get(party, 10**9):
+            return []
+        sent[sender] += 1
+        if sent[sender] == silent_after.get(sender, -1) + 1:
+            if noticed:
+                network._from_aggregator(network.aggregator.leave(sender, network.now))
+            return []
+        return [data]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(5))
+    if len(silent_after) <= 2:
+        for name in set(names(5)) - silent_after.keys():
+            # Two may be lost and three remain; only an opened round is never tried again.
+            assert len(network.sums[name]) + sum(lost.final for lost in network.lost[name]) == 2
+
+
+@given(st.sampled_from(names(4)), st.integers(0, 20))
+@settings(max_examples=40, deadline=None)
+def test_one_message_to_the_aggregator_that_is_lost_without_notice(victim: str, index: int) -> None:
+    network, sent = make_network(4, size=600, threshold=3), 0
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        nonlocal sent
+        sent += sender == victim
+        return [] if sender == victim and sent == index + 1 else [data]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(4))
+
+
+def test_a_node_that_never_joins_is_waited_for_once() -> None:
+    network = make_network(4, rounds=2, threshold=3)
+    network.run(absent=["hospital-02"])
+    check_outcome(network, names(4))
+    others = ("hospital-00", "hospital-01", "hospital-03")
+    assert check_sum(network, "hospital-00", 2) == others
+    assert network.now == 10.0  # the join deadline, and no other
+
+
+@pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.SUM, Stage.RECEIPTS])
+def test_the_study_ends_when_fewer_than_the_minimum_are_left(stage: Stage) -> None:
+    network = make_network(4, rounds=5, threshold=3)
+    left: set[str] = set()
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        if not left and sender == "hospital-01" and network.aggregator.stage is stage:
+            left.update(names(2))
+            for name in names(2):
+                network._from_aggregator(network.aggregator.leave(name, network.now))
+        return [] if left & {sender, recipient} else [data]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(4))
+    assert network.ended["hospital-02"] == "too few hospitals are left"
+    assert len(network.sums["hospital-02"]) == (1 if stage is Stage.RECEIPTS else 0)
+
+
+def test_the_train_deadline_leaves_a_slow_node_out_of_this_round_only() -> None:
+    network = make_network(4, rounds=2, threshold=3)
+    late: list[bytes] = []
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender == "hospital-03" and body_type(data) == "Ready" and not late:
+            late.append(data)
+            return []
+        if sender == AGGREGATOR and body_type(data) == "SumChunk" and len(late) == 1:
+            late.append(data)
+            network._queue.append(("hospital-03", AGGREGATOR, late[0]))  # it arrives when the round is over
+        return [data]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(4))
+    assert check_sum(network, "hospital-00", 1) == tuple(names(3))
+    assert check_sum(network, "hospital-03", 1) == tuple(names(3))
+    assert check_sum(network, "hospital-03", 2) == tuple(names(4))
+
+
+# --- repetitions
+
+
+def test_every_message_of_every_node_twice() -> None:
+    network = make_network(4, rounds=2)
+    network.tap = lambda sender, _recipient, data: [data] * (1 if sender == AGGREGATOR else 2)
+    network.run()
+    check_outcome(network, names(4))
+    for number in (1, 2):
+        assert check_sum(network, "hospital-01", number) == tuple(names(4))
+
+
+@pytest.mark.parametrize("kind", FROM_NODES)
+def test_a_node_that_joins_again_at_any_moment(kind: str) -> None:
+    """Its join may be what ends the attempt; a sum that this opens is not stored yet and must not be loaded."""
+    network, victim, joined = make_network(4, rounds=2, threshold=3), "hospital-03", False
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        nonlocal joined
+        if sender != victim or body_type(data) != kind or joined:
+            return [data]
+        joined = True
+        rejoined = network.nodes[victim].rejoin()
+        return [output.data for output in rejoined if isinstance(output, node.Send)]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(4))
+    assert len(network.sums[victim]) == 2
+    assert each_uploads_once_per_attempt(network)
+
+
+def test_a_sum_that_arrives_twice_with_a_gap_is_not_held_against_the_aggregator() -> None:
+    network, victim = make_network(4, size=600), "hospital-00"
+    lost: list[str] = []
+
+    def tap(_sender: str, recipient: str, data: bytes) -> list[bytes]:
+        kind = body_type(data)
+        if recipient == victim and kind == ("RoundResult" if not lost else "SumChunk") and len(lost) < 2:
+            lost.append(kind)  # the first result, then the first chunk of the second delivery
+            if len(lost) == 1:
+                network._from_node(victim, network.nodes[victim].rejoin())
+            return []
+        return [data]
+
+    network.tap = tap
+    network.run()
+    assert lost == ["RoundResult", "SumChunk"]
+    check_outcome(network, names(4))
+    check_sum(network, victim)
+
+
+# --- replays
+
+
+def test_what_a_replaying_aggregator_sends_is_refused_or_without_effect() -> None:
+    """Every message of round 1 to a node that stands in the upload of round 2: no second answer to any of them."""
+    network, victim = make_network(4, size=600, rounds=2), "hospital-01"
+    old: list[bytes] = []
+    tried: dict[str, object] = {}
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        number = m.decode(
+            data,
+            sender,
+            network.consortium.identities[sender].public_key,
+            network.digest,
+        ).round
+        if recipient == victim and number == 1:
+            old.append(data)
+        if sender == victim and number == 2 and body_type(data) == "UploadDone":
+            for replayed in old:
+                try:
+                    tried[body_type(replayed)] = network.nodes[victim].receive(replayed)
+                except RemoteProtocolError as fault:
+                    tried[body_type(replayed)] = fault.peer
+        return [data]
+
+    network.tap = tap
+    network.run()
+    refused = {"RoundOpen", "AttemptOpen", "KeySet", "SeedSet", "Credit", "Survivors", "SurvivorProof"}
+    assert tried == dict.fromkeys(refused, m.AGGREGATOR) | {"SumChunk": [], "RoundResult": []}
+    check_outcome(network, names(4))
+    check_sum(network, victim, 2)
+
+
+def test_what_nodes_sent_in_an_earlier_attempt_is_ignored_in_the_next() -> None:
+    network, leaver = make_network(5, size=600, threshold=3, minimum_cohort=4), "hospital-04"
+    first: list[tuple[str, bytes]] = []
+    replayed = False
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        nonlocal replayed
+        if sender == AGGREGATOR:
+            return [data]
+        key = network.consortium.identities[sender].public_key
+        message = m.decode(data, sender, key, network.digest)
+        if message.attempt == 1:
+            first.append((sender, data))
+            # Two are lost before their seeds: too few are left, so there is a second attempt once they are back.
+            return [] if sender in (leaver, "hospital-03") and body_type(data) == "RoundKeys" else [data]
+        if message.attempt == 2 and not replayed:
+            replayed = True
+            network._queue.extend((name, AGGREGATOR, old) for name, old in first)
+        return [data]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(5))
+    assert first
+    assert {attempt for _, attempt, _ in network.journals["hospital-00"].entries} <= {1, 2}
+
+
+def test_messages_of_the_future_are_the_senders_fault() -> None:
+    for number, attempt, body in [(2, 0, m.Ready()), (1, 9, m.UploadDone(bytes(32))), (2, 0, m.Receipt(bytes(64)))]:
+        network, liar = make_network(5, threshold=3), "hospital-02"
+        future = from_node(network, liar, body, number, attempt)
+        network.tap = lambda sender, _recipient, data, future=future, liar=liar: (
+            [future] if sender == liar and body_type(data) == "Ready" else [data]
+        )
+        network.run()
+        assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar]
+        check_sum(network, "hospital-00")
+
+
+# --- restarts
+
+
+@given(st.sampled_from(FROM_NODES), st.booleans())
+@example("Unmasking", True)
+@settings(max_examples=30, deadline=None)
+def test_a_node_that_crashes_and_comes_back_with_its_journal_never_masks_twice(kind: str, delivered: bool) -> None:
+    network, victim = make_network(5, size=600, rounds=3, threshold=3), "hospital-03"
+    uploads: list[bytes] = []
+    crashed = stopped = False
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        nonlocal crashed, stopped
+        if sender == victim and body_type(data) == "MaskedChunk":
+            uploads.append(data)
+        if stopped and victim in (sender, recipient):
+            return []
+        if sender == victim and body_type(data) == kind and not crashed:
+            crashed = True
+            network._from_aggregator(network.aggregator.leave(victim, network.now))
+            pending = [entry for entry in network._queue if victim not in entry[:2]]
+            network._queue.clear()
+            network._queue.extend(pending)
+            network.nodes[victim] = new_machine(network, victim)
+            if delivered:
+                network._queue.append((victim, AGGREGATOR, data))
+            rejoined = network.nodes[victim].start()
+            network._queue.extend(
+                (victim, AGGREGATOR, output.data) for output in rejoined if isinstance(output, node.Send)
+            )
+            return []
+        return [data]
+
+    deliver = network._deliver
+
+    def delivering(sender: str, recipient: str, data: bytes) -> None:
+        nonlocal stopped
+        try:
+            deliver(sender, recipient, data)
+        except LocalProtocolError:
+            if recipient != victim:
+                raise
+            stopped = True
+            network._from_aggregator(network.aggregator.leave(victim, network.now))
+
+    network.tap = tap
+    network._deliver = delivering  # type: ignore[method-assign]
+    network.run()
+    assert crashed
+    check_outcome(network, names(5))
+    begun = [entry for entry in network.journals[victim].entries if entry[2] == "begun"]
+    assert len(begun) == len(set(begun))
+    places = [
+        (message.round, message.attempt, message.body.index)
+        for message in (
+            m.decode(data, victim, network.consortium.identities[victim].public_key, network.digest) for data in uploads
+        )
+        if isinstance(message.body, m.MaskedChunk)
+    ]
+    assert len(places) == len(set(places))
+
+
+# --- drivers
+
+
+def test_only_the_update_that_was_asked_for_is_taken_once() -> None:
+    network = make_network(4, size=8)
+    machine = network.nodes["hospital-00"]
+    assert machine.receive(from_aggregator(network, m.RoundOpen(0))) == [node.Train(1)]
+    for bad in (np.zeros(9), np.zeros(8, np.float32), np.full(8, np.inf)):
+        with pytest.raises(LocalProtocolError):
+            machine.submit(1, bad)
+    with pytest.raises(LocalProtocolError, match="none is asked for"):
+        machine.submit(2, np.zeros(8))
+    assert len(machine.submit(1, np.zeros(8))) == 1
+    with pytest.raises(LocalProtocolError, match="none is asked for"):
+        machine.submit(1, np.zeros(8))
+
+
+@pytest.mark.parametrize(
+    ("body", "number", "attempt"),
+    [
+        (m.Ready(), 1, 0),  # only nodes send this
+        (m.AttemptOpen(tuple(names(4))), 1, 1),  # before we were ready
+        (m.SumChunk(0, bytes(4 * 9)), 1, 0),  # more than a sum
+        (m.RoundOpen(1), 0, 0),
+        (m.KeySet(()), 1, 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, m.Body) else None,
+)
+def test_what_no_honest_aggregator_sends_is_refused(body: m.AnyBody, number: int, attempt: int) -> None:
+    network = make_network(4, size=8)
+    machine = network.nodes["hospital-00"]
+    machine.receive(from_aggregator(network, m.RoundOpen(0)))
+    with pytest.raises(RemoteProtocolError) as caught:
+        machine.receive(from_aggregator(network, body, number, attempt))
+    assert caught.value.peer == m.AGGREGATOR
+
+
+def test_attempts_only_move_forward_and_not_beyond_the_agreed_number() -> None:
+    network = make_network(4, size=8, max_attempts=2)
+    machine, cohort = network.nodes["hospital-00"], m.AttemptOpen(tuple(names(4)))
+    machine.receive(from_aggregator(network, m.RoundOpen(0)))
+    machine.submit(1, np.zeros(8))
+    machine.receive(from_aggregator(network, cohort, 1, 2))
+    for attempt, fault in ((1, "old attempt"), (2, "old attempt"), (3, "more attempts than agreed")):
+        with pytest.raises(RemoteProtocolError, match=fault):
+            machine.receive(from_aggregator(network, cohort, 1, attempt))
+    assert [entry[:2] for entry in network.journals["hospital-00"].entries] == [(1, 2)]
+
+
+def test_a_round_whose_unmasking_began_is_not_summed_again_even_after_a_restart() -> None:
+    network = make_network(4, size=8)
+    network.journals["hospital-00"].record(1, 1, "revealed")
+    machine = new_machine(network, "hospital-00")
+    with pytest.raises(LocalProtocolError, match="before a restart"):
+        machine.receive(from_aggregator(network, m.RoundOpen(0)))
+
+
+def test_an_operator_who_stops_the_study_sends_everybody_home() -> None:
+    network = make_network(4, rounds=9)
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender == "hospital-00" and body_type(data) == "Receipt":
+            network._from_aggregator(network.aggregator.stop("stopped by the operator", network.now))
+        return [data]
+
+    network.tap = tap
+    network.run()
+    check_outcome(network, names(4))
+    assert set(network.ended.values()) == {"stopped by the operator"}
+    assert len(network.ended) == 4
+    assert network.aggregator.stop("again", network.now) == []
+
+
+def test_strangers_and_expelled_nodes_are_not_heard() -> None:
+    network = make_network(5, threshold=3)
+    machine = network.aggregator
+    machine.start(0.0)
+    join = from_node(network, "hospital-00", m.Join(1))
+    assert machine.receive("stranger", join, 0.0) == []
+    outputs = machine.receive("hospital-01", join, 0.0)  # in another node's name
+    assert [o.fields["node"] for o in outputs if isinstance(o, agg.Progress)] == ["hospital-01"]
+    assert machine.receive("hospital-01", from_node(network, "hospital-01", m.Join(1)), 0.0) == []
+    assert [o.event for o in machine.receive("hospital-00", join, 0.0) if isinstance(o, agg.Progress)] == ["joined"]
