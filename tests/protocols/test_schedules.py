@@ -4,6 +4,7 @@ hang, an exception out of the aggregator, or an honest party that is blamed."""
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -197,3 +198,125 @@ def test_equal_weights_give_the_plain_mean() -> None:
     total = network.sums["hospital-01"][0].total
     mean = np.mean([network.vectors(name, 1)[:10] for name in names(4)], axis=0)
     assert np.abs(total[:10] / total[10] - mean).max() < 2.0**-16
+
+
+def test_a_second_sum_of_a_round_is_refused_once_unmasking_began() -> None:
+    """The difference of two sums over different survivors would be one node's vector."""
+    network = make_network(4, threshold=3)
+    aggregator = network.consortium.identities[AGGREGATOR]
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender == AGGREGATOR and body_type(data) in ("SumChunk", "RoundResult"):
+            return [m.encode(aggregator, AttemptId(network.digest, 1, 2), m.AttemptOpen(tuple(names(4))))]
+        return [data]
+
+    network.tap = tap
+    network.run()
+    assert set(network.faults) == set(names(4))
+    assert all("second sum" in str(fault) for fault in network.faults.values())
+
+
+def test_the_journal_refuses_a_second_sum_also_after_a_restart() -> None:
+    network = make_network(4)
+    machine = opened(network, "hospital-00")
+    network.journals["hospital-00"].entries.append((1, 0, "revealed"))
+    with pytest.raises(RemoteProtocolError, match="second sum"):
+        say(network, machine, 1, 1, m.AttemptOpen(tuple(names(4))))
+
+
+def say(network: Network, machine: node.NodeMachine, number: int, attempt: int, body: m.AnyBody) -> list[node.Output]:
+    aggregator = network.consortium.identities[AGGREGATOR]
+    return machine.receive(m.encode(aggregator, AttemptId(network.digest, number, attempt), body))
+
+
+def opened(network: Network, name: str, number: int = 1) -> node.NodeMachine:
+    machine = network.nodes[name]
+    say(network, machine, number, 0, m.RoundOpen(0))
+    machine.submit(number, np.zeros(network.size))
+    return machine
+
+
+COHORT = m.AttemptOpen(tuple(names(4)))
+
+
+@pytest.mark.parametrize(
+    ("messages", "fault"),
+    [
+        ([(1, 0, m.RoundOpen(0))], "went back to round 1"),
+        ([(3, 0, m.RoundOpen(0)), (4, 0, m.RoundOpen(0))], "while we train for another"),
+        ([(1, 1, COHORT)], "attempt of round 1 during round 2"),
+        ([(3, 1, COHORT)], "attempt of round 3 during round 2"),
+        ([(2, 1, COHORT), (2, 1, COHORT)], "old attempt again"),
+        ([(2, 9, COHORT)], "more attempts than agreed"),
+        ([(2, 1, m.KeySet(()))], "not open"),
+        ([(2, 1, COHORT), (2, 2, m.KeySet(()))], "not open"),
+        ([(2, 1, COHORT), (2, 1, m.SeedSet((), ()))], "in state KEYS"),
+        ([(2, 1, COHORT), (2, 1, m.Credit(1))], "in state KEYS"),
+        ([(2, 1, COHORT), (2, 1, m.SurvivorProof(()))], "in state KEYS"),
+        ([(2, 1, m.Ready())], "which only nodes send"),
+    ],
+)
+def test_an_aggregator_that_leaves_the_order_of_things_is_refused(
+    messages: list[tuple[int, int, m.AnyBody]], fault: str
+) -> None:
+    network = make_network(4, rounds=5)
+    machine = opened(network, "hospital-01", 2)
+    *before, last = messages
+    for message in before:
+        say(network, machine, *message)
+    with pytest.raises(RemoteProtocolError, match=fault):
+        say(network, machine, *last)
+
+
+def test_an_aggregator_that_forgets_a_round_is_refused() -> None:
+    network = make_network(4, rounds=5)
+    network.run()
+    machine = network.nodes["hospital-02"]
+    machine.ended, machine._round = False, 4
+    with pytest.raises(RemoteProtocolError, match="forgot a completed round"):
+        say(network, machine, 5, 0, m.RoundOpen(3))
+
+
+@pytest.mark.parametrize("kind", ["recipient", "view", "type", "stranger", "early survivors"])
+def test_what_is_relayed_wrongly_is_the_aggregators_fault(kind: str) -> None:
+    """A colluding member signs whatever the aggregator wants; the node refuses all the same."""
+    network = make_network(5, threshold=3, minimum_cohort=3)
+    aggregator, colluder = network.consortium.identities[AGGREGATOR], network.consortium.identities["hospital-04"]
+    victim = "hospital-00"
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        envelope = m.decode(data, AGGREGATOR, aggregator.public_key, network.digest) if sender == AGGREGATOR else None
+        if envelope is None or recipient != victim:
+            return [data]
+        attempt = AttemptId(network.digest, envelope.round, envelope.attempt)
+        body = envelope.body
+        match kind, body:
+            case (("recipient" | "view"), m.SeedSet(senders, sealed)):
+                to, view = ("hospital-03", None) if kind == "recipient" else (victim, bytes(32))
+                old = next(s for s in sealed if m.claimed_sender(s) == "hospital-04")
+                seeds = m.decode(old, "hospital-04", colluder.public_key, network.digest).body
+                assert isinstance(seeds, m.SealedSeeds)
+                other = m.SealedSeeds(to, view or seeds.cohort_digest, seeds.shares, seeds.contribution)
+                forged = m.encode(colluder, attempt, other)
+                body = m.SeedSet(senders, tuple(forged if s == old else s for s in sealed))
+            case "type", m.KeySet(keys):
+                forged = m.encode(colluder, attempt, m.Ready())
+                body = m.KeySet(tuple(forged if m.claimed_sender(k) == "hospital-04" else k for k in keys))
+            case "stranger", m.AttemptOpen(cohort):
+                body = m.AttemptOpen(tuple(name for name in cohort if name != "hospital-04"))
+            case "early survivors", m.Credit():
+                body = m.Survivors(tuple((name, bytes(32)) for name in names(5)))
+        return [m.encode(aggregator, attempt, body)]
+
+    network.tap = tap
+    network.run()
+    faults = {
+        "recipient": "not for us",
+        "view": "other round keys than us",
+        "type": "a Ready instead of RoundKeys",
+        "stranger": "who is not in the cohort",
+        "early survivors": "another digest|before our upload was complete",
+    }
+    assert set(network.faults) == {victim}
+    assert re.search(faults[kind], str(network.faults[victim]))
+    assert network.faults[victim].peer == m.AGGREGATOR

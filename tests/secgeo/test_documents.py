@@ -66,3 +66,11 @@ def test_every_file_that_the_documents_link_to_exists() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"(?:`|::)(test_[a-z_]+[a-z])(?:\.\.\.)?`", (ROOT / "docs" / "threat-model.md").read_text())
+    assert len(named) >= 10
+    for name in named:
+        assert f"def {name}" in sources, name
