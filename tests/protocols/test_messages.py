@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keys.errors import RemoteProtocolError
+from keys.labels import Label
 from protocols import messages as m
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
 from tests.keys.factory import make_consortium
@@ -122,3 +123,110 @@ def test_text_from_peers_cannot_steer_a_terminal() -> None:
     for text in ("\x1b[2J", "line\nbreak", "\u202eevil", "x" * 501):
         with pytest.raises(RemoteProtocolError):
             decode(m.encode(ALICE, ATTEMPT, m.Declined(text)))
+
+
+def signed(*envelope: object) -> bytes:
+    """A message that Alice really signed, whatever it holds."""
+    content = msgspec.msgpack.encode(envelope)
+    return msgspec.msgpack.encode([*envelope, ALICE.sign(Label.MESSAGE, content)])
+
+
+@pytest.mark.parametrize("version", [0, 2, -1, 2**63])
+def test_another_version_is_refused_although_it_is_signed(version: int) -> None:
+    assert decode(signed(1, DIGEST, 3, 2, "hospital-00", ["Ready"])).body == m.Ready()
+    with pytest.raises(RemoteProtocolError, match=f"speaks protocol version {version}, not 1"):
+        decode(signed(version, DIGEST, 3, 2, "hospital-00", ["Ready"]))
+
+
+NAME, FEW = "hospital-00", [["hospital-00", H32]]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (["Join", 2**32 - 1], ["Join", 2**32]),
+        (["Join", 0], ["Join", -1]),
+        (["Join", 1], ["Join", 1.0]),
+        (["Ready"], ["Ready", 0]),
+        (["Ready"], ["ready"]),
+        (["AttemptFailed", "x", True], ["AttemptFailed", "x", 1]),
+        (["Declined", "x" * 500], ["Declined", "x" * 501]),
+        (["Declined", "a b"], ["Declined", "a\nb"]),
+        (["UploadDone", H32], ["UploadDone", H32 + b"\0"]),
+        (["UploadDone", H32], ["UploadDone", bytes(31)]),
+        (["RoundKeys", KEY, KEY, H32], ["RoundKeys", KEY, KEY[1:], H32]),
+        (["SealedSeeds", NAME, H32, bytes(2048), b""], ["SealedSeeds", NAME, H32, bytes(2049), b""]),
+        (["SealedSeeds", NAME, H32, b"", bytes(2048)], ["SealedSeeds", NAME, H32, b"", bytes(2049)]),
+        (["MaskedChunk", 0, bytes(1 << 20)], ["MaskedChunk", 0, bytes((1 << 20) + 1)]),
+        (["MaskedChunk", 0, bytes(4)], ["MaskedChunk", 0, bytes(3)]),
+        (["SurvivorVote", H64], ["SurvivorVote", H32]),
+        (["AttemptOpen", [NAME] * 256], ["AttemptOpen", [NAME] * 257]),
+        (["AttemptOpen", ["a" * 63]], ["AttemptOpen", ["a" * 64]]),
+        (["AttemptOpen", [NAME]], ["AttemptOpen", ["../" + NAME]]),
+        (["KeySet", [bytes(8192)]], ["KeySet", [bytes(8193)]]),
+        (["KeySet", [b""] * 256], ["KeySet", [b""] * 257]),
+        (["Survivors", FEW * 256], ["Survivors", FEW * 257]),
+        (["SurvivorProof", [[NAME, H64]]], ["SurvivorProof", [[NAME, H64, 0]]]),
+        (["Unmasking", [[NAME, SHARE]] * 256, []], ["Unmasking", [[NAME, SHARE]] * 257, []]),
+        (["Unmasking", [[NAME, SHARE]], []], ["Unmasking", [[NAME, SHARE[1:]]], []]),
+        (["RoundResult", bytes(1 << 20)], ["RoundResult", bytes((1 << 20) + 1)]),
+    ],
+    ids=lambda body: str(body)[:40],
+)
+def test_every_bound_holds_for_signed_messages_too(good: list[object], bad: list[object]) -> None:
+    decode(signed(1, DIGEST, 3, 2, "hospital-00", good))
+    with pytest.raises(RemoteProtocolError, match="cannot be decoded"):
+        decode(signed(1, DIGEST, 3, 2, "hospital-00", bad))
+
+
+def test_an_oversized_message_is_refused_unread_although_every_part_of_it_is_in_bounds() -> None:
+    with pytest.raises(RemoteProtocolError, match="over the limit"):
+        decode(signed(1, DIGEST, 3, 2, "hospital-00", ["KeySet", [bytes(8192)] * 256]))
+
+
+def test_signatures_by_another_member_and_for_another_purpose_are_refused() -> None:
+    envelope = (1, DIGEST, 3, 2, "hospital-00", ["Ready"])
+    content = msgspec.msgpack.encode(envelope)
+    bob = CONSORTIUM.identities["hospital-01"]
+    for signature in (bob.sign(Label.MESSAGE, content), ALICE.sign(Label.RECEIPT, content), H64):
+        with pytest.raises(RemoteProtocolError, match="wrong signature"):
+            decode(msgspec.msgpack.encode([*envelope, signature]))
+
+
+DATA = m.encode(ALICE, ATTEMPT, m.Unmasking((("hospital-01", SHARE),), (("hospital-02", SHARE),)))
+NESTED = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=9)
+    | st.binary(max_size=70),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.integers(0, len(DATA) - 1), st.integers(0, 40), st.binary(max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_any_splice_of_a_message_is_refused(start: int, length: int, put: bytes) -> None:
+    spliced = DATA[:start] + put + DATA[start + length :]
+    if spliced != DATA:
+        with pytest.raises(RemoteProtocolError):
+            decode(spliced)
+    m.claimed_sender(spliced)
+
+
+@given(NESTED, st.sampled_from(BODIES))
+@settings(max_examples=300, deadline=None)
+def test_signed_nonsense_is_refused_or_a_message(value: object, body: m.AnyBody) -> None:
+    """Any value as a body, as a field of a body, and as the whole message: signed, so that only the decoder stands in between."""
+    kind = type(body).__name__
+    for content in (value, [kind, value], [kind, value, value], [kind, value, value, value]):
+        try:
+            message = decode(signed(1, DIGEST, 3, 2, "hospital-00", content))
+        except RemoteProtocolError:
+            continue
+        assert type(message.body) in m.AnyBody.__args__
+    with pytest.raises(RemoteProtocolError):
+        decode(msgspec.msgpack.encode(value))
+    assert m.claimed_sender(msgspec.msgpack.encode(value)) == ""
