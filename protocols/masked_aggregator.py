@@ -152,6 +152,8 @@ class MaskedAggregator:
         match body:
             case m.RoundKeys():
                 self._once(peer, peer in self._keys and self._signed_keys[peer] != signed, "two different round keys")
+                if not (sealing.is_public_key(body.share_public) and sealing.is_public_key(body.pair_public)):
+                    raise RemoteProtocolError(peer, "published round keys that are not valid keys")
                 self._keys[peer], self._signed_keys[peer] = body, signed
             case m.SealedSeeds():
                 self._on_seeds(peer, body, signed)

@@ -110,6 +110,15 @@ def seal(public: bytes, plaintext: bytes, info: bytes) -> bytes:
         raise SealBroken from None
 
 
+def is_public_key(public: bytes) -> bool:
+    """Whether something can be sealed to `public`: both parts are valid keys, and X25519 is not of low order."""
+    try:
+        seal(public, b"", b"")
+    except SealBroken:
+        return False
+    return True
+
+
 def unseal(private: MLKEM768X25519PrivateKey, ciphertext: bytes, info: bytes) -> bytes:
     """Open what `seal` made.
 

@@ -395,6 +395,8 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
         ("MaskedChunk", lambda b: m.MaskedChunk(b.index + 99, b.data)),
         ("UploadDone", lambda _: m.UploadDone(bytes(32))),
         ("RoundKeys", lambda _: m.UploadDone(bytes(32))),
+        ("RoundKeys", lambda b: m.RoundKeys(b"\xff" * 1216, b.pair_public, bytes(32))),
+        ("RoundKeys", lambda b: m.RoundKeys(b.share_public, b.pair_public[:1184] + bytes(32), bytes(32))),
         ("SurvivorVote", lambda _: m.SurvivorVote(bytes(64))),
         ("Unmasking", lambda _: m.Unmasking((), ())),
     ],
