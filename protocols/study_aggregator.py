@@ -12,6 +12,7 @@ different survivors of the same vectors would differ by one node's vector.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -25,6 +26,9 @@ from protocols.encoding import Uint32Vector
 from protocols.masked_aggregator import MaskedAggregator, Phase, SumOutcome
 from protocols.masked_node import Parties
 from protocols.sealing import AttemptId
+
+MAX_JOINS = 64
+"""How often a node may come back within one study."""
 
 
 class Stage(Enum):
@@ -110,6 +114,7 @@ class AggregatorMachine:
         self._round_started = 0.0
         self._deadline = 0.0
         self._end_reason = ""
+        self._joins: Counter[str] = Counter()
         self.stage = Stage.GATHER
 
     @property
@@ -212,6 +217,11 @@ class AggregatorMachine:
                 return []
 
     def _on_join(self, peer: str, body: m.Join, now: float) -> list[Output]:
+        self._joins[peer] += 1
+        if self._joins[peer] > MAX_JOINS:
+            raise RemoteProtocolError(
+                peer, f"joined more than {MAX_JOINS} times; each time costs us the sums it missed"
+            )
         answer: list[Output] = []
         # Before the attempt goes on without it: a sum that this opens is sent to all who have joined, and is not stored yet.
         missed = [number for number in self._completed if number >= body.next_round]

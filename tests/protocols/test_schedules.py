@@ -167,6 +167,18 @@ def test_rounds_that_the_agreement_does_not_have_are_refused(number: int) -> Non
         network.nodes["hospital-00"].receive(opened)
 
 
+def test_a_node_that_joins_without_end_is_put_out() -> None:
+    network = make_network(4, threshold=3)
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        return [data] * 100 if sender == "hospital-03" and body_type(data) == "Join" else [data]
+
+    network.tap = tap
+    network.run()
+    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == ["hospital-03"]
+    assert check_sum(network, "hospital-00") == tuple(names(3))
+
+
 def test_too_few_hospitals_end_the_study_in_good_order() -> None:
     network = make_network(4)
     network.run(absent=["hospital-00", "hospital-01"])
