@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keys.errors import LocalProtocolError, RemoteProtocolError
+from protocols import masked_node, shamir
 from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import study_node as node
@@ -138,6 +140,25 @@ def test_the_train_deadline_leaves_a_slow_node_out_of_this_round_only() -> None:
     assert check_sum(network, "hospital-03", 2) == tuple(names(4))
 
 
+def test_a_node_that_uploaded_and_is_known_to_be_gone_counts_but_is_not_waited_for() -> None:
+    network, victim = make_network(4, threshold=3), "hospital-00"
+    deliver, gone = network._deliver, False
+
+    def delivering(sender: str, recipient: str, data: bytes) -> None:
+        nonlocal gone
+        if not (gone and victim in (sender, recipient)):
+            deliver(sender, recipient, data)
+        if sender == victim and body_type(data) == "UploadDone":
+            gone = True
+            network._from_aggregator(network.aggregator.leave(victim, network.now))
+
+    network._deliver = delivering  # type: ignore[method-assign]
+    network.run()
+    check_outcome(network, names(4))
+    assert check_sum(network, "hospital-01") == tuple(names(4))
+    assert network.now == 0.0
+
+
 # --- repetitions
 
 
@@ -225,7 +246,8 @@ def test_what_a_replaying_aggregator_sends_is_refused_or_without_effect() -> Non
 
 
 def test_what_nodes_sent_in_an_earlier_attempt_is_ignored_in_the_next() -> None:
-    network, leaver = make_network(5, size=600, threshold=3, minimum_cohort=4), "hospital-04"
+    network = make_network(6, size=600, threshold=4)
+    liar = network.consortium.identities["hospital-02"]
     first: list[tuple[str, bytes]] = []
     replayed = False
 
@@ -237,8 +259,10 @@ def test_what_nodes_sent_in_an_earlier_attempt_is_ignored_in_the_next() -> None:
         message = m.decode(data, sender, key, network.digest)
         if message.attempt == 1:
             first.append((sender, data))
-            # Two are lost before their seeds: too few are left, so there is a second attempt once they are back.
-            return [] if sender in (leaver, "hospital-03") and body_type(data) == "RoundKeys" else [data]
+            body = message.body
+            if isinstance(body, m.SealedSeeds) and sender == liar.node_id and body.recipient == "hospital-04":
+                bad = m.SealedSeeds(body.recipient, body.cohort_digest, bytes(1202), bytes(1168))
+                return [m.encode(liar, AttemptId(network.digest, 1, 1), bad)]
         if message.attempt == 2 and not replayed:
             replayed = True
             network._queue.extend((name, AGGREGATOR, old) for name, old in first)
@@ -246,9 +270,31 @@ def test_what_nodes_sent_in_an_earlier_attempt_is_ignored_in_the_next() -> None:
 
     network.tap = tap
     network.run()
-    check_outcome(network, names(5))
-    assert first
-    assert {attempt for _, attempt, _ in network.journals["hospital-00"].entries} <= {1, 2}
+    assert replayed
+    check_outcome(network, [name for name in names(6) if name != liar.node_id])
+    assert {"hospital-00", "hospital-01", "hospital-03", "hospital-05"} <= set(check_sum(network, "hospital-00"))
+
+
+def test_an_opened_round_that_fails_is_not_attempted_again_although_enough_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A dealer shares another self seed than it committed to; that shows only after the others have revealed theirs."""
+    network, liar = make_network(5, size=600, rounds=2, threshold=3), "hospital-01"
+
+    def coins(count: int) -> bytes:
+        return os.urandom(count)
+
+    def split(secret: bytes, threshold: int, holders: int, source: shamir.Coins) -> list[bytes]:
+        return shamir.split(bytes(32) if source is coins else secret, threshold, holders, source)
+
+    monkeypatch.setattr(masked_node, "shamir", SimpleNamespace(split=split, is_share=shamir.is_share))
+    network.nodes[liar]._coins = coins
+    network.run()
+    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar]
+    assert not network.faults
+    assert {(number, attempt) for number, attempt, _ in network.journals["hospital-00"].entries} == {(1, 1), (2, 1)}
+    assert [summed.round for summed in network.sums["hospital-00"]] == [2]
+    assert liar not in check_sum(network, "hospital-00", 2)
 
 
 def test_messages_of_the_future_are_the_senders_fault() -> None:
@@ -372,6 +418,15 @@ def test_attempts_only_move_forward_and_not_beyond_the_agreed_number() -> None:
         with pytest.raises(RemoteProtocolError, match=fault):
             machine.receive(from_aggregator(network, cohort, 1, attempt))
     assert [entry[:2] for entry in network.journals["hospital-00"].entries] == [(1, 2)]
+
+
+def test_rounds_only_move_forward() -> None:
+    network = make_network(4, size=8, rounds=3)
+    machine = network.nodes["hospital-00"]
+    machine.receive(from_aggregator(network, m.RoundOpen(0), 2))
+    machine.submit(2, np.zeros(8))
+    with pytest.raises(RemoteProtocolError, match="went back to round 1"):
+        machine.receive(from_aggregator(network, m.RoundOpen(0), 1))
 
 
 def test_a_round_whose_unmasking_began_is_not_summed_again_even_after_a_restart() -> None:
