@@ -1,7 +1,8 @@
 """Offline verification of a study's folder of records, with no trust in whoever kept it. Torch-free, no network.
 
 Checks, each with a name and a verdict: root, roster and agreement; the transcript's chain, signatures, votes and receipts; each
-kept sum against its record; each member's ledger, its link to the transcript, and epsilon recomputed from its events;
+kept sum against its record; the records that each member was shown against those of the transcript (two that differ prove
+that the aggregator equivocated); each member's ledger, its link to the transcript, and epsilon recomputed from its events;
 the manifest over every byte of every file. Hostile input gives a failed check that names the file, never a crash.
 
 What this proves and what not: who signed what, that nothing was changed since, and that the claimed epsilon follows from
@@ -30,8 +31,17 @@ from keys.signed import verify_document
 from protocols.chain import GENESIS, line_digest
 from protocols.encoding import FixedPoint
 from protocols.ledger import DpSgdEvent, read_ledger, verify_ledger
-from protocols.transcript import Body, Receipts, RoundRecord, aggregate_digest, read_transcript, verify_transcript
-from secgeo.records import LEDGERS, MANIFEST, SUMS, TRANSCRIPT, file_digests, list_files, sum_path
+from protocols.transcript import (
+    Body,
+    Receipts,
+    RoundRecord,
+    aggregate_digest,
+    read_line,
+    read_transcript,
+    verify_transcript,
+)
+from protocols.upload import coordinates
+from secgeo.records import LEDGERS, MANIFEST, RECEIPTS, SUMS, TRANSCRIPT, file_digests, list_files, sum_path
 from secgeo.study import AGREEMENT, DOCUMENTS, ROOT, OpenStudy, check_documents
 from secgeo.update import Layout
 
@@ -146,6 +156,7 @@ def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) ->
     with _checking(report, SUMS) as done:
         done(_verify_sums(folder, study, records))
     digests = {body.round: line_digest(line).hex() for body, line in lines if isinstance(body, RoundRecord)}
+    written = {body.round: line for body, line in lines if isinstance(body, RoundRecord)}
     for member in study.agreement.members:
         path = folder / LEDGERS / f"{member.node_id}.jsonl"
         with _checking(report, f"{LEDGERS}/{member.node_id}.jsonl") as done:
@@ -154,10 +165,45 @@ def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) ->
                 done("none; it took part in no round")
             else:
                 done(_verify_ledger(path, member.node_id, study, records, digests, report))
-    with _checking(report, LEDGERS):
-        allowed = {f"{member.node_id}.jsonl" for member in study.agreement.members}
-        if strangers := {path.name for path in (folder / LEDGERS).glob("*")} - allowed:
-            raise VerificationFailed(f"{LEDGERS}/{min(strangers)} belongs to no member")
+        path = folder / RECEIPTS / f"{member.node_id}.jsonl"
+        if path.exists():
+            with _checking(report, f"{RECEIPTS}/{path.name}") as done:
+                done(_verify_receipts(path, study, written))
+        elif any(survivor.node_id == member.node_id for record in records.values() for survivor in record.survivors):
+            report.warnings.append(f"{member.node_id} gave no receipts, so it may have been told another story")
+    for kind in (LEDGERS, RECEIPTS):
+        with _checking(report, kind):
+            allowed = {f"{member.node_id}.jsonl" for member in study.agreement.members}
+            if strangers := {path.name for path in (folder / kind).glob("*")} - allowed:
+                raise VerificationFailed(f"{kind}/{min(strangers)} belongs to no member")
+
+
+def _verify_receipts(path: Path, study: OpenStudy, transcript: Mapping[int, bytes]) -> str:
+    """Compare the records that a node was shown with those of the transcript: the aggregator has signed both."""
+    shown = read_public(path, FILE_LIMIT_BYTES).splitlines(keepends=True)
+    for line in shown:
+        record = read_line(line, study.roster.aggregator.public_key).body
+        if not isinstance(record, RoundRecord):
+            raise VerificationFailed(f"a {type(record).__name__} is no receipt")
+        written = transcript.get(record.round)
+        if written is None:
+            raise VerificationFailed(
+                f"the aggregator has signed a record of round {record.round} that the transcript hides"
+            )
+        if written != line:
+            other = read_line(written, study.roster.aggregator.public_key).body
+            raise VerificationFailed(
+                f"EQUIVOCATION: the aggregator has signed two records of round {record.round}: "
+                f"{_describe(record, line)} to this node, {_describe(other, written)} in the transcript"
+            )
+    return f"{len(shown)} receipts, all as in the transcript"
+
+
+def _describe(record: Body, line: bytes) -> str:
+    if not isinstance(record, RoundRecord):
+        return "another line"
+    digest, survivors = line_digest(line).hex()[:16], len(record.survivors)
+    return f"record {digest} (attempt {record.attempt}, {survivors} contributors, sum {record.aggregate_digest[:16]})"
 
 
 def _verify_sums(folder: Path, study: OpenStudy, records: Mapping[int, RoundRecord]) -> str:
@@ -170,11 +216,11 @@ def _verify_sums(folder: Path, study: OpenStudy, records: Mapping[int, RoundReco
     for number, record in records.items():
         path = sum_path(folder, number)
         data, name = read_public(path, FILE_LIMIT_BYTES), f"{SUMS}/{path.name}"
-        if len(data) != 4 * size:
+        if len(data) != 4 * coordinates(size, fixed_point):
             raise VerificationFailed(f"{name} has another size than agreed")
         if aggregate_digest(data).hex() != record.aggregate_digest:
             raise VerificationFailed(f"{name} is not the sum that was recorded")
-        fixed_point.decode(np.frombuffer(data, dtype="<u4"), len(record.survivors))
+        fixed_point.decode(np.frombuffer(data, dtype="<u4")[:size], len(record.survivors))
     return f"{len(records)} sums of {size} values"
 
 

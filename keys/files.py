@@ -114,7 +114,7 @@ def read_secret(path: Path, passphrase: bytes | None) -> bytes:
         raise KeyFileError(f"{path}: wrong passphrase, or the file was changed") from None
 
 
-def write_public(path: Path, data: bytes) -> None:
+def write_public(path: Path, data: bytes | memoryview) -> None:
     """Replace a file of mode 0644 atomically: a reader sees the old bytes or the new, also after a crash.
 
     Raises:
@@ -199,7 +199,7 @@ def _check_private(path: Path, status: os.stat_result) -> None:
         raise KeyFileError(f"{path} has mode {mode:04o}, looser than 0600; if nobody read it: chmod 600 {path}")
 
 
-def _write_all(descriptor: int, content: bytes, mode: int) -> None:
+def _write_all(descriptor: int, content: bytes | memoryview, mode: int) -> None:
     """Write, set the exact mode (creation leaves it to the umask), sync and close."""
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(file.fileno(), mode)

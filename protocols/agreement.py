@@ -23,7 +23,10 @@ MINIMUM_CONTRIBUTORS = 3
 """A sum of fewer contributors is never opened: with two, each would learn the other's vector."""
 
 MAXIMUM_MEMBERS = 256
-"""With every pair of nodes sharing a seed (full graph), the key and seed messages of one round stay below 1 MiB."""
+"""With every pair of nodes sharing a seed (complete graph), the key and seed messages of one round stay below 1 MiB."""
+
+COMPLETE_GRAPH_LIMIT = 16
+"""Up to so many members every pair shares a seed; above, a sparse graph may be agreed."""
 
 Name = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9-]{0,62}\Z")]
 Sha256Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -60,16 +63,32 @@ class Member(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which protocol sums, among how many, and in which fixed-point ring."""
+    """Which protocol sums, among how many, over which graph, and in which fixed-point ring.
+
+    `threshold` signatures open a survivor set. With `neighbours` = 0 every pair of nodes shares a seed and `threshold`
+    shares recover a secret; otherwise each node shares seeds with that many others and `share_threshold` of them do.
+    """
 
     protocol: Literal["masked"]
     minimum_cohort: Annotated[int, Meta(ge=MINIMUM_CONTRIBUTORS, le=MAXIMUM_MEMBERS)]
     threshold: Annotated[int, Meta(ge=2, le=MAXIMUM_MEMBERS)]
-    ring_bits: Literal[32] = 32
+    neighbours: Annotated[int, Meta(ge=0, lt=MAXIMUM_MEMBERS)] = 0
+    share_threshold: Annotated[int, Meta(ge=0, lt=MAXIMUM_MEMBERS)] = 0
+    ring_bits: Literal[32, 24, 20] = 32
     value_bits: Annotated[int, Meta(ge=8, le=30)] = 26
     fraction_bits: Annotated[int, Meta(ge=1, le=29)] = 20
     chunk_values: Annotated[int, Meta(ge=256, le=262_144)] = 65_536
     max_attempts: Annotated[int, Meta(ge=1, le=16)] = 3
+
+    @property
+    def shares_needed(self) -> int:
+        """How many shares recover one node's secret."""
+        return self.share_threshold or self.threshold
+
+    @property
+    def colluders_tolerated(self) -> int:
+        """How many members may collude with an aggregator that deviates, whatever the graph's order (docs/threat-model.md)."""
+        return self.shares_needed - 1
 
 
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
@@ -255,6 +274,8 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
             ring.threshold <= ring.minimum_cohort,
         ),
         ("minimum_cohort must not exceed the number of members", ring.minimum_cohort <= n_max),
+        ("chunk_values must be even, else packed values would straddle chunks", ring.chunk_values % 2 == 0),
+        *_graph_rules(ring, n_max),
         ("members must have distinct node ids", len(set(names)) == n_max),
         (
             "members must have distinct certificates",
@@ -276,6 +297,34 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
         ),
         ("all numbers must be finite", all(_finite(section) for section in msgspec.structs.astuple(agreement))),
     ]
+
+
+def _graph_rules(ring: SecureSum, n_max: int) -> list[tuple[str, bool]]:
+    if ring.neighbours == 0:
+        return [("share_threshold needs neighbours: in a complete graph threshold counts", ring.share_threshold == 0)]
+    return [
+        (f"a sparse graph needs more than {COMPLETE_GRAPH_LIMIT} members", n_max > COMPLETE_GRAPH_LIMIT),
+        (
+            "neighbours must be even, at least 4 and below members - 1 (0: complete graph)",
+            ring.neighbours % 2 == 0 and 4 <= ring.neighbours < n_max - 1,
+        ),
+        ("share_threshold must be from 2 to neighbours", 2 <= ring.share_threshold <= ring.neighbours),
+        (
+            "2 * threshold must be above members + share_threshold - 1, else colluders could have two survivor sets signed",
+            2 * ring.threshold > n_max + ring.share_threshold - 1,
+        ),
+    ]
+
+
+def sparse_graph(members: int) -> tuple[int, int]:
+    """The recommended (neighbours, share_threshold): (0, 0), the complete graph, up to 16 members; else k = 4 ceil(log2 n).
+
+    Two thirds of the neighbours recover a secret: k - share_threshold of them may be lost, share_threshold - 1 collude.
+    """
+    if members <= COMPLETE_GRAPH_LIMIT:
+        return 0, 0
+    neighbours = 4 * (members - 1).bit_length()
+    return (0, 0) if neighbours >= members - 1 else (neighbours, 2 * neighbours // 3)
 
 
 def _finite(value: object) -> bool:

@@ -13,7 +13,7 @@ place prove it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Generic, TypeVar
 
 import msgspec
@@ -55,11 +55,13 @@ def line_digest(line: bytes) -> bytes:
 
 
 class ChainWriter(Generic[Body]):
-    """Makes the lines of one chain, of bodies that `kind` reads."""
+    """Makes the lines of one chain, of bodies that `kind` reads, behind the lines that are `written` already."""
 
-    def __init__(self, identity: Identity, label: Label, kind: type[Entry[Body]]) -> None:
+    def __init__(
+        self, identity: Identity, label: Label, kind: type[Entry[Body]], written: Sequence[bytes] = ()
+    ) -> None:
         self._identity, self._label, self._kind = identity, label, kind
-        self._seq, self._prev = 0, GENESIS
+        self._seq, self._prev = len(written), line_digest(written[-1]).hex() if written else GENESIS
 
     def append(self, body: Body) -> bytes:
         """The next line, newline included.

@@ -3,6 +3,9 @@
 A value x becomes `rint(clip(x) * 2^fraction_bits) + 2^(value_bits - 1)`, an integer in [1, 2^value_bits - 1]. The agreement
 guarantees `n_max * (2^value_bits - 1) < 2^ring_bits`, so a sum of at most n_max encodings never wraps, and decoding is exact:
 for values inside the range, |decoded sum - real sum| <= n * 2^-(fraction_bits + 1).
+
+On the wire a value takes ring_bits: 4 bytes, 3 bytes (24 bits), or 5 bytes for two (20 bits), little-endian. All arithmetic
+is modulo 2^32, of which every ring here is a quotient; packing drops the bits above the ring.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from protocols.agreement import Agreement
 
 Float64Vector = NDArray[np.float64]
 Uint32Vector = NDArray[np.uint32]
+
+_THREE_BYTES = np.dtype([("low", "<u2"), ("high", "u1")])
+_FIVE_BYTES = np.dtype([("low", "<u4"), ("high", "u1")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,8 @@ class FixedPoint:
         """How many of `values` lie outside the range and would be clipped."""
         return int(np.count_nonzero(np.abs(values) > self.limit))
 
-    def encode(self, values: Float64Vector) -> Uint32Vector:
-        """Encode `values` ([d] float64) as [d] uint32, each in [1, 2^value_bits - 1].
+    def check(self, values: Float64Vector) -> None:
+        """See that `values` can be encoded.
 
         Raises:
             LocalProtocolError: the vector is not one-dimensional float64, or holds NaN or infinity.
@@ -63,8 +69,25 @@ class FixedPoint:
             )
         if not np.isfinite(values).all():
             raise LocalProtocolError("the update holds NaN or infinity and was not sent; lower the learning rate")
-        scaled = np.rint(np.clip(values, -self.limit, self.limit) * 2.0**self.fraction_bits)
-        return (scaled + 2.0 ** (self.value_bits - 1)).astype(np.uint32)
+
+    def encode_into(self, values: Float64Vector, out: Uint32Vector) -> None:
+        """Encode checked `values` ([m] float64) into `out` ([m] uint32), each in [1, 2^value_bits - 1]."""
+        scaled = np.clip(values, -self.limit, self.limit)
+        scaled *= 2.0**self.fraction_bits
+        np.rint(scaled, out=scaled)
+        scaled += 2.0 ** (self.value_bits - 1)
+        out[:] = scaled
+
+    def encode(self, values: Float64Vector) -> Uint32Vector:
+        """Encode `values` ([d] float64) as [d] uint32.
+
+        Raises:
+            LocalProtocolError: see `check`.
+        """
+        self.check(values)
+        encoded = np.empty(values.size, dtype=np.uint32)
+        self.encode_into(values, encoded)
+        return encoded
 
     def decode(self, total: Uint32Vector, contributors: int) -> Float64Vector:
         """Decode the sum of `contributors` encodings ([d] uint32) to the real sum ([d] float64).
@@ -82,3 +105,48 @@ class FixedPoint:
             )
         offset = contributors * 2.0 ** (self.value_bits - 1)
         return (total.astype(np.float64) - offset) / 2.0**self.fraction_bits
+
+
+def packed_bytes(count: int, ring_bits: int) -> int:
+    """How many bytes `count` values take; an odd last value of 20 bits is padded to a pair."""
+    return (count + count % 2) // 2 * 5 if ring_bits == 20 else count * ring_bits // 8
+
+
+def pack(values: Uint32Vector, ring_bits: int) -> memoryview:
+    """[m] uint32, modulo 2^ring_bits, as `packed_bytes` bytes. At 32 bits this is the memory of `values` itself."""
+    if ring_bits == 32:
+        return values.astype("<u4", copy=False).data.cast("B")
+    if ring_bits == 24:
+        packed = np.empty(values.size, dtype=_THREE_BYTES)
+        packed["low"], packed["high"] = values, values >> np.uint32(16)
+        return packed.view(np.uint8).data
+    mask = np.uint32((1 << 20) - 1)
+    first = values[::2] & mask
+    second = np.zeros_like(first)
+    np.bitwise_and(values[1::2], mask, out=second[: values.size // 2])
+    pairs = np.empty(first.size, dtype=_FIVE_BYTES)
+    pairs["low"], pairs["high"] = first | second << np.uint32(20), second >> np.uint32(12)
+    return pairs.view(np.uint8).data
+
+
+def unpack(data: bytes | bytearray | memoryview, count: int, ring_bits: int) -> Uint32Vector:
+    """The inverse of `pack`, without a copy at 32 bits.
+
+    Raises:
+        ValueError: `data` is not what so many values take.
+    """
+    if len(data) != packed_bytes(count, ring_bits):
+        raise ValueError(f"{len(data)} bytes are not {count} values of {ring_bits} bits")
+    if ring_bits == 32:
+        return np.frombuffer(data, dtype="<u4")
+    values = np.empty(count, dtype=np.uint32)
+    if ring_bits == 24:
+        packed = np.frombuffer(data, dtype=_THREE_BYTES)
+        np.left_shift(packed["high"], 16, out=values, dtype=np.uint32)
+        values |= packed["low"]
+        return values
+    pairs = np.frombuffer(data, dtype=_FIVE_BYTES)
+    low, high = pairs["low"], pairs["high"].astype(np.uint32)
+    values[::2] = low & np.uint32((1 << 20) - 1)
+    values[1::2] = (low >> np.uint32(20) | high << np.uint32(12))[: count // 2]
+    return values

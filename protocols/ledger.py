@@ -12,6 +12,7 @@ the events.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -73,6 +74,16 @@ class EpsilonClaim(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     neighbouring_relation: Literal["add-or-remove-one"]
 
 
+class LedgerReopened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The node was started again, after it had closed the ledger or after a crash.
+
+    A round that was booked but whose update was lost with the crash is trained, and booked, again.
+    """
+
+    rounds: Number
+    steps_total: Number
+
+
 class LedgerClosed(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """The last line; without it the ledger was cut off. Its link tells when the transcript hides the last rounds."""
 
@@ -81,15 +92,15 @@ class LedgerClosed(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     transcript_link: Hex32
 
 
-Body = LedgerOpened | DpSgdEvent | EpsilonClaim | LedgerClosed
+Body = LedgerOpened | DpSgdEvent | EpsilonClaim | LedgerReopened | LedgerClosed
 _LedgerEntry = Entry[Body]
 
 
 class LedgerWriter(ChainWriter[Body]):
     """Makes ledger lines, signed by the node."""
 
-    def __init__(self, node: Identity) -> None:
-        super().__init__(node, Label.LEDGER, _LedgerEntry)
+    def __init__(self, node: Identity, written: Sequence[bytes] = ()) -> None:
+        super().__init__(node, Label.LEDGER, _LedgerEntry, written)
 
 
 def read_ledger(lines: bytes, node_key: Ed25519PublicKey) -> tuple[Body, ...]:
@@ -121,13 +132,21 @@ def verify_ledger(
         raise VerificationFailed("the ledger has no closing line: it was cut off, or the study still runs")
     events: list[DpSgdEvent] = []
     claim: EpsilonClaim | None = None
-    for body in ledger[1:-1]:
+    restarted = False
+    for body, following in pairwise(ledger[1:]):
         match body:
             case DpSgdEvent():
-                if events and body.round <= events[-1].round:
+                if events and body.round + restarted <= events[-1].round:
                     raise VerificationFailed(f"round {body.round} is booked after round {events[-1].round}")
                 _verify_event(body, opened, agreement)
                 events.append(body)
+                restarted = False
+            case LedgerReopened():
+                if (body.rounds, body.steps_total) != (len(events), sum(event.steps for event in events)):
+                    raise VerificationFailed("the ledger was reopened with another count than its events give")
+                restarted = True
+            case LedgerClosed() if isinstance(following, LedgerReopened):
+                pass
             case EpsilonClaim():
                 if body.steps_total != sum(event.steps for event in events) or body.delta != opened.delta:
                     raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count every step before it")

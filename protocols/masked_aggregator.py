@@ -9,30 +9,51 @@ drop out, and the attempt goes on while the agreed minimum remains. A node that 
 blamed by name. The aggregator holds no secret: what it reconstructs is the self seed of a survivor or the pair master of
 a lost node, never both of one node.
 
-Memory: the running sum, plus the unfinished uploads. A finished upload is added to the sum and forgotten.
+Memory: the running sum, and what `Spool` keeps of unfinished uploads. An upload is added to the sum when it is whole and its
+digest is right, since one that stops half way must leave no trace; then it is forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import combinations, islice
+from typing import Protocol
 
+import msgspec
 import numpy as np
 
-from keys.errors import RemoteProtocolError, VerificationFailed
+from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from keys.identity import verify_signature
 from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir
-from protocols.encoding import Uint32Vector
+from protocols.encoding import FixedPoint, Uint32Vector, packed_bytes, unpack
+from protocols.graph import MaskGraph
 from protocols.masked_node import Parties, open_contribution
-from protocols.prg import add_mask
+from protocols.prg import MaskSet
 from protocols.transcript import survivor_statement, upload_digest
+from protocols.upload import coordinates
 
 MAX_RECONSTRUCTIONS = 500
 """How many subsets of shares are tried when some of them are wrong."""
+
+CREDIT_CHUNKS = 8
+"""So many chunks of one upload may be under way."""
+
+
+class Spool(Protocol):
+    """Keeps the chunks of unfinished uploads, in order; where is not this file's business."""
+
+    def append(self, name: str, data: memoryview) -> None:
+        """Keep the next chunk of a node's upload."""
+
+    def chunks(self, name: str) -> Iterator[memoryview | bytes]:
+        """All chunks of a node's upload, in order."""
+
+    def discard(self, name: str) -> None:
+        """Forget a node's upload, if there is one."""
 
 
 class Phase(Enum):
@@ -61,18 +82,33 @@ _EXPECTED: dict[type[m.Body], Phase] = {
 
 @dataclass(slots=True)
 class _Upload:
-    """One node's upload as it arrives: [d] uint32 little-endian, and how many chunks of it are here."""
+    """One node's upload as it arrives: the digests of its chunks so far, and how many it may send."""
 
-    data: bytearray
-    chunks: int = 0
+    digests: list[bytes]
+    credit: int
+
+
+class OpenedAttempt(msgspec.Struct, frozen=True):
+    """What an attempt whose survivors are told to unmask needs beside the masked sum, to survive a crash. Nothing is secret."""
+
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    signed_keys: dict[str, bytes]
+    senders: tuple[str, ...]
+    seeds_to_lost: dict[str, dict[str, bytes]]
+    survivors: tuple[tuple[str, bytes], ...]
+    votes: dict[str, bytes]
+    dropped: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class SumOutcome:
-    """A finished attempt: the sum, its contributors, and the evidence for the transcript."""
+    """A finished attempt: the sum with the sums of the tags' limbs behind it, its contributors, and the evidence."""
 
     total: Uint32Vector = field(repr=False)
     cohort: tuple[str, ...]
+    view: bytes
     survivors: tuple[tuple[str, bytes], ...]
     votes: dict[str, bytes]
     dropped: dict[str, str]
@@ -83,23 +119,33 @@ Send = tuple[str, m.AnyBody]
 
 
 class MaskedAggregator:
-    """One attempt at the aggregator, over the members `cohort` and vectors of `vector_size` values."""
+    """One attempt at the aggregator, over the members `cohort` and updates of `vector_size` values."""
 
-    def __init__(self, parties: Parties, attempt: sealing.AttemptId, cohort: Iterable[str], vector_size: int) -> None:
-        self._parties, self._attempt, self._size = parties, attempt, vector_size
+    def __init__(
+        self,
+        parties: Parties,
+        attempt: sealing.AttemptId,
+        cohort: Iterable[str],
+        vector_size: int,
+        spool: Spool,
+    ) -> None:
+        self._parties, self._attempt, self._spool = parties, attempt, spool
         self._cohort = tuple(sorted(cohort))
         self._active = set(self._cohort)
-        self._chunk_bytes = 4 * parties.agreement.secure_sum.chunk_values
-        self._chunk_count = -(-4 * vector_size // self._chunk_bytes)
+        ring = parties.agreement.secure_sum
+        self._ring_bits, self._chunk_values = ring.ring_bits, ring.chunk_values
+        self._total = np.zeros(coordinates(vector_size, FixedPoint.from_agreement(parties.agreement)), dtype=np.uint32)
+        self._chunk_count = -(-self._total.size // self._chunk_values)
         self._signed_keys: dict[str, bytes] = {}
         self._keys: dict[str, m.RoundKeys] = {}
-        self._seeds: dict[str, dict[str, m.SealedSeeds]] = {}
-        self._signed_seeds: dict[str, dict[str, bytes]] = {}
+        self._graph = MaskGraph((), 0)
+        self._seeds: dict[str, dict[str, bytes]] = {}
         self._senders: tuple[str, ...] = ()
-        self._cohort_digest = b""
+        self._key_digests: tuple[tuple[str, bytes], ...] = ()
+        self._cohort_digest = self._view = b""
         self._uploads: dict[str, _Upload] = {}
         self._digests: dict[str, bytes] = {}
-        self._total = np.zeros(vector_size, dtype=np.uint32)
+        self._signed_uploads: dict[str, bytes] = {}
         self._survivors: tuple[tuple[str, bytes], ...] = ()
         self._votes: dict[str, bytes] = {}
         self._self_shares: dict[str, dict[str, bytes]] = {}
@@ -119,8 +165,9 @@ class MaskedAggregator:
         """Ask the cohort for round keys."""
         return [(name, m.AttemptOpen(self._cohort)) for name in self._cohort]
 
-    def receive(self, peer: str, body: m.AnyBody, signed: bytes) -> list[Send]:
+    def receive(self, peer: str, message: m.Message, signed: bytes) -> list[Send]:
         """Take one verified message of `peer`. A peer at fault is blamed and put out; nothing is raised."""
+        body = message.body
         if peer not in self._active or self.phase in (Phase.DONE, Phase.FAILED):
             return []
         try:
@@ -132,7 +179,7 @@ class MaskedAggregator:
                 return []  # Late: it crossed our deadline on the way.
             if there > here:
                 raise RemoteProtocolError(peer, f"sent {type(body).__name__} before its phase")
-            return self._dispatch(peer, body, signed)
+            return self._dispatch(peer, message, signed)
         except RemoteProtocolError as fault:
             self.blamed[peer] = str(fault)
             return self._drop(peer)
@@ -141,6 +188,20 @@ class MaskedAggregator:
         """The transport has lost `peer`."""
         return self._drop(peer) if peer in self._active and self.phase not in (Phase.DONE, Phase.FAILED) else []
 
+    def rejoin(self, peer: str) -> list[Send]:
+        """`peer` has a new connection: say again what it may have missed, or go on without it."""
+        if peer not in self._active or self.phase in (Phase.DONE, Phase.FAILED):
+            return []
+        match self.phase:
+            case Phase.UPLOAD if peer in self._digests:
+                return []
+            case Phase.VOTES:
+                return [] if peer in self._votes else [(peer, self._survivors_for(peer))]
+            case Phase.UNMASK:
+                return [] if peer in self._unmasked else [(peer, self._proof())]
+            case _:
+                return self._drop(peer)
+
     def expire(self) -> list[Send]:
         """The deadline of this phase has passed: go on without those who are missing."""
         for peer in sorted(self._missing()):
@@ -148,8 +209,8 @@ class MaskedAggregator:
             self.dropped.setdefault(peer, self.phase.value)
         return self._advance()
 
-    def _dispatch(self, peer: str, body: m.AnyBody, signed: bytes) -> list[Send]:
-        match body:
+    def _dispatch(self, peer: str, message: m.Message, signed: bytes) -> list[Send]:
+        match body := message.body:
             case m.RoundKeys():
                 self._once(peer, peer in self._keys and self._signed_keys[peer] != signed, "two different round keys")
                 if not (sealing.is_public_key(body.share_public) and sealing.is_public_key(body.pair_public)):
@@ -158,9 +219,9 @@ class MaskedAggregator:
             case m.SealedSeeds():
                 self._on_seeds(peer, body, signed)
             case m.MaskedChunk():
-                return self._on_chunk(peer, body)
+                return self._on_chunk(peer, body, message.tail)
             case m.UploadDone():
-                self._on_upload_done(peer, body)
+                self._on_upload_done(peer, body, signed)
             case m.Complaint():
                 return self._on_complaint(peer, body)
             case m.SurvivorVote():
@@ -177,8 +238,8 @@ class MaskedAggregator:
             case Phase.KEYS:
                 return self._active - self._keys.keys()
             case Phase.SEEDS:
-                complete = len(self._keys) - 1
-                return {name for name in self._active if len(self._seeds.get(name, ())) < complete}
+                due = {name: len(self._graph.recipients(name)) for name in self._active}
+                return {name for name in self._active if len(self._seeds.get(name, ())) < due[name]}
             case Phase.UPLOAD:
                 return self._active - self._digests.keys()
             case Phase.VOTES:
@@ -191,7 +252,8 @@ class MaskedAggregator:
     def _drop(self, peer: str) -> list[Send]:
         self._active.discard(peer)
         self.dropped.setdefault(peer, self.phase.value)
-        self._uploads.pop(peer, None)
+        if self._uploads.pop(peer, None) is not None:
+            self._spool.discard(peer)
         return self._advance()
 
     def _advance(self) -> list[Send]:
@@ -203,48 +265,77 @@ class MaskedAggregator:
     def _next_phase(self) -> list[Send]:
         match self.phase:
             case Phase.KEYS:
-                if len(self._active) < self._parties.minimum:
-                    return self._fail("too few nodes sent round keys")
-                self._keys = {name: self._keys[name] for name in self._active}
-                self._signed_keys = {name: self._signed_keys[name] for name in sorted(self._active)}
-                self._cohort_digest = sealing.cohort_digest(self._attempt, self._signed_keys)
-                self.phase = Phase.SEEDS
-                keys = m.KeySet(tuple(self._signed_keys.values()))
-                return [(name, keys) for name in sorted(self._active)]
+                return self._close_keys()
             case Phase.SEEDS:
-                if len(self._active) < self._parties.minimum:
-                    return self._fail("too few nodes distributed seeds")
-                self._senders = tuple(sorted(self._active))
-                self.phase = Phase.UPLOAD
-                return [send for name in self._senders for send in self._open_upload(name)]
+                return self._close_seeds()
             case Phase.UPLOAD:
                 return self._close_uploads()
             case Phase.VOTES:
                 if len(self._votes) < self._parties.threshold:
                     return self._fail("fewer survivors than the threshold signed the survivor set")
                 self.phase, self.opened = Phase.UNMASK, True
-                proof = m.SurvivorProof(tuple(sorted(self._votes.items())))
                 self._active = set(self._votes)
-                return [(name, proof) for name in sorted(self._active)]
+                return [(name, self._proof()) for name in sorted(self._active)]
             case _:
                 return self._unmask()
 
-    def _open_upload(self, name: str) -> list[Send]:
-        sealed = tuple(self._signed_seeds[sender][name] for sender in self._senders if sender != name)
-        self._uploads[name] = _Upload(bytearray(4 * self._size))
-        return [(name, m.SeedSet(self._senders, sealed)), (name, m.Credit(self._chunk_count))]
+    def _close_keys(self) -> list[Send]:
+        if len(self._active) < self._parties.minimum:
+            return self._fail("too few nodes sent round keys")
+        self._keys = {name: self._keys[name] for name in sorted(self._active)}
+        self._signed_keys = {name: self._signed_keys[name] for name in self._keys}
+        self._link()
+        self.phase = Phase.SEEDS
+        answer: list[Send] = []
+        for name in self._keys:
+            needed = sorted({*self._graph.recipients(name), *self._graph.sources(name)})
+            answer.append((name, m.KeySet(self._key_digests, tuple(self._signed_keys[peer] for peer in needed))))
+        return answer
+
+    def _link(self) -> None:
+        """Fix cohort digest and graph from the signed round keys."""
+        digests = {name: sealing.keys_digest(signed) for name, signed in self._signed_keys.items()}
+        self._key_digests = tuple(sorted(digests.items()))
+        self._cohort_digest = sealing.cohort_digest(self._attempt, digests)
+        ring = self._parties.agreement.secure_sum
+        self._graph = MaskGraph.build(digests, ring.neighbours, self._cohort_digest)
+
+    def _close_seeds(self) -> list[Send]:
+        if len(self._active) < self._parties.minimum:
+            return self._fail("too few nodes distributed seeds")
+        if not self._active.intersection(self._graph.dealers):
+            return self._fail("nobody is left who dealt a tag seed")
+        self._senders = tuple(sorted(self._active))
+        self._view = sealing.senders_view(self._attempt, self._cohort_digest, self._senders)
+        self.phase = Phase.UPLOAD
+        credit = min(CREDIT_CHUNKS, self._chunk_count)
+        answer: list[Send] = []
+        for name in self._senders:
+            sources = [peer for peer in self._graph.sources(name) if peer in self._active]
+            self._uploads[name] = _Upload([], credit)
+            answer.append((name, m.SeedSet(self._senders, tuple(self._seeds[peer][name] for peer in sources))))
+            answer.append((name, m.Credit(credit)))
+        return answer
 
     def _close_uploads(self) -> list[Send]:
-        self._uploads.clear()
-        self._survivors = tuple(sorted(self._digests.items()))
-        if len(self._survivors) < self._parties.minimum:
-            self._survivors = ()
+        self._forget_uploads()
+        names = sorted(self._digests)
+        if len(names) < self._parties.minimum:
             return self._fail("too few nodes uploaded")
+        if not self._graph.tolerates(names, self._parties.agreement.secure_sum.colluders_tolerated):
+            return self._fail("so many neighbours were lost that colluders could cut the others apart")
+        self._survivors = tuple((name, self._digests[name]) for name in names)
         self.phase = Phase.VOTES
         # A node that uploaded and then vanished is still a survivor: its upload counts, only its vote is missing.
-        self._active = set(self._digests) & self._active
-        survivors = m.Survivors(self._survivors)
-        return [(name, survivors) for name in sorted(self._active)]
+        self._active &= set(names)
+        return [(name, self._survivors_for(name)) for name in sorted(self._active)]
+
+    def _survivors_for(self, name: str) -> m.Survivors:
+        alive = [peer for peer in self._graph.neighbours(name) if peer in self._digests]
+        return m.Survivors(self._survivors, tuple(self._signed_uploads[peer] for peer in alive))
+
+    def _proof(self) -> m.SurvivorProof:
+        return m.SurvivorProof(tuple(sorted(self._votes.items())))
 
     # --- what nodes send
 
@@ -253,16 +344,13 @@ class MaskedAggregator:
             raise RemoteProtocolError(peer, f"sent {what} in one attempt: equivocation")
 
     def _on_seeds(self, peer: str, body: m.SealedSeeds, signed: bytes) -> None:
-        if body.recipient == peer or body.recipient not in self._keys:
-            raise RemoteProtocolError(peer, f"sealed seeds for {body.recipient}, who takes no part")
+        if body.recipient not in self._graph.recipients(peer):
+            raise RemoteProtocolError(peer, f"sealed seeds for {body.recipient}, who is not to have any of it")
         if body.cohort_digest != self._cohort_digest:
             raise RemoteProtocolError(peer, "sealed seeds for another set of round keys")
-        signed_before = self._signed_seeds.setdefault(peer, {})
-        self._once(
-            peer, signed_before.get(body.recipient, signed) != signed, f"two different seeds for {body.recipient}"
-        )
-        signed_before[body.recipient] = signed
-        self._seeds.setdefault(peer, {})[body.recipient] = body
+        before = self._seeds.setdefault(peer, {})
+        self._once(peer, before.get(body.recipient, signed) != signed, f"two different seeds for {body.recipient}")
+        before[body.recipient] = signed
 
     def _on_complaint(self, accuser: str, body: m.Complaint) -> list[Send]:
         """Seeds that do not open, or a false complaint: nobody can tell without opening more, so both sit this round out."""
@@ -271,44 +359,58 @@ class MaskedAggregator:
         self.disputed = (accuser, body.accused)
         return self._fail(f"{accuser} cannot open what {body.accused} sealed to it")
 
-    def _on_chunk(self, peer: str, body: m.MaskedChunk) -> list[Send]:
-        upload = self._uploads.get(peer)
-        if upload is None or peer in self._digests:
-            raise RemoteProtocolError(peer, "sent a chunk outside its upload")
-        start = body.index * self._chunk_bytes
-        expected = min(self._chunk_bytes, len(upload.data) - start)
-        if body.index >= self._chunk_count or len(body.data) != expected:
-            raise RemoteProtocolError(peer, f"sent chunk {body.index} of {len(body.data)} bytes, which no upload has")
-        if body.index > upload.chunks:
-            return self._drop(peer)  # Chunks were lost with a connection: no fault, but no upload either.
-        if body.index < upload.chunks:
-            self._once(peer, upload.data[start : start + expected] != body.data, "two different chunks of one index")
-            return []
-        upload.data[start : start + expected] = body.data
-        upload.chunks += 1
-        return []
-
-    def _on_upload_done(self, peer: str, body: m.UploadDone) -> None:
-        if peer in self._digests:
-            self._once(peer, self._digests[peer] != body.digest, "two different uploads")
-            return
+    def _on_chunk(self, peer: str, body: m.MaskedChunk, data: memoryview) -> list[Send]:
         upload = self._uploads.get(peer)
         if upload is None:
-            raise RemoteProtocolError(peer, "ended an upload that it never began")
-        if upload.chunks != self._chunk_count:
-            self._active.discard(peer)
-            self.dropped.setdefault(peer, self.phase.value)
+            raise RemoteProtocolError(peer, "sent a chunk outside its upload")
+        if body.index >= upload.credit or len(data) != packed_bytes(self._values_in(body.index), self._ring_bits):
+            raise RemoteProtocolError(peer, f"sent chunk {body.index} of {len(data)} bytes, which no upload has")
+        if body.index > len(upload.digests):
+            return self._drop(peer)  # Chunks were lost with a connection: no fault, but no upload either.
+        if body.index < len(upload.digests):
+            self._once(peer, upload.digests[body.index] != body.digest, "two different chunks of one index")
+            return []
+        upload.digests.append(body.digest)
+        self._spool.append(peer, data)
+        if upload.credit - len(upload.digests) > CREDIT_CHUNKS // 2 or upload.credit == self._chunk_count:
+            return []
+        upload.credit = min(len(upload.digests) + CREDIT_CHUNKS, self._chunk_count)
+        return [(peer, m.Credit(upload.credit))]
+
+    def _values_in(self, chunk: int) -> int:
+        return min(self._chunk_values, self._total.size - chunk * self._chunk_values)
+
+    def _on_upload_done(self, peer: str, body: m.UploadDone, signed: bytes) -> None:
+        if peer in self._digests:
+            self._once(peer, self._signed_uploads[peer] != signed, "two different uploads")
             return
-        data = bytes(upload.data)
-        if not sealing.same(upload_digest(data), body.digest):
-            raise RemoteProtocolError(peer, "sent a digest that is not that of its upload")
-        np.add(self._total, np.frombuffer(data, dtype="<u4"), out=self._total)
-        self._digests[peer] = body.digest
-        del self._uploads[peer]
+        upload = self._uploads.pop(peer, None)
+        if upload is None:
+            raise RemoteProtocolError(peer, "ended an upload that it never began")
+        try:
+            if len(upload.digests) != self._chunk_count:
+                self._active.discard(peer)
+                self.dropped.setdefault(peer, self.phase.value)
+                return
+            if body.digest != upload_digest(b"".join(upload.digests)):
+                raise RemoteProtocolError(peer, "sent a digest that is not that of its upload")
+            if body.view != self._view:
+                raise RemoteProtocolError(peer, "masked for other senders of seeds than it was told")
+            for index, data in enumerate(self._spool.chunks(peer)):
+                start, count = index * self._chunk_values, self._values_in(index)
+                part = self._total[start : start + count]
+                np.add(part, unpack(data, count, self._ring_bits), out=part)
+        finally:
+            self._spool.discard(peer)
+        self._digests[peer], self._signed_uploads[peer] = body.digest, signed
+
+    def _forget_uploads(self) -> None:
+        for name in self._uploads:
+            self._spool.discard(name)
+        self._uploads.clear()
 
     def _on_vote(self, peer: str, body: m.SurvivorVote) -> None:
-        a = self._attempt
-        statement = survivor_statement(a.agreement_digest, a.round, a.attempt, self._survivors)
+        statement = survivor_statement(self._attempt, self._view, self._survivors)
         try:
             verify_signature(self._parties.public_keys[peer], Label.SURVIVORS, statement, body.signature)
         except VerificationFailed:
@@ -316,13 +418,13 @@ class MaskedAggregator:
         self._votes[peer] = body.signature
 
     def _on_unmasking(self, peer: str, body: m.Unmasking) -> None:
-        survivors = {name for name, _ in self._survivors}
-        lost = set(self._senders) - survivors
         if peer in self._unmasked:
             return
-        if {name for name, _ in body.self_shares} != survivors or {name for name, _ in body.pair_shares} != lost:
+        held = {peer, *self._graph.neighbours(peer)} & set(self._senders)
+        survivors = held & {name for name, _ in self._survivors}
+        if {name for name, _ in body.self_shares} != survivors or {n for n, _ in body.pair_shares} != held - survivors:
             raise RemoteProtocolError(peer, "unmasked other nodes than the survivor set says")
-        if len(body.self_shares) != len(survivors) or len(body.pair_shares) != len(lost):
+        if len(body.self_shares) != len(survivors) or len(body.pair_shares) != len(held - survivors):
             raise RemoteProtocolError(peer, "sent two shares of one secret")
         if not all(shamir.is_share(share) for _, share in (*body.self_shares, *body.pair_shares)):
             raise RemoteProtocolError(peer, "sent a share that is not a field element")
@@ -335,59 +437,87 @@ class MaskedAggregator:
     # --- unmasking
 
     def _unmask(self) -> list[Send]:
-        if len(self._unmasked) < self._parties.threshold:
-            return self._fail("fewer nodes than the threshold answered in the unmasking")
-        attempt, cohort = self._attempt, self._cohort_digest
         survivors = [name for name, _ in self._survivors]
+        added: list[bytes] = []
+        subtracted: list[bytes] = []
         for name in survivors:
             commitment = self._keys[name].self_seed_commitment
             seed = self._reconstruct(
-                self._self_shares[name],
-                lambda s, n=name, c=commitment: sealing.same(sealing.self_seed_commitment(s, attempt, n), c),  # type: ignore[misc]
+                name,
+                self._self_shares,
+                lambda s, n=name, c=commitment: sealing.same(sealing.self_seed_commitment(s, self._attempt, n), c),  # type: ignore[misc]
             )
             if seed is None:
-                return self._blame_secret(name, "self seed")
-            add_mask(self._total, sealing.self_mask_key(seed, attempt, name), subtract=True)
+                return self._fail_secret(name, "self seed", self._self_shares)
+            subtracted.append(sealing.self_mask_key(seed, self._attempt, name))
         for name in sorted(set(self._senders) - set(survivors)):
+            neighbours = [peer for peer in self._graph.neighbours(name) if peer in self._digests]
+            if not neighbours:
+                continue
             public = self._keys[name].pair_public
             master = self._reconstruct(
-                self._pair_shares[name],
-                lambda s, p=public: sealing.same(sealing.public_key_bytes(s, attempt), p),  # type: ignore[misc]
+                name,
+                self._pair_shares,
+                lambda s, p=public: sealing.same(sealing.public_key_bytes(s, self._attempt), p),  # type: ignore[misc]
             )
             if master is None:
-                return self._blame_secret(name, "pair master")
-            for survivor in survivors:
-                low, high = min(name, survivor), max(name, survivor)
-                if name == low:
-                    secret = sealing.contribution(master, attempt, cohort, low, high)
-                else:
-                    try:
-                        secret = open_contribution(master, attempt, cohort, low, high, self._seeds[low][high])
-                    except sealing.SealBroken:
-                        return self._blame_secret(low, "contribution")
-                # The survivor's own mask is still in the total: low added it, high subtracted it.
-                add_mask(
-                    self._total, sealing.pair_mask_key(secret, attempt, cohort, low, high), subtract=survivor == low
-                )
+                return self._fail_secret(name, "pair master", self._pair_shares)
+            for survivor in neighbours:
+                try:
+                    key = self._lost_pair_key(master, name, survivor)
+                except sealing.SealBroken:
+                    low = min(name, survivor)
+                    self.blamed[low] = f"{low}: sealed a contribution that does not open"
+                    return self._fail(f"the pair seed of {name} and {survivor} cannot be recovered")
+                # The survivor's own mask is still in the total: the first of a pair added it, the second subtracted it.
+                (subtracted if survivor < name else added).append(key)
+        MaskSet(added, subtracted).apply(self._total)
+        if self._ring_bits < 32:
+            self._total &= np.uint32((1 << self._ring_bits) - 1)
         self.phase = Phase.DONE
-        self.outcome = SumOutcome(self._total, self._cohort, self._survivors, dict(self._votes), dict(self.dropped))
+        self.outcome = SumOutcome(
+            self._total, self._cohort, self._view, self._survivors, dict(self._votes), dict(self.dropped)
+        )
         return []
 
-    def _reconstruct(self, shares: dict[str, bytes], genuine: Callable[[bytes], bool]) -> bytes | None:
+    def _lost_pair_key(self, master: bytes, lost: str, survivor: str) -> bytes:
+        low, high = min(lost, survivor), max(lost, survivor)
+        attempt, cohort = self._attempt, self._cohort_digest
+        if lost == low:
+            secret = sealing.contribution(master, attempt, cohort, low, high)
+        else:
+            # Its signature was checked when it came.
+            key = self._parties.public_keys[low]
+            seeds = m.decode(self._seeds[low][high], low, key, attempt.agreement_digest).body
+            if not isinstance(seeds, m.SealedSeeds):
+                raise LocalProtocolError("unreachable")
+            secret = open_contribution(master, attempt, cohort, low, high, seeds)
+        return sealing.pair_mask_key(secret, attempt, cohort, low, high)
+
+    def _reconstruct(
+        self, owner: str, all_shares: dict[str, dict[str, bytes]], genuine: Callable[[bytes], bool]
+    ) -> bytes | None:
         """Combine shares until the result matches what the owner signed, and blame the holders of shares that do not fit."""
-        index = {name: position for position, name in enumerate(sorted(self._keys))}
-        points = {index[holder]: share for holder, share in shares.items()}
-        threshold = self._parties.threshold
+        shares = all_shares.get(owner, {})
+        holders = sorted({owner, *self._graph.neighbours(owner)})
+        points = {holders.index(holder): share for holder, share in shares.items()}
+        threshold = self._parties.agreement.secure_sum.shares_needed
         for subset in islice(combinations(sorted(points), threshold), MAX_RECONSTRUCTIONS):
             secret = shamir.combine({x: points[x] for x in subset}, threshold)
             if secret is None or not genuine(secret):
                 continue
-            for holder in shares.keys() - {name for name, x in index.items() if x in subset}:
-                probe = {x: points[x] for x in (*subset[1:], index[holder])}
+            for index in points.keys() - set(subset):
+                probe = {x: points[x] for x in (*subset[1:], index)}
                 if shamir.combine(probe, threshold) != secret:
+                    holder = holders[index]
                     self.blamed[holder] = f"{holder}: sent a wrong share in the unmasking"
             return secret
         return None
+
+    def _fail_secret(self, owner: str, what: str, all_shares: dict[str, dict[str, bytes]]) -> list[Send]:
+        if len(all_shares.get(owner, {})) < self._parties.agreement.secure_sum.shares_needed:
+            return self._fail(f"too few nodes answered in the unmasking to recover the {what} of {owner}")
+        return self._blame_secret(owner, what)
 
     def _blame_secret(self, owner: str, what: str) -> list[Send]:
         self.blamed[owner] = f"{owner}: the {what} that it shared cannot be reconstructed"
@@ -395,6 +525,49 @@ class MaskedAggregator:
 
     def _fail(self, reason: str) -> list[Send]:
         self.failure = reason
-        self._uploads.clear()
+        self._forget_uploads()
         self.phase = Phase.FAILED
         return []
+
+    # --- crash and resume
+
+    def opened_attempt(self) -> tuple[OpenedAttempt, Uint32Vector]:
+        """What must be durable before anybody is told to unmask, and the masked sum."""
+        alive = {name for name, _ in self._survivors}
+        lost = set(self._senders) - alive
+        seeds = {low: {high: data for high, data in sent.items() if high in lost} for low, sent in self._seeds.items()}
+        state = OpenedAttempt(
+            self._attempt.round,
+            self._attempt.attempt,
+            self._cohort,
+            self._signed_keys,
+            self._senders,
+            {low: sent for low, sent in seeds.items() if sent and low in alive},
+            self._survivors,
+            self._votes,
+            self.dropped,
+        )
+        return state, self._total
+
+    @classmethod
+    def resume(
+        cls, parties: Parties, state: OpenedAttempt, total: Uint32Vector, vector_size: int, spool: Spool
+    ) -> MaskedAggregator:
+        """Take up an attempt in the unmasking; every voter is asked again, as it joins (`rejoin`)."""
+        attempt = sealing.AttemptId(parties.agreement_digest, state.round, state.attempt)
+        resumed = cls(parties, attempt, state.cohort, vector_size, spool)
+        resumed._signed_keys = dict(state.signed_keys)
+        for name, signed in state.signed_keys.items():
+            body = m.decode(signed, name, parties.public_keys[name], attempt.agreement_digest).body
+            if not isinstance(body, m.RoundKeys):
+                raise LocalProtocolError(f"the saved attempt holds no round keys of {name}")
+            resumed._keys[name] = body
+        resumed._link()
+        resumed._senders, resumed._survivors = state.senders, state.survivors
+        resumed._view = sealing.senders_view(attempt, resumed._cohort_digest, state.senders)
+        resumed._seeds, resumed._votes, resumed.dropped = state.seeds_to_lost, dict(state.votes), dict(state.dropped)
+        resumed._digests = dict(state.survivors)
+        resumed._total[:] = total
+        resumed._active = set(state.votes)
+        resumed.phase, resumed.opened = Phase.UNMASK, True
+        return resumed

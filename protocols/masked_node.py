@@ -2,18 +2,20 @@
 
 Sans-IO: bodies go in, bodies come out. The states and what each accepts:
 
-    KEYS       KeySet          -> SealedSeeds to every other node            -> SEEDS
-    SEEDS      SeedSet         -> (journal "used"), masked vector is ready   -> UPLOAD
-    UPLOAD     Credit          -> MaskedChunk..., UploadDone                 -> UPLOAD
-    UPLOAD     Survivors       -> SurvivorVote (once, if it names us)        -> VOTED
-    VOTED      SurvivorProof   -> (journal "revealed"), Unmasking            -> REVEALED
-    SEEDS      seeds that do not open -> Complaint                           -> COMPLAINED, which ignores the rest
+    KEYS       KeySet          -> SealedSeeds to neighbours (a dealer: to all)  -> SEEDS
+    SEEDS      SeedSet         -> (journal "used"), masks are ready             -> UPLOAD
+    UPLOAD     Credit          -> MaskedChunk..., UploadDone                    -> UPLOAD
+    UPLOAD     Survivors       -> SurvivorVote (if it names us)                 -> VOTED
+    VOTED      SurvivorProof   -> (journal "revealed"), Unmasking               -> REVEALED
+    VOTED, REVEALED            -> the same again, word for word, for an aggregator that was restarted
+    SEEDS      seeds that do not open -> Complaint                              -> COMPLAINED, which ignores the rest
     any other message in any other state is the aggregator's fault
 
-Rules against a malicious aggregator: every round key is signed by a roster identity and our own must be among them
-unchanged; all seals are bound to the digest of all round keys; the cohort never falls below the agreed minimum; a node votes
-for one survivor set only and reveals only after t signatures on that set; for each peer it reveals the self-seed share
-or the pair share, never both. What was used or revealed is journalled before it is sent.
+Rules against a malicious aggregator: round keys are signed by roster identities, and our own must be among them unchanged; all
+seals are bound to the digest of all round keys; the cohort never falls below the agreed minimum; the survivors keep every
+honest node linked to honest ones (`protocols.graph`); a node votes for one survivor set only and reveals only after t
+signatures on that set; for each peer it reveals the self-seed share or the pair share, never both. What was used or
+revealed is journalled before it is sent.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import islice
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -30,11 +31,13 @@ from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFai
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols import messages as m
-from protocols import sealing, shamir
+from protocols import sealing, shamir, tags
 from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement
-from protocols.encoding import Uint32Vector
-from protocols.prg import add_mask
-from protocols.transcript import survivor_statement, upload_digest
+from protocols.encoding import FixedPoint, Float64Vector
+from protocols.graph import MaskGraph
+from protocols.prg import MaskSet
+from protocols.transcript import survivor_statement
+from protocols.upload import MaskedUpload
 
 
 class State(Enum):
@@ -49,10 +52,11 @@ class State(Enum):
 
 
 class Shares(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What one node seals for another: a share of its self seed and a share of its pair master."""
+    """What one node seals for another: shares of its self seed and pair master if they are linked, a tag seed if it deals."""
 
-    self_share: m.Share
-    pair_share: m.Share
+    self_share: m.Share | None
+    pair_share: m.Share | None
+    tag_seed: m.Digest | None
 
     def __repr__(self) -> str:
         return "Shares(<redacted>)"
@@ -85,9 +89,9 @@ class MaskedNode:
         identity: our own keys.
         attempt: agreement digest, round and attempt number.
         cohort: whom the aggregator wants to sum; checked here.
-        vector: the encoded update, [d] uint32; a masked copy is sent, the caller's array is not touched.
+        vector: the update, [d] float64, finite; it is read while chunks are made and never written.
         coins: randomness, `os.urandom` outside tests.
-        journal: called with "used" or "revealed" and must have made it durable when it returns.
+        journal: called with "used" and the tag seed, or "revealed" and nothing; durable when it returns.
 
     Raises:
         RemoteProtocolError: the cohort breaks the agreement.
@@ -99,10 +103,10 @@ class MaskedNode:
         identity: Identity,
         attempt: sealing.AttemptId,
         cohort: tuple[str, ...],
-        vector: Uint32Vector,
+        vector: Float64Vector,
         *,
         coins: shamir.Coins,
-        journal: Callable[[str], None],
+        journal: Callable[[str, bytes], None],
     ) -> None:
         self._parties, self._identity, self._attempt = parties, identity, attempt
         self._me = identity.node_id
@@ -113,14 +117,17 @@ class MaskedNode:
         self._cohort = frozenset(cohort)
         self._state = State.KEYS
         self._keys: dict[str, m.RoundKeys] = {}
+        self._names: frozenset[str] = frozenset()
+        self._graph = MaskGraph((), 0)
         self._own_keys = b""
         self._cohort_digest = b""
-        self._own_shares: Shares | None = None
-        self._peer_shares: dict[str, Shares] = {}
-        self._chunks: list[m.MaskedChunk | m.UploadDone] = []
-        self._chunks_sent = 0
+        self._senders: frozenset[str] = frozenset()
+        self._view = b""
+        self._shares: dict[str, Shares] = {}
+        self._upload: MaskedUpload | None = None
         self._digest = b""
         self._survivors: tuple[tuple[str, bytes], ...] = ()
+        self._answer: list[bytes] = []
         self._check(len(cohort) == len(self._cohort), "named a node twice in the cohort")
         self._check(self._cohort <= parties.public_keys.keys(), "put a stranger into the cohort")
         self._check(self._me in self._cohort, "opened an attempt that we are not part of")
@@ -130,6 +137,11 @@ class MaskedNode:
     def state(self) -> State:
         """Where this attempt stands."""
         return self._state
+
+    @property
+    def uploaded(self) -> bool:
+        """Whether our upload is sent, so that this attempt can go on without our connection."""
+        return bool(self._digest)
 
     @property
     def survivors(self) -> tuple[tuple[str, bytes], ...]:
@@ -142,6 +154,7 @@ class MaskedNode:
             sealing.public_key_bytes(self._secrets.share_master, self._attempt),
             sealing.public_key_bytes(self._secrets.pair_master, self._attempt),
             sealing.self_seed_commitment(self._secrets.self_seed, self._attempt, self._me),
+            tags.commitment(self._secrets.tag_seed, self._attempt, self._me),
         )
         self._own_keys = self._sign(keys)
         return [self._own_keys]
@@ -161,39 +174,55 @@ class MaskedNode:
                 return self._on_credit(body)
             case State.UPLOAD, m.Survivors():
                 return self._on_survivors(body)
+            case State.VOTED, m.Survivors() if body.survivors == self._survivors:
+                return self._answer
             case State.VOTED, m.SurvivorProof():
                 return self._on_proof(body)
+            case State.REVEALED, m.SurvivorProof():
+                return self._answer
             case State.COMPLAINED, _:
                 return []  # What crossed our complaint on the way; the attempt is void.
             case _:
                 raise RemoteProtocolError(m.AGGREGATOR, f"sent {type(body).__name__} in state {self._state.name}")
 
-    # --- KEYS: verify everyone's round keys, distribute shares and contributions
+    # --- KEYS: verify the round keys of all whom we deal with, distribute shares and contributions
 
     def _on_keys(self, body: m.KeySet) -> list[bytes]:
-        signed: dict[str, bytes] = {}
+        digests = dict(body.digests)
+        self._check(
+            list(digests) == sorted(digests) == [name for name, _ in body.digests], "sent unsorted digests of keys"
+        )
+        self._check(digests.keys() <= self._cohort, "sent round keys of a node that is not in the cohort")
+        self._check(
+            digests.get(self._me) == sealing.keys_digest(self._own_keys), "left out or replaced our own round keys"
+        )
+        self._check(len(digests) >= self._parties.minimum, "shrank the cohort below the agreed minimum")
+        ring = self._parties.agreement.secure_sum
+        self._names = frozenset(digests)
+        self._cohort_digest = sealing.cohort_digest(self._attempt, digests)
+        self._graph = MaskGraph.build(digests, ring.neighbours, self._cohort_digest)
         for data in body.keys:
-            sender = self._open_relayed(data, m.RoundKeys)
-            self._check(sender.sender not in signed, f"relayed two round keys of {sender.sender}")
+            relayed = self._open_relayed(data, m.RoundKeys)
             self._check(
-                sender.sender in self._cohort, f"relayed round keys of {sender.sender}, who is not in the cohort"
+                sealing.keys_digest(data) == digests.get(relayed.sender),
+                f"relayed other round keys of {relayed.sender} than it announced",
             )
-            signed[sender.sender] = data
-            self._keys[sender.sender] = sender.body  # type: ignore[assignment]
-        self._check(signed.get(self._me) == self._own_keys, "left out or replaced our own round keys")
-        self._check(len(signed) >= self._parties.minimum, "shrank the cohort below the agreed minimum")
-        self._cohort_digest = sealing.cohort_digest(self._attempt, signed)
-        names = sorted(self._keys)
-        self_shares = shamir.split(self._secrets.self_seed, self._parties.threshold, len(names), self._coins)
-        pair_shares = shamir.split(self._secrets.pair_master, self._parties.threshold, len(names), self._coins)
-        answer: list[bytes] = []
-        for name, self_share, pair_share in zip(names, self_shares, pair_shares, strict=True):
-            if name == self._me:
-                self._own_shares = Shares(self_share, pair_share)
-            else:
-                answer.append(self._sign(self._seal_for(name, Shares(self_share, pair_share))))
+            self._keys[relayed.sender] = relayed.body  # type: ignore[assignment]
+        recipients = self._graph.recipients(self._me)
+        self._check(
+            self._keys.keys() >= {*recipients, *self._graph.sources(self._me)}, "held back round keys that we need"
+        )
+        holders = sorted({self._me, *self._graph.neighbours(self._me)})
+        self_shares = shamir.split(self._secrets.self_seed, ring.shares_needed, len(holders), self._coins)
+        pair_shares = shamir.split(self._secrets.pair_master, ring.shares_needed, len(holders), self._coins)
+        dealt = self._secrets.tag_seed if self._me in self._graph.dealers else None
+        given = {
+            name: Shares(self_share, pair_share, dealt)
+            for name, self_share, pair_share in zip(holders, self_shares, pair_shares, strict=True)
+        }
+        self._shares[self._me] = given[self._me]
         self._state = State.SEEDS
-        return answer
+        return [self._sign(self._seal_for(name, given.get(name, Shares(None, None, dealt)))) for name in recipients]
 
     def _seal_for(self, peer: str, shares: Shares) -> m.SealedSeeds:
         keys = self._keys[peer]
@@ -203,7 +232,7 @@ class MaskedNode:
             sealed_shares = sealing.seal(
                 keys.share_public, msgspec.msgpack.encode(shares), sealing.shares_info(attempt, cohort, self._me, peer)
             )
-            if self._me < peer:
+            if self._me < peer and shares.pair_share is not None:
                 own = sealing.contribution(self._secrets.pair_master, attempt, cohort, self._me, peer)
                 info = sealing.contribution_info(attempt, cohort, self._me, peer)
                 sealed_contribution = sealing.seal(keys.pair_public, own, info)
@@ -211,72 +240,90 @@ class MaskedNode:
             raise RemoteProtocolError(peer, "published round keys that are not valid keys") from None
         return m.SealedSeeds(peer, cohort, sealed_shares, sealed_contribution)
 
-    # --- SEEDS: open what the others sealed, mask
+    # --- SEEDS: open what the others sealed, prepare the masks
 
     def _on_seeds(self, body: m.SeedSet) -> list[bytes]:
-        senders = set(body.senders)
+        senders = frozenset(body.senders)
         self._check(len(senders) == len(body.senders), "named a sender of seeds twice")
-        self._check(senders <= self._keys.keys(), "named a sender of seeds who has no round keys")
+        self._check(senders <= self._names, "named a sender of seeds who has no round keys")
         self._check(self._me in senders, "left us out after we distributed our seeds")
         self._check(len(senders) >= self._parties.minimum, "shrank the cohort below the agreed minimum")
-        contributions: dict[str, bytes] = {}
+        dealers = [name for name in self._graph.dealers if name in senders]
+        self._check(bool(dealers), "went on although nobody dealt a tag seed")
+        added = [sealing.self_mask_key(self._secrets.self_seed, self._attempt, self._me)]
+        subtracted: list[bytes] = []
         for data in body.sealed:
             relayed = self._open_relayed(data, m.SealedSeeds)
             peer, seeds = relayed.sender, relayed.body
             if not isinstance(seeds, m.SealedSeeds):  # _open_relayed has checked the type already
                 raise LocalProtocolError("unreachable")
             self._check(seeds.recipient == self._me, f"delivered seeds of {peer} that are not for us")
-            self._check(
-                peer in senders and peer not in self._peer_shares, f"delivered unasked or repeated seeds of {peer}"
-            )
+            self._check(peer in senders and peer not in self._shares, f"delivered unasked or repeated seeds of {peer}")
             self._check(seeds.cohort_digest == self._cohort_digest, f"showed {peer} other round keys than us")
             try:
-                self._open_seeds(peer, seeds, contributions)
+                contribution = self._open_seeds(peer, seeds)
             except sealing.SealBroken:
                 return self._complain(peer)
-        self._check(senders == self._peer_shares.keys() | {self._me}, "held back seeds that were sent to us")
-        self._journal("used")
-        masked = self._vector.copy()
-        add_mask(masked, sealing.self_mask_key(self._secrets.self_seed, self._attempt, self._me))
-        for peer, contribution in contributions.items():
-            low, high = min(self._me, peer), max(self._me, peer)
-            key = sealing.pair_mask_key(contribution, self._attempt, self._cohort_digest, low, high)
-            add_mask(masked, key, subtract=self._me == high)
-        self._digest = self._split(masked)
+            if contribution is not None:
+                low, high = min(self._me, peer), max(self._me, peer)
+                key = sealing.pair_mask_key(contribution, self._attempt, self._cohort_digest, low, high)
+                (added if self._me == low else subtracted).append(key)
+        expected = {self._me, *self._graph.sources(self._me)} & senders
+        self._check(self._shares.keys() == expected, "held back seeds that were sent to us")
+        tag_seed = self._shares[dealers[0]].tag_seed
+        if tag_seed is None:
+            raise LocalProtocolError("unreachable")
+        self._senders = senders
+        self._view = sealing.senders_view(self._attempt, self._cohort_digest, senders)
+        self._journal("used", tag_seed)
+        self._upload = MaskedUpload(
+            FixedPoint.from_agreement(self._parties.agreement),
+            self._vector,
+            tags.Tagger(tag_seed, self._attempt),
+            MaskSet(added, subtracted),
+            self._parties.agreement.secure_sum.chunk_values,
+        )
         self._state = State.UPLOAD
         return []
 
-    def _open_seeds(self, peer: str, seeds: m.SealedSeeds, contributions: dict[str, bytes]) -> None:
+    def _open_seeds(self, peer: str, seeds: m.SealedSeeds) -> bytes | None:
+        """Keep the shares of `peer`; gives what the pair's first node contributes to the pair seed, if we are linked."""
         attempt, cohort, secrets = self._attempt, self._cohort_digest, self._secrets
-        self._peer_shares[peer] = open_shares(secrets.share_master, attempt, cohort, peer, self._me, seeds)
+        linked = peer in self._graph.neighbours(self._me)
+        shares = open_shares(secrets.share_master, attempt, cohort, peer, self._me, seeds)
+        if {shares.self_share is not None, shares.pair_share is not None} != {linked}:
+            raise sealing.SealBroken
+        if peer in self._graph.dealers and (
+            shares.tag_seed is None
+            or tags.commitment(shares.tag_seed, attempt, peer) != self._keys[peer].tag_commitment
+        ):
+            raise sealing.SealBroken
+        self._shares[peer] = shares
+        if not linked:
+            return None
         if self._me < peer:
-            contributions[peer] = sealing.contribution(secrets.pair_master, attempt, cohort, self._me, peer)
-        else:
-            contributions[peer] = open_contribution(secrets.pair_master, attempt, cohort, peer, self._me, seeds)
+            return sealing.contribution(secrets.pair_master, attempt, cohort, self._me, peer)
+        return open_contribution(secrets.pair_master, attempt, cohort, peer, self._me, seeds)
 
     def _complain(self, accused: str) -> list[bytes]:
         """Leave this attempt before anything is masked. Keys that would prove who lied also open other nodes' shares."""
         self._state = State.COMPLAINED
         return [self._sign(m.Complaint(accused))]
 
-    def _split(self, masked: Uint32Vector) -> bytes:
-        data = masked.astype("<u4", copy=False).tobytes()
-        step = 4 * self._parties.agreement.secure_sum.chunk_values
-        self._chunks = [
-            m.MaskedChunk(index, data[start : start + step]) for index, start in enumerate(range(0, len(data), step))
-        ]
-        digest = upload_digest(data)
-        self._chunks.append(m.UploadDone(digest))
-        return digest
-
     # --- UPLOAD: chunks as far as credit goes
 
     def _on_credit(self, body: m.Credit) -> list[bytes]:
-        limit = min(body.chunks, len(self._chunks) - 1)
-        # The final UploadDone needs no credit of its own.
-        stop = len(self._chunks) if limit == len(self._chunks) - 1 else limit
-        answer = [self._sign(chunk) for chunk in islice(self._chunks, self._chunks_sent, stop)]
-        self._chunks_sent = max(self._chunks_sent, stop)
+        upload = self._upload
+        if upload is None or self._digest:
+            return []  # Everything is sent already.
+        answer = []
+        while upload.made < min(body.chunks, upload.chunks):
+            index = upload.made
+            digest, data = upload.next_chunk()
+            answer.append(m.encode(self._identity, self._attempt, m.MaskedChunk(index, digest), data))
+        if upload.made == upload.chunks:
+            self._digest, self._upload = upload.digest, None
+            answer.append(self._sign(m.UploadDone(self._digest, self._view)))
         return answer
 
     # --- survivors: one vote, then one revelation
@@ -284,21 +331,40 @@ class MaskedNode:
     def _on_survivors(self, body: m.Survivors) -> list[bytes]:
         names = [name for name, _ in body.survivors]
         self._check(names == sorted(set(names)), "sent a survivor set that is not sorted and distinct")
-        self._check(set(names) <= self._peer_shares.keys() | {self._me}, "named a survivor who never distributed seeds")
+        self._check(self._senders.issuperset(names), "named a survivor who never distributed seeds")
         self._check(len(names) >= self._parties.minimum, "announced fewer survivors than the agreed minimum")
-        digest = dict(body.survivors).get(self._me)
+        colluders = self._parties.agreement.secure_sum.colluders_tolerated
+        self._check(self._graph.tolerates(names, colluders), "announced survivors that colluders could cut apart")
+        digests = dict(body.survivors)
+        digest = digests.get(self._me)
         if digest is None:
             return []  # Our upload was too late: others recover our pair masks; our self mask keeps it private.
+        self._check(bool(self._digest), "announced survivors before our upload was complete")
         self._check(sealing.same(digest, self._digest), "announced another digest than that of our upload")
-        self._check(self._chunks_sent == len(self._chunks), "announced survivors before our upload was complete")
+        self._check_neighbours(body.uploads, digests)
         self._survivors = body.survivors
-        self._chunks = []
         self._state = State.VOTED
-        return [self._sign(m.SurvivorVote(self._identity.sign(Label.SURVIVORS, self._statement())))]
+        self._answer = [self._sign(m.SurvivorVote(self._identity.sign(Label.SURVIVORS, self._statement())))]
+        return self._answer
+
+    def _check_neighbours(self, signed: tuple[bytes, ...], digests: Mapping[str, bytes]) -> None:
+        """Every surviving neighbour has signed its upload, and masked it with the seeds of the very senders that we know of.
+
+        Without this the aggregator could tell a node that its honest neighbours never dealt seeds, and unmask its upload.
+        """
+        uploads = {}
+        for data in signed:
+            relayed = self._open_relayed(data, m.UploadDone)
+            uploads[relayed.sender] = relayed.body
+        for name in self._graph.neighbours(self._me):
+            if name in digests:
+                self._check(
+                    uploads.get(name) == m.UploadDone(digests[name], self._view),
+                    f"announced an upload that {name} did not sign, or that it masked for other senders of seeds",
+                )
 
     def _statement(self) -> bytes:
-        a = self._attempt
-        return survivor_statement(a.agreement_digest, a.round, a.attempt, self._survivors)
+        return survivor_statement(self._attempt, self._view, self._survivors)
 
     def _on_proof(self, body: m.SurvivorProof) -> list[bytes]:
         survivors = dict(self._survivors)
@@ -312,17 +378,14 @@ class MaskedNode:
                 verify_signature(self._parties.public_keys[name], Label.SURVIVORS, self._statement(), signature)
             except VerificationFailed:
                 raise RemoteProtocolError(m.AGGREGATOR, f"sent a survivor vote that {name} never signed") from None
-        if self._own_shares is None:
-            raise LocalProtocolError("no shares were made in this attempt")
-        shares = self._peer_shares | {self._me: self._own_shares}
-        self._journal("revealed")
+        self._journal("revealed", b"")
         self._state = State.REVEALED
-        unmasking = m.Unmasking(
-            tuple((name, shares[name].self_share) for name in sorted(shares) if name in survivors),
-            tuple((name, shares[name].pair_share) for name in sorted(shares) if name not in survivors),
-        )
-        self._peer_shares, self._own_shares = {}, None
-        return [self._sign(unmasking)]
+        held = sorted(self._shares.items())
+        self_shares = tuple((name, s.self_share) for name, s in held if s.self_share and name in survivors)
+        pair_shares = tuple((name, s.pair_share) for name, s in held if s.pair_share and name not in survivors)
+        self._shares = {}
+        self._answer = [self._sign(m.Unmasking(self_shares, pair_shares))]
+        return self._answer
 
     # --- helpers
 
@@ -360,7 +423,7 @@ def open_shares(
     """Open the shares that `sender` sealed to `recipient`.
 
     Raises:
-        SealBroken: they do not open, or are not two field elements.
+        SealBroken: they do not open, or a share is not a field element.
     """
     key = sealing.private_key(share_master, attempt)
     plaintext = sealing.unseal(key, seeds.shares, sealing.shares_info(attempt, cohort, sender, recipient))
@@ -368,7 +431,7 @@ def open_shares(
         shares = msgspec.msgpack.decode(plaintext, type=Shares)
     except msgspec.DecodeError:
         raise sealing.SealBroken from None
-    if not (shamir.is_share(shares.self_share) and shamir.is_share(shares.pair_share)):
+    if not all(share is None or shamir.is_share(share) for share in (shares.self_share, shares.pair_share)):
         raise sealing.SealBroken
     return shares
 

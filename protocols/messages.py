@@ -1,13 +1,17 @@
 """The typed messages of the secure sum, and the signed envelope that carries each (DESIGN section 4).
 
-Every message is one MessagePack array: version, agreement digest, round, attempt, sender, body, Ed25519 signature by the
-sender over all that precedes it. Bodies are tagged arrays of fixed fields; every string and list has a bound that is checked
-while decoding, trailing bytes and extra fields are refused, and a decoded envelope must re-encode to the very same bytes.
-Bytes from the network are hostile: the only exception that leaves this module for them is `RemoteProtocolError(peer)`.
+A message is the head's length (4 bytes, big-endian), the head, and the tail. The head is one MessagePack array: version,
+agreement digest, round, attempt, sender, body, Ed25519 signature by the sender over all that precedes it. Only chunks have
+a tail: their packed values, which the signed body binds by SHA-256, so that bulk data is hashed once and never copied.
+Bodies are tagged arrays of fixed fields; every string and list has a bound that is checked while decoding, trailing bytes
+and extra fields are refused, and a decoded head must re-encode to the very same bytes. Bytes from the network are
+hostile: the only exception that leaves this module for them is `RemoteProtocolError(peer)`.
 """
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
 from typing import Annotated, Final
 
 import msgspec
@@ -21,13 +25,13 @@ from protocols.agreement import MAXIMUM_MEMBERS, Name
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
 from protocols.shamir import SHARE_BYTES
 
-VERSION: Final = 1
+VERSION: Final = 2
 AGGREGATOR: Final = "aggregator"
 """How errors name the aggregator when a node blames it."""
 
 CHUNK_LIMIT_BYTES: Final = 1 << 20
 MESSAGE_LIMIT_BYTES: Final = CHUNK_LIMIT_BYTES + (1 << 16)
-"""No message is larger: one chunk of at most 1 MiB and its envelope. The transport enforces the same bound."""
+"""No message is larger: one chunk of at most 1 MiB and its head. The transport enforces the same bound."""
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
@@ -37,7 +41,6 @@ Sealed = Annotated[bytes, Meta(max_length=2048)]
 SignedMessage = Annotated[bytes, Meta(max_length=8192)]
 Number = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MAXIMUM_MEMBERS)]
-Chunk = Annotated[bytes, Meta(min_length=4, max_length=CHUNK_LIMIT_BYTES)]
 PeerShares = Annotated[tuple[tuple[Name, Share], ...], Meta(max_length=MAXIMUM_MEMBERS)]
 Reason = Annotated[str, Meta(max_length=500, pattern=r"\A[\x20-\x7e]*\Z")]
 """Text for people, in printable ASCII: nothing that a peer sends can steer an operator's terminal."""
@@ -67,15 +70,17 @@ class Declined(Body, frozen=True):
 
 
 class RoundKeys(Body, frozen=True):
-    """My fresh public keys of this attempt, and a commitment to my self seed."""
+    """My fresh public keys of this attempt, and commitments to my self seed and to the tag seed that I would deal."""
 
     share_public: PublicKey
     pair_public: PublicKey
     self_seed_commitment: Digest
+    tag_commitment: Digest
 
 
 class SealedSeeds(Body, frozen=True):
-    """For one recipient: my shares under its share key; if I am the pair's first, my contribution under its pair key."""
+    """For one recipient: my shares, and the tag seed if I deal it, under its share key; if we are linked and I am the pair's
+    first, my contribution under its pair key."""
 
     recipient: Name
     cohort_digest: Digest
@@ -90,16 +95,17 @@ class Complaint(Body, frozen=True):
 
 
 class MaskedChunk(Body, frozen=True):
-    """Chunk `index` of my masked vector: little-endian uint32 values."""
+    """Chunk `index` of my masked vector: the tail holds its packed values."""
 
     index: Number
-    data: Chunk
+    digest: Digest
 
 
 class UploadDone(Body, frozen=True):
-    """All chunks are sent; `digest` is over the whole masked vector."""
+    """All chunks are sent: `digest` is over the digests of all of them, masked with seeds of the senders in `view`."""
 
     digest: Digest
+    view: Digest
 
 
 class SurvivorVote(Body, frozen=True):
@@ -109,7 +115,7 @@ class SurvivorVote(Body, frozen=True):
 
 
 class Unmasking(Body, frozen=True):
-    """For every survivor my share of its self seed; for every lost node my share of its pair master; never both."""
+    """My share of each surviving neighbour's self seed, and of my own; of each lost neighbour's pair master; never both."""
 
     self_shares: PeerShares
     pair_shares: PeerShares
@@ -141,8 +147,9 @@ class AttemptOpen(Body, frozen=True):
 
 
 class KeySet(Body, frozen=True):
-    """The signed round keys of all who answered."""
+    """Who answered, with the digest of its signed round keys; in full those that the recipient needs."""
 
+    digests: Annotated[tuple[tuple[Name, Digest], ...], Meta(max_length=MAXIMUM_MEMBERS)]
     keys: Annotated[tuple[SignedMessage, ...], Meta(max_length=MAXIMUM_MEMBERS)]
 
 
@@ -160,9 +167,10 @@ class Credit(Body, frozen=True):
 
 
 class Survivors(Body, frozen=True):
-    """Who uploaded, and the digest of each upload."""
+    """Who uploaded, and the digest of each upload; of the recipient's neighbours also the signed `UploadDone`."""
 
     survivors: Annotated[tuple[tuple[Name, Digest], ...], Meta(max_length=MAXIMUM_MEMBERS)]
+    uploads: Annotated[tuple[SignedMessage, ...], Meta(max_length=MAXIMUM_MEMBERS)]
 
 
 class SurvivorProof(Body, frozen=True):
@@ -172,16 +180,20 @@ class SurvivorProof(Body, frozen=True):
 
 
 class SumChunk(Body, frozen=True):
-    """Chunk `index` of the unmasked sum: little-endian uint32 values."""
+    """Chunk `index` of the unmasked sum: the tail holds its packed values."""
 
     index: Number
-    data: Chunk
+    digest: Digest
 
 
 class RoundResult(Body, frozen=True):
-    """The transcript line that records this round; its aggregate digest is over the chunks sent before."""
+    """The transcript line that records this round; its aggregate digest is over the sum sent before.
 
-    record: Annotated[bytes, Meta(max_length=CHUNK_LIMIT_BYTES)]
+    `receipts` are countersignatures of others, for a node that cannot check the sum's tags because it took no part.
+    """
+
+    record: Annotated[bytes, Meta(max_length=CHUNK_LIMIT_BYTES // 2)]
+    receipts: Annotated[tuple[tuple[Name, Signature], ...], Meta(max_length=MAXIMUM_MEMBERS)] = ()
 
 
 class AttemptFailed(Body, frozen=True):
@@ -224,7 +236,7 @@ AnyBody = (
 )
 
 
-class _Envelope(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class _Head(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     version: int
     agreement_digest: Digest
     round: Number
@@ -234,28 +246,33 @@ class _Envelope(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     signature: Signature
 
 
-class Message(Struct, frozen=True):
-    """A message whose signature has been checked."""
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message whose signature has been checked. `tail` is a view of the received bytes, empty but for chunks."""
 
     sender: str
     round: int
     attempt: int
     body: AnyBody
+    tail: memoryview = field(default=memoryview(b""), repr=False)
 
 
+_LENGTH_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Envelope)
+_decoder = msgspec.msgpack.Decoder(_Head)
 
 
-def encode(identity: Identity, attempt: AttemptId, body: AnyBody) -> bytes:
-    """Sign and encode one message."""
-    signed = _encoder.encode(
-        (VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body)
-    )
-    signature = identity.sign(Label.MESSAGE, signed)
-    return _encoder.encode(
-        _Envelope(VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body, signature)
-    )
+def chunk_digest(data: bytes | memoryview) -> bytes:
+    """SHA-256 of one chunk's packed values."""
+    return hashlib.sha256(data).digest()
+
+
+def encode(identity: Identity, attempt: AttemptId, body: AnyBody, tail: bytes | memoryview = b"") -> bytes:
+    """Sign and encode one message; `tail` is for chunks, whose body must hold its digest."""
+    unsigned = (VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body)
+    signature = identity.sign(Label.MESSAGE, _encoder.encode(unsigned))
+    head = _encoder.encode((*unsigned, signature))
+    return b"".join((len(head).to_bytes(_LENGTH_BYTES), head, tail))
 
 
 def decode(
@@ -271,42 +288,47 @@ def decode(
         name: the roster name of the sender, if other than `peer`.
 
     Raises:
-        RemoteProtocolError: oversized, malformed, another version, sender or agreement, or a wrong signature.
+        RemoteProtocolError: oversized, malformed, another version, sender or agreement, a wrong signature or chunk digest.
     """
     if len(data) > MESSAGE_LIMIT_BYTES:
         raise RemoteProtocolError(peer, f"a message of {len(data)} bytes is over the limit of {MESSAGE_LIMIT_BYTES}")
+    encoded, tail = _split(data)
     try:
-        envelope = _decoder.decode(data)
+        head = _decoder.decode(encoded)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         raise RemoteProtocolError(peer, "a message that cannot be decoded") from None
-    if envelope.version != VERSION:
+    if head.version != VERSION:
         raise RemoteProtocolError(
-            peer, f"speaks protocol version {envelope.version}, not {VERSION}; use the same release at all sites"
+            peer, f"speaks protocol version {head.version}, not {VERSION}; use the same release at all sites"
         )
-    if envelope.sender != (name or peer):
-        raise RemoteProtocolError(peer, f"sent a message in the name of {envelope.sender}")
-    if envelope.agreement_digest != agreement_digest:
+    if head.sender != (name or peer):
+        raise RemoteProtocolError(peer, f"sent a message in the name of {head.sender}")
+    if head.agreement_digest != agreement_digest:
         raise RemoteProtocolError(peer, "works under another study agreement; compare the digests out of band")
-    if _encoder.encode(envelope) != data:
+    if _encoder.encode(head) != encoded or len(encoded) != int.from_bytes(data[:_LENGTH_BYTES]):
         raise RemoteProtocolError(peer, "a message that is not in canonical form")
-    fields = (
-        envelope.version,
-        envelope.agreement_digest,
-        envelope.round,
-        envelope.attempt,
-        envelope.sender,
-        envelope.body,
-    )
+    unsigned = (head.version, head.agreement_digest, head.round, head.attempt, head.sender, head.body)
     try:
-        verify_signature(public_key, Label.MESSAGE, _encoder.encode(fields), envelope.signature)
+        verify_signature(public_key, Label.MESSAGE, _encoder.encode(unsigned), head.signature)
     except VerificationFailed:
         raise RemoteProtocolError(peer, "a message with a wrong signature") from None
-    return Message(envelope.sender, envelope.round, envelope.attempt, envelope.body)
+    if isinstance(head.body, MaskedChunk | SumChunk):
+        if chunk_digest(tail) != head.body.digest:
+            raise RemoteProtocolError(peer, "a chunk that is not the one it signed")
+    elif tail:
+        raise RemoteProtocolError(peer, f"a {type(head.body).__name__} with bytes behind it")
+    return Message(head.sender, head.round, head.attempt, head.body, tail)
+
+
+def _split(data: bytes) -> tuple[memoryview, memoryview]:
+    view = memoryview(data)
+    end = _LENGTH_BYTES + int.from_bytes(view[:_LENGTH_BYTES])
+    return view[_LENGTH_BYTES:end], view[end:]
 
 
 def claimed_sender(data: bytes) -> str:
     """The sender that a relayed message claims, before anything is verified; empty if it cannot be decoded."""
     try:
-        return _decoder.decode(data).sender
+        return _decoder.decode(_split(data)[0]).sender
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return ""

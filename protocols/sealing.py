@@ -16,7 +16,7 @@ never share a seed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -69,11 +69,12 @@ class AttemptSecrets:
     self_seed: bytes = field(repr=False)
     share_master: bytes = field(repr=False)
     pair_master: bytes = field(repr=False)
+    tag_seed: bytes = field(repr=False)
 
     @classmethod
     def fresh(cls, coins: Coins) -> AttemptSecrets:
         """Draw new secrets."""
-        return cls(coins(SEED_BYTES), coins(SEED_BYTES), coins(SEED_BYTES))
+        return cls(coins(SEED_BYTES), coins(SEED_BYTES), coins(SEED_BYTES), coins(SEED_BYTES))
 
     def __reduce__(self) -> NoReturn:
         raise LocalProtocolError("attempt secrets are never pickled")
@@ -131,10 +132,20 @@ def unseal(private: MLKEM768X25519PrivateKey, ciphertext: bytes, info: bytes) ->
         raise SealBroken from None
 
 
-def cohort_digest(attempt: AttemptId, signed_keys: Mapping[str, bytes]) -> bytes:
-    """The digest of all signed round keys, by node: two nodes with the same digest saw the same keys."""
-    parts = [part for name in sorted(signed_keys) for part in (name, hashlib.sha256(signed_keys[name]).digest())]
+def keys_digest(signed_keys: bytes) -> bytes:
+    """The digest of one node's signed round keys."""
+    return hashlib.sha256(signed_keys).digest()
+
+
+def cohort_digest(attempt: AttemptId, digests: Mapping[str, bytes]) -> bytes:
+    """The digest of all nodes' `keys_digest`: two nodes with the same cohort digest work with the same round keys."""
+    parts = [part for name in sorted(digests) for part in (name, digests[name])]
     return hashlib.sha256(attempt.bind(Label.COHORT, *parts)).digest()
+
+
+def senders_view(attempt: AttemptId, cohort: bytes, senders: Iterable[str]) -> bytes:
+    """The digest of who distributed seeds: two nodes with the same view masked with the same pairs of nodes."""
+    return hashlib.sha256(attempt.bind(Label.SENDERS, cohort, *sorted(senders))).digest()
 
 
 def contribution(master_low: bytes, attempt: AttemptId, cohort: bytes, low: str, high: str) -> bytes:

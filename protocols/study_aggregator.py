@@ -8,12 +8,15 @@ order. Stages of one round:
 Every stage has a deadline, so no silent node holds up a round for longer. A node that breaks a rule is named in the
 transcript and takes no further part. Once nodes may have revealed shares, the round is never attempted again: two sums over
 different survivors of the same vectors would differ by one node's vector.
+
+After a crash `resume` begins at GATHER again and then goes on where the transcript and the kept state say: an attempt whose
+unmasking had begun is completed; one that had not come so far is given up for a new one with fresh seeds.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -22,8 +25,8 @@ from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols import messages as m
 from protocols import transcript as t
-from protocols.encoding import Uint32Vector
-from protocols.masked_aggregator import MaskedAggregator, Phase, SumOutcome
+from protocols.encoding import Uint32Vector, pack
+from protocols.masked_aggregator import MaskedAggregator, OpenedAttempt, Phase, Spool, SumOutcome
 from protocols.masked_node import Parties
 from protocols.sealing import AttemptId
 
@@ -58,8 +61,24 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """Note durably that this attempt was begun, before the next output is carried out: its number is used up."""
+
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasking:
+    """Keep this durably, before the next output is carried out: nodes are told to unmask, so this attempt must be finished."""
+
+    state: OpenedAttempt
+    masked: Uint32Vector = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class SumOpened:
-    """Keep this round's sum ([d] uint32): its digest is in the record that follows."""
+    """Keep this round's sum with its tags ([d + limbs] uint32): its digest is in the record that follows."""
 
     round: int
     total: Uint32Vector = field(repr=False)
@@ -73,7 +92,18 @@ class Progress:
     fields: dict[str, object]
 
 
-Output = SendTo | Record | SumOpened | Progress
+Output = SendTo | Record | Begun | Unmasking | SumOpened | Progress
+
+Receipts = tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a crashed aggregator had kept: its transcript, attempts used per round, and the attempt in unmasking, if any."""
+
+    transcript: tuple[tuple[t.Body, bytes], ...]
+    attempts: Mapping[int, int]
+    unmasking: tuple[OpenedAttempt, Uint32Vector] | None
 
 
 class AggregatorMachine:
@@ -84,7 +114,8 @@ class AggregatorMachine:
         identity: the aggregator's own identity, as in the roster.
         vector_size: values per update, d.
         transcript: the writer that makes signed, chained lines.
-        load_sum: gives back (transcript line, [d] uint32) of a completed round, for nodes that missed it.
+        load_sum: gives back the sum of a completed round ([d + limbs] uint32), for nodes that missed it.
+        spool: keeps unfinished uploads.
     """
 
     def __init__(
@@ -94,21 +125,24 @@ class AggregatorMachine:
         vector_size: int,
         transcript: t.TranscriptWriter,
         *,
-        load_sum: Callable[[int], tuple[bytes, Uint32Vector]],
+        load_sum: Callable[[int], Uint32Vector],
+        spool: Spool,
     ) -> None:
         self._parties, self._identity, self._size = parties, identity, vector_size
-        self._transcript, self._load_sum = transcript, load_sum
+        self._transcript, self._load_sum, self._spool = transcript, load_sum, spool
         self._agreement = parties.agreement
         self._joined: set[str] = set()
         self._out: dict[str, str] = {}
-        self._completed: list[int] = []
+        self._records: dict[int, tuple[bytes, Receipts]] = {}
         self._round = 0
-        self._attempt_number = 0
+        self._attempts: dict[int, int] = {}
         self._ready: set[str] = set()
         self._attempt: MaskedAggregator | None = None
         self._attempt_phase = Phase.KEYS
-        self._contributors: tuple[str, ...] = ()
-        self._record_digest = b""
+        self._contributors: frozenset[str] = frozenset()
+        self._record_line = b""
+        self._resume_at = Stage.TRAIN
+        self._farewells_due: set[str] = set()
         self._receipts: dict[str, bytes] = {}
         self._received_bytes = self._sent_bytes = 0
         self._round_started = 0.0
@@ -140,6 +174,35 @@ class AggregatorMachine:
         )
         return [Record(self._transcript.append(opened))]
 
+    def resume(self, kept: Kept, now: float) -> list[Output]:
+        """Instead of `start`, after a crash: wait for the hospitals to come back, then go on."""
+        self._deadline = now + self._agreement.deadlines.join_seconds
+        self._attempts = dict(kept.attempts)
+        for body, line in kept.transcript:
+            match body:
+                case t.RoundRecord():
+                    self._round, self._record_line = body.round, line
+                    self._contributors = frozenset(survivor.node_id for survivor in body.survivors)
+                    self._records[body.round] = line, ()
+                    self._resume_at = Stage.RECEIPTS
+                case t.RoundAbandoned():
+                    self._round, self._resume_at = body.round, Stage.TRAIN
+                case t.Receipts():
+                    signed = tuple((c.node_id, bytes.fromhex(c.signature)) for c in body.countersignatures)
+                    self._records[body.round], self._resume_at = (self._record_line, signed), Stage.TRAIN
+                case t.Misbehaved():
+                    self._out[body.node_id] = body.fault
+                case t.StudyClosed():
+                    self.stage, self._end_reason = Stage.FAREWELL, body.reason
+                    self._farewells_due = {m.node_id for m in self._agreement.members} - self._out.keys()
+                    self._deadline = now + self._agreement.deadlines.train_seconds
+        if kept.unmasking is not None and kept.unmasking[0].round == self._round + 1:
+            state, masked = kept.unmasking
+            self._round += 1
+            self._attempt = MaskedAggregator.resume(self._parties, state, masked, self._size, self._spool)
+            self._attempt_phase, self._resume_at = Phase.UNMASK, Stage.SUM
+        return [Progress("resumed", {"round": self._round, "completed": len(self._records)})]
+
     def receive(self, peer: str, data: bytes, now: float) -> list[Output]:
         """Take one message of the transport-authenticated `peer`. Nothing that a peer sends raises."""
         self._received_bytes += len(data)
@@ -167,7 +230,7 @@ class AggregatorMachine:
             case Stage.GATHER if len(self._joined) < self._parties.minimum:
                 return self._end("too few hospitals joined before the deadline", now)
             case Stage.GATHER:
-                return self._next_round(now)
+                return self._gathered(now)
             case Stage.TRAIN:
                 return self._begin_sum(now)
             case Stage.FAREWELL:
@@ -194,9 +257,9 @@ class AggregatorMachine:
                 return self._on_declined(peer, body, now)
             case m.Farewell():
                 return self._on_farewell(peer)
-        if self.stage is Stage.FAREWELL:
-            return []
-        here, there = (self._round, self._attempt_number), (message.round, message.attempt)
+        if self.stage is Stage.FAREWELL or (self.stage is Stage.GATHER and not isinstance(body, m.Receipt)):
+            return []  # After a crash of ours a node may be ahead of us; it is asked again.
+        here, there = (self._round, self._attempts.get(self._round, 0)), (message.round, message.attempt)
         match body:
             case m.Ready():
                 here, there = (self._round, 0), (message.round, 0)
@@ -212,7 +275,7 @@ class AggregatorMachine:
             case m.Receipt():
                 return self._on_receipt(peer, body, now)
             case _ if self.stage is Stage.SUM and self._attempt is not None:
-                return self._carry(self._attempt.receive(peer, body, data), now)
+                return self._carry(self._attempt.receive(peer, message, data), now)
             case _:
                 return []
 
@@ -224,30 +287,55 @@ class AggregatorMachine:
             )
         answer: list[Output] = []
         # Before the attempt goes on without it: a sum that this opens is sent to all who have joined, and is not stored yet.
-        missed = [number for number in self._completed if number >= body.next_round]
+        missed = [number for number in sorted(self._records) if number >= body.next_round]
         if peer not in self._joined:
             self._joined.add(peer)
             answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
         elif self.stage is Stage.SUM and self._attempt is not None:
-            # Its connection was lost, and with it perhaps a message of this attempt.
-            answer += self._carry(self._attempt.leave(peer), now)
+            answer += self._carry(self._attempt.rejoin(peer), now)
         for completed in missed:
-            line, total = self._load_sum(completed)
-            answer += self._result_for(peer, completed, line, total)
+            answer += self._missed_sum(peer, completed)
+        if self._collecting and body.next_round > self._round and peer not in self._receipts:
+            answer.append(
+                self._send(peer, m.RoundResult(self._record_line), self._round, 0)
+            )  # Its receipt may be lost.
         if self.stage is Stage.GATHER and len(self._joined) == len(self._agreement.members) - len(self._out):
-            return answer + self._next_round(now)
+            return answer + self._gathered(now)
         match self.stage:
             case Stage.TRAIN:
                 answer.append(self._send(peer, m.RoundOpen(self._last_completed)))
             case Stage.FAREWELL:
+                self._farewells_due.add(peer)
                 answer.append(self._send(peer, m.StudyEnded(self._end_reason)))
         return answer
+
+    def _missed_sum(self, peer: str, number: int) -> list[Output]:
+        if number == self._round and self._collecting and peer not in self._contributors:
+            return []  # It gets the sum with the others' receipts, when the round is closed.
+        return [self._post(peer, data) for data in self._result(number, self._load_sum(number))]
+
+    def _gathered(self, now: float) -> list[Output]:
+        """Everyone is here, or those who are not had their time: begin, or go on after a crash."""
+        match self._resume_at:
+            case Stage.SUM if self._attempt is not None:
+                self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
+                sends = [send for name in sorted(self._joined) for send in self._attempt.rejoin(name)]
+                return self._carry(sends, now)
+            case Stage.RECEIPTS:
+                self.stage, self._deadline = Stage.RECEIPTS, now + self._agreement.deadlines.phase_seconds
+                return self._maybe_close(now)
+            case _:
+                return self._next_round(now)
 
     def _on_farewell(self, peer: str) -> list[Output]:
         if self.stage is not Stage.FAREWELL:
             raise RemoteProtocolError(peer, "said farewell before the end of the study")
         self._joined.discard(peer)
-        if not self._joined:
+        return self._farewell_of(peer)
+
+    def _farewell_of(self, peer: str) -> list[Output]:
+        self._farewells_due.discard(peer)
+        if not self._farewells_due:
             self.stage = Stage.ENDED
         return []
 
@@ -271,9 +359,8 @@ class AggregatorMachine:
                 return self._begin_sum(now)
             case Stage.RECEIPTS:
                 return self._maybe_close(now)
-            case Stage.FAREWELL if not self._joined:
-                self.stage = Stage.ENDED
-                return []
+            case Stage.FAREWELL:
+                return self._farewell_of(peer)
             case _:
                 return []
 
@@ -295,7 +382,6 @@ class AggregatorMachine:
         if len(self._joined) < self._parties.minimum:
             return self._end("too few hospitals are left", now)
         self._round += 1
-        self._attempt_number = 0
         self._ready.clear()
         self._received_bytes = self._sent_bytes = 0
         self._round_started = now
@@ -309,12 +395,15 @@ class AggregatorMachine:
         cohort = self._ready & self._joined
         if len(cohort) < self._parties.minimum:
             return self._abandon("too few nodes were ready", (), now)
-        self._attempt_number += 1
+        number = self._attempts.get(self._round, 0) + 1
+        if number > self._agreement.secure_sum.max_attempts:
+            return self._abandon("every agreed attempt was used up", (), now)
+        self._attempts[self._round] = number
         self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
-        attempt = AttemptId(self._parties.agreement_digest, self._round, self._attempt_number)
-        self._attempt = MaskedAggregator(self._parties, attempt, cohort, self._size)
+        attempt = AttemptId(self._parties.agreement_digest, self._round, number)
+        self._attempt = MaskedAggregator(self._parties, attempt, cohort, self._size, self._spool)
         self._attempt_phase = Phase.KEYS
-        return self._carry(self._attempt.start(), now)
+        return [Begun(self._round, number), *self._carry(self._attempt.start(), now)]
 
     def _carry(self, sends: list[tuple[str, m.AnyBody]], now: float) -> list[Output]:
         """Sign what an attempt wants to send, then see whether it is over."""
@@ -324,6 +413,8 @@ class AggregatorMachine:
         answer: list[Output] = [self._send(peer, body) for peer, body in sends]
         if attempt.phase is not self._attempt_phase:
             self._attempt_phase = attempt.phase
+            if attempt.phase is Phase.UNMASK:
+                answer.insert(0, Unmasking(*attempt.opened_attempt()))
             self._deadline = now + self._agreement.deadlines.phase_seconds
             answer.append(Progress("phase", {"round": self._round, "phase": attempt.phase.value}))
         blamed = [peer for peer in attempt.blamed if peer not in self._out]
@@ -345,9 +436,10 @@ class AggregatorMachine:
         if attempt.disputed is not None:
             self._ready -= set(attempt.disputed)
             accuser, accused = attempt.disputed
-            dispute = t.Disputed(round=self._round, attempt=self._attempt_number, accuser=accuser, accused=accused)
+            number = self._attempts[self._round]
+            dispute = t.Disputed(round=self._round, attempt=number, accuser=accuser, accused=accused)
             answer.append(Record(self._transcript.append(dispute)))
-        again = not attempt.opened and self._attempt_number < self._agreement.secure_sum.max_attempts
+        again = not attempt.opened and self._attempts[self._round] < self._agreement.secure_sum.max_attempts
         if not again or len(self._ready & self._joined) < self._parties.minimum:
             return answer + self._abandon(attempt.failure, blamed, now)
         failed = m.AttemptFailed(attempt.failure, final=False)
@@ -356,7 +448,9 @@ class AggregatorMachine:
         return answer + self._begin_sum(now)
 
     def _abandon(self, reason: str, blamed: tuple[str, ...], now: float) -> list[Output]:
-        record = t.RoundAbandoned(round=self._round, attempt=self._attempt_number, reason=reason, blamed=blamed)
+        record = t.RoundAbandoned(
+            round=self._round, attempt=self._attempts.get(self._round, 0), reason=reason, blamed=blamed
+        )
         failed = m.AttemptFailed(reason, final=True)
         return [
             Record(self._transcript.append(record)),
@@ -374,91 +468,107 @@ class AggregatorMachine:
             roster_epoch=roster.epoch,
             roster_version=roster.version,
             round=self._round,
-            attempt=self._attempt_number,
+            attempt=self._attempts[self._round],
             protocol=self._agreement.secure_sum.protocol,
             cohort=outcome.cohort,
+            senders_view=outcome.view.hex(),
             survivors=tuple(
                 t.Survivor(node_id=name, upload_digest=digest.hex(), signature=outcome.votes.get(name, b"").hex())
                 for name, digest in outcome.survivors
             ),
             dropped=tuple(t.Dropped(node_id=name, phase=phase) for name, phase in sorted(outcome.dropped.items())),
-            aggregate_digest=t.aggregate_digest(total.tobytes()).hex(),
+            aggregate_digest=t.aggregate_digest(total.data).hex(),
             upload_bytes=self._received_bytes,
             download_bytes=self._sent_bytes,
             seconds=round(now - self._round_started, 6),
         )
         line = self._transcript.append(record)
-        self._record_digest = t.line_digest(line)
-        self._contributors = tuple(name for name, _ in outcome.survivors)
-        self._completed.append(self._round)
+        self._record_line, self._records[self._round] = line, (line, ())
+        self._contributors = frozenset(name for name, _ in outcome.survivors)
         self._receipts.clear()
         self.stage, self._deadline = Stage.RECEIPTS, now + self._agreement.deadlines.phase_seconds
         answer: list[Output] = [SumOpened(self._round, total), Record(line)]
-        for name in sorted(self._joined):
-            answer += self._result_for(name, self._round, line, total)
+        messages = self._result(self._round, total)
+        answer += [self._post(name, data) for name in sorted(self._joined & self._contributors) for data in messages]
         fields = {"round": self._round, "survivors": len(self._contributors), "seconds": record.seconds}
         answer.append(Progress("sum", fields | {"bytes": self._received_bytes, "dropped": sorted(outcome.dropped)}))
         return answer
 
-    def _result_for(self, peer: str, number: int, line: bytes, total: Uint32Vector) -> list[Output]:
-        data = total.astype("<u4", copy=False).tobytes()
-        step = 4 * self._agreement.secure_sum.chunk_values
-        bodies: list[m.AnyBody] = [
-            m.SumChunk(index, data[start : start + step]) for index, start in enumerate(range(0, len(data), step))
-        ]
-        return [self._send(peer, body, number, 0) for body in (*bodies, m.RoundResult(line))]
+    def _result(self, number: int, total: Uint32Vector) -> list[bytes]:
+        """The messages that bring a sum: signed once, the same for every node."""
+        ring = self._agreement.secure_sum
+        address = AttemptId(self._parties.agreement_digest, number, 0)
+        messages = []
+        for index, start in enumerate(range(0, total.size, ring.chunk_values)):
+            data = pack(total[start : start + ring.chunk_values], ring.ring_bits)
+            messages.append(m.encode(self._identity, address, m.SumChunk(index, m.chunk_digest(data)), data))
+        return [*messages, m.encode(self._identity, address, m.RoundResult(*self._records[number]))]
 
     def _on_receipt(self, peer: str, body: m.Receipt, now: float) -> list[Output]:
-        if self.stage is not Stage.RECEIPTS:
+        if not self._collecting:
             return []
-        statement = t.receipt_statement(self._parties.agreement_digest, self._round, self._record_digest)
+        digest = t.line_digest(self._record_line)
+        statement = t.receipt_statement(self._parties.agreement_digest, self._round, digest)
         try:
             verify_signature(self._parties.public_keys[peer], Label.RECEIPT, statement, body.signature)
         except VerificationFailed:
             raise RemoteProtocolError(peer, "countersigned another record than the one it was sent") from None
         self._receipts[peer] = body.signature
-        return self._maybe_close(now)
+        return self._maybe_close(now) if self.stage is Stage.RECEIPTS else []
 
     def _maybe_close(self, now: float) -> list[Output]:
-        waiting = self._joined - self._receipts.keys()
+        waiting = self._joined & self._contributors - self._receipts.keys()
         return [] if waiting else self._close_round(now)
 
     def _close_round(self, now: float) -> list[Output]:
         receipts = t.Receipts(
             round=self._round,
-            record_digest=self._record_digest.hex(),
+            record_digest=t.line_digest(self._record_line).hex(),
             countersignatures=tuple(
                 t.Countersignature(node_id=name, signature=signature.hex())
                 for name, signature in sorted(self._receipts.items())
             ),
         )
-        return [Record(self._transcript.append(receipts)), *self._next_round(now)]
+        answer: list[Output] = [Record(self._transcript.append(receipts))]
+        self._records[self._round] = self._record_line, tuple(sorted(self._receipts.items()))
+        others = sorted(self._joined - self._contributors)
+        if others:
+            messages = self._result(self._round, self._load_sum(self._round))
+            answer += [self._post(name, data) for name in others for data in messages]
+        return [*answer, *self._next_round(now)]
 
     def _end(self, reason: str, now: float) -> list[Output]:
         # A node that missed the last round may still be training for it, and hears this only afterwards.
         self.stage, self._deadline = Stage.FAREWELL, now + self._agreement.deadlines.train_seconds
-        self._end_reason = reason
+        self._end_reason, self._farewells_due = reason, set(self._joined)
         if not self._joined:
             self.stage = Stage.ENDED
-        closed = t.StudyClosed(rounds_completed=len(self._completed), reason=reason)
+        closed = t.StudyClosed(rounds_completed=len(self._records), reason=reason)
         return [
             Record(self._transcript.append(closed)),
             *(self._send(name, m.StudyEnded(reason)) for name in sorted(self._joined)),
-            Progress("ended", {"reason": reason, "rounds_completed": len(self._completed)}),
+            Progress("ended", {"reason": reason, "rounds_completed": len(self._records)}),
         ]
 
     # --- helpers
 
     @property
+    def _collecting(self) -> bool:
+        """Whether countersignatures of the latest round are still taken."""
+        return self.stage is Stage.RECEIPTS or (self.stage is Stage.GATHER and self._resume_at is Stage.RECEIPTS)
+
+    @property
     def _last_completed(self) -> int:
-        return self._completed[-1] if self._completed else 0
+        return max(self._records, default=0)
 
     def _send(self, peer: str, body: m.AnyBody, number: int | None = None, attempt: int | None = None) -> SendTo:
         address = AttemptId(
             self._parties.agreement_digest,
             self._round if number is None else number,
-            self._attempt_number if attempt is None else attempt,
+            self._attempts.get(self._round, 0) if attempt is None else attempt,
         )
-        data = m.encode(self._identity, address, body)
+        return self._post(peer, m.encode(self._identity, address, body))
+
+    def _post(self, peer: str, data: bytes) -> SendTo:
         self._sent_bytes += len(data)
         return SendTo(peer, data)

@@ -5,7 +5,12 @@ Sans-IO: `receive` takes what the aggregator sent and gives outputs for the driv
 from the roster, rounds only move forward, and a round whose unmasking began is never attempted again.
 
 What the journal guarantees across crashes: an attempt that was begun is never begun again, because every (round, attempt)
-must be later than the last one journalled; seeds live in memory only, so no mask is ever used twice.
+must be later than the last one journalled; seeds of masks live in memory only, so no mask is ever used twice. The tag seed
+of an attempt is kept, so that a restarted node can still check the sum. Every record that the aggregator signs is kept:
+two of one round prove that it told two stories.
+
+A sum is accepted when its tags match. A node that took no part in the attempt has no tag seed; it accepts the sum on the
+countersignatures of more contributors than may collude.
 """
 
 from __future__ import annotations
@@ -17,21 +22,23 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
-from keys.identity import Identity
+from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols import messages as m
+from protocols import tags
 from protocols import transcript as t
-from protocols.encoding import FixedPoint, Float64Vector
+from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, packed_bytes, unpack
 from protocols.masked_node import MaskedNode, Parties, State
 from protocols.sealing import AttemptId
 from protocols.shamir import Coins
+from protocols.upload import coordinates
 
 MAX_REPEATS = 16
 """How often a sum may arrive incomplete, each time after a lost connection, before the aggregator is blamed."""
 
 
 class Journal(Protocol):
-    """Durable memory of what this node has used; each call returns only when the entry is on disk."""
+    """Durable memory of what this node has used and was told; each call returns only when the entry is on disk."""
 
     def last(self) -> tuple[int, int]:
         """The latest (round, attempt) that was begun, (0, 0) if none."""
@@ -39,8 +46,17 @@ class Journal(Protocol):
     def revealed(self, round_number: int) -> bool:
         """Whether shares were revealed in any attempt of this round."""
 
-    def record(self, round_number: int, attempt: int, event: str) -> None:
-        """Note "begun", "used" or "revealed"."""
+    def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
+        """Note "begun", "used" (with the attempt's tag seed) or "revealed"."""
+
+    def tag_seed(self, round_number: int, attempt: int) -> bytes:
+        """The tag seed of an attempt, empty if this node does not know it."""
+
+    def keep_receipt(self, round_number: int, line: bytes) -> None:
+        """Keep a record that the aggregator signed."""
+
+    def receipt(self, round_number: int) -> bytes:
+        """The first record of this round that was kept, empty if none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +112,7 @@ class NodeMachine:
         vector_size: values per update, d.
         coins: randomness, `os.urandom` outside tests.
         journal: what this node has used before.
+        completed: the last round whose sum this node had applied before a restart.
     """
 
     def __init__(
@@ -107,24 +124,25 @@ class NodeMachine:
         *,
         coins: Coins,
         journal: Journal,
+        completed: int = 0,
     ) -> None:
         parties.agreement.member(identity.node_id)
         self._parties, self._identity, self._size = parties, identity, vector_size
         self._aggregator_name, self._aggregator_key = aggregator
         self._coins, self._journal = coins, journal
         self._fixed_point = FixedPoint.from_agreement(parties.agreement)
+        self._coordinates = coordinates(vector_size, self._fixed_point)
         self._round = 0
-        self._completed = 0
+        self._completed = completed
         self._vector: Float64Vector | None = None
         self._training = False
         self._attempt: MaskedNode | None = None
         self._attempt_number = 0
-        self._revealed: set[int] = set()
         self._voted: dict[tuple[int, int], tuple[tuple[str, bytes], ...]] = {}
-        self._sum_chunks: list[bytes] = []
-        self._sum_round = 0
+        self._sum: Uint32Vector = np.zeros(0, dtype=np.uint32)
+        self._sum_round, self._sum_chunks = 0, 0
         self._asked_again = 0
-        self._abandoned: tuple[int, int] | None = None
+        self._abandoned = journal.last()
         self.ended = False
 
     @property
@@ -133,8 +151,8 @@ class NodeMachine:
         return self._completed == self._parties.agreement.study.rounds
 
     def rejoin(self) -> list[Output]:
-        """After a lost connection: leave the running attempt, whose messages may be lost, and say that we are here."""
-        if self._attempt is not None:
+        """After a lost connection: say that we are here, and leave an attempt in which our upload is not whole."""
+        if self._attempt is not None and not self._attempt.uploaded:
             self._attempt, self._abandoned = None, (self._round, self._attempt_number)
         return self.start()
 
@@ -152,7 +170,7 @@ class NodeMachine:
             raise LocalProtocolError(f"an update for round {round_number} was submitted, but none is asked for")
         if vector.shape != (self._size,):
             raise LocalProtocolError(f"the update has shape {vector.shape}, the agreement says ({self._size},)")
-        self._fixed_point.encode(vector)  # Refuse NaN and infinity now, while the caller can see why.
+        self._fixed_point.check(vector)
         self._training, self._vector = False, vector
         return [self._send(m.Ready(), self._round, 0)]
 
@@ -167,6 +185,7 @@ class NodeMachine:
         Raises:
             RemoteProtocolError: the aggregator, or the peer that it names, broke the protocol. Nothing was revealed beyond
                 what the rules allow, and the node must leave the study.
+            VerificationFailed: the sum is not the sum of what the members sent; it was not applied.
         """
         if self.ended:
             return []
@@ -180,7 +199,7 @@ class NodeMachine:
             case m.AttemptOpen():
                 return self._on_attempt(message.round, message.attempt, body)
             case m.SumChunk():
-                return self._on_sum_chunk(message.round, body)
+                return self._on_sum_chunk(message.round, body, message.tail)
             case m.RoundResult():
                 return self._on_result(message.round, body)
             case m.AttemptFailed():
@@ -202,16 +221,13 @@ class NodeMachine:
         if number == self._round and body.last_completed == self._completed:
             # Said again after a reconnect: our answer may be lost.
             return [] if self._vector is None else [self._send(m.Ready(), number, 0)]
-        self._check(number > self._round, f"went back to round {number}")
+        self._check(number > max(self._round, self._completed), f"went back to round {number}")
+        self._check(not self._journal.revealed(number), "opened a round again whose unmasking had begun")
         self._check(not self._training, "opened a round while we train for another")
         if body.last_completed > self._completed:
             return self.start()  # We missed a sum; ask for it, and the round is opened to us again.
         self._check(body.last_completed == self._completed, "forgot a completed round")
         self._round, self._attempt_number, self._vector, self._attempt = number, 0, None, None
-        if number <= self._journal.last()[0]:
-            raise LocalProtocolError(
-                f"round {number} was already begun before a restart; this study cannot be resumed by this node"
-            )
         self._training = True
         return [Train(number)]
 
@@ -220,12 +236,8 @@ class NodeMachine:
         self._check(self._vector is not None, "opened an attempt before we were ready")
         self._check(attempt > self._attempt_number, "opened an old attempt again")
         self._check(attempt <= self._parties.agreement.secure_sum.max_attempts, "opened more attempts than agreed")
-        self._check(
-            number not in self._revealed and not self._journal.revealed(number),
-            "asked for a second sum of a round whose unmasking had begun",
-        )
-        if (number, attempt) <= self._journal.last():
-            raise LocalProtocolError(f"attempt {attempt} of round {number} was already begun before a restart")
+        self._check(not self._journal.revealed(number), "asked for a second sum of a round whose unmasking had begun")
+        self._check((number, attempt) > self._journal.last(), "opened an attempt again that we began before a restart")
         if self._vector is None:
             raise LocalProtocolError("no update to sum")
         self._attempt_number = attempt
@@ -234,16 +246,16 @@ class NodeMachine:
             self._identity,
             AttemptId(self._parties.agreement_digest, number, attempt),
             body.cohort,
-            self._fixed_point.encode(self._vector),
+            self._vector,
             coins=self._coins,
-            journal=lambda event: self._journal.record(number, attempt, event),
+            journal=lambda event, tag_seed: self._journal.record(number, attempt, event, tag_seed),
         )
         self._journal.record(number, attempt, "begun")
         return [Send(data) for data in self._attempt.open()]
 
     def _on_attempt_body(self, number: int, attempt: int, body: m.AnyBody) -> list[Output]:
-        if (number, attempt) == self._abandoned:
-            return []
+        if (number, attempt) <= self._abandoned:
+            return []  # We left it when our connection or our process was lost; its messages may still come.
         self._check(
             self._attempt is not None and (number, attempt) == (self._round, self._attempt_number),
             f"sent {type(body).__name__} for an attempt that is not open",
@@ -253,8 +265,6 @@ class NodeMachine:
         sends: list[Output] = [Send(data) for data in self._attempt.receive(body)]
         if self._attempt.state is State.VOTED:
             self._voted[number, attempt] = self._attempt.survivors
-        if self._attempt.state is State.REVEALED:
-            self._revealed.add(number)
         return sends
 
     def _on_failed(self, number: int, attempt: int, body: m.AttemptFailed) -> list[Output]:
@@ -268,54 +278,94 @@ class NodeMachine:
 
     # --- results
 
-    def _on_sum_chunk(self, number: int, body: m.SumChunk) -> list[Output]:
+    def _on_sum_chunk(self, number: int, body: m.SumChunk, data: memoryview) -> list[Output]:
         if number != self._sum_round or body.index == 0:  # a sum is sent again from its start after a reconnect
-            self._sum_chunks, self._sum_round = [], number
-        if body.index != len(self._sum_chunks):
+            self._sum_round, self._sum_chunks = number, 0
+            self._sum = np.zeros(self._coordinates, dtype=np.uint32)
+        if body.index != self._sum_chunks:
             return []  # Chunks were lost with a connection; the result will find the sum too short, and ask again.
-        values = sum(len(chunk) for chunk in self._sum_chunks) + len(body.data)
-        self._check(values <= 4 * self._size, "sent more than a sum")
-        self._sum_chunks.append(body.data)
+        ring = self._parties.agreement.secure_sum
+        part = self._sum[body.index * ring.chunk_values :][: ring.chunk_values]
+        self._check(
+            part.size > 0 and len(data) == packed_bytes(part.size, ring.ring_bits), "sent a chunk that no sum has"
+        )
+        part[:] = unpack(data, part.size, ring.ring_bits)
+        self._sum_chunks += 1
         return []
 
     def _on_result(self, number: int, body: m.RoundResult) -> list[Output]:
+        chunks = -(-self._coordinates // self._parties.agreement.secure_sum.chunk_values)
+        total, whole = self._sum, number == self._sum_round and self._sum_chunks == chunks
+        self._sum, self._sum_round, self._sum_chunks = np.zeros(0, dtype=np.uint32), 0, 0
+        record = self._read_record(number, body.record)
         if number <= self._completed:
-            self._sum_chunks = []
-            return []
-        data = b"".join(self._sum_chunks) if number == self._sum_round else b""
-        self._sum_chunks = []
-        if len(data) != 4 * self._size:
+            return [self._countersign(number, body.record)]
+        if not whole:
             self._asked_again += 1
             self._check(self._asked_again <= MAX_REPEATS, "keeps sending incomplete sums")
             return self.start()
+        self._check(
+            t.aggregate_digest(total.astype("<u4", copy=False).data).hex() == record.aggregate_digest,
+            "sent a sum that its record does not vouch for",
+        )
+        self._check_tags(record, body, total)
+        decoded = self._fixed_point.decode(total[: self._size], len(record.survivors))
+        self._completed, self._asked_again = number, 0
+        self._attempt, self._vector = None, None
+        contributors = tuple(survivor.node_id for survivor in record.survivors)
+        return [Summed(number, decoded, contributors, body.record), self._countersign(number, body.record)]
+
+    def _read_record(self, number: int, line: bytes) -> t.RoundRecord:
+        """Verify the record of a round, and keep it."""
         try:
-            record = t.read_line(body.record, self._aggregator_key).body
+            record = t.read_line(line, self._aggregator_key).body
         except VerificationFailed as error:
             raise RemoteProtocolError(m.AGGREGATOR, f"sent a record that does not verify: {error}") from None
         if not isinstance(record, t.RoundRecord):
             raise RemoteProtocolError(m.AGGREGATOR, "sent another kind of record as a round's result")
         self._check(record.round == number, "sent the record of another round")
+        kept = self._journal.receipt(number)
+        if kept != line:
+            self._journal.keep_receipt(number, line)
         self._check(
-            t.aggregate_digest(data).hex() == record.aggregate_digest, "sent a sum that its record does not vouch for"
+            kept in (b"", line), f"signed two different records of round {number}; both are in our receipts, as proof"
         )
         try:
             t.verify_round(record, self._parties.agreement, self._parties.agreement_digest, self._parties.public_keys)
-            survivors = tuple((s.node_id, bytes.fromhex(s.upload_digest)) for s in record.survivors)
-            total = self._fixed_point.decode(np.frombuffer(data, dtype="<u4").astype(np.uint32), len(survivors))
         except VerificationFailed as error:
             raise RemoteProtocolError(m.AGGREGATOR, str(error)) from None
+        survivors = tuple((s.node_id, bytes.fromhex(s.upload_digest)) for s in record.survivors)
         self._check(
             self._voted.get((number, record.attempt), survivors) == survivors,
             "recorded another survivor set than the one we voted for",
         )
-        self._completed, self._asked_again = number, 0
-        self._attempt, self._vector = None, None
-        statement = t.receipt_statement(self._parties.agreement_digest, number, t.line_digest(body.record))
-        receipt = m.Receipt(self._identity.sign(Label.RECEIPT, statement))
-        return [
-            Summed(number, total, tuple(name for name, _ in survivors), body.record),
-            self._send(receipt, number, 0),
-        ]
+        return record
+
+    def _check_tags(self, record: t.RoundRecord, body: m.RoundResult, total: Uint32Vector) -> None:
+        seed = self._journal.tag_seed(record.round, record.attempt)
+        if not seed:
+            needed = self._parties.agreement.secure_sum.colluders_tolerated + 1
+            statement = t.receipt_statement(self._parties.agreement_digest, record.round, t.line_digest(body.record))
+            contributors = {survivor.node_id for survivor in record.survivors}
+            signers = {name for name, _ in body.receipts} & contributors
+            self._check(len(signers) >= needed, f"sent a sum that fewer than {needed} contributors confirm")
+            for name, signature in body.receipts:
+                try:
+                    verify_signature(self._parties.public_keys[name], Label.RECEIPT, statement, signature)
+                except (KeyError, VerificationFailed):
+                    raise RemoteProtocolError(m.AGGREGATOR, f"sent a receipt that {name} never signed") from None
+            return
+        tagger = tags.Tagger(seed, AttemptId(self._parties.agreement_digest, record.round, record.attempt))
+        tagger.update(total[: self._size])
+        if not tagger.matches(total[self._size :], self._fixed_point.value_bits):
+            raise VerificationFailed(
+                f"the sum of round {record.round} does not match its tags and was not applied: "
+                "the aggregator changed it, or a member sent a false tag; keep the receipts and ask for an audit"
+            )
+
+    def _countersign(self, number: int, line: bytes) -> Send:
+        statement = t.receipt_statement(self._parties.agreement_digest, number, t.line_digest(line))
+        return self._send(m.Receipt(self._identity.sign(Label.RECEIPT, statement)), number, 0)
 
     # --- helpers
 

@@ -26,6 +26,7 @@ from protocols.agreement import MAXIMUM_MEMBERS, MINIMUM_CONTRIBUTORS, Agreement
 from protocols.chain import ChainWriter, Entry, Hex32, Hex64, read_chain
 from protocols.chain import line_digest as line_digest
 from protocols.chain import read_line as read_chain_line
+from protocols.sealing import AttemptId
 
 Number = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Text = Annotated[str, Meta(max_length=500)]
@@ -75,6 +76,7 @@ class RoundRecord(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     attempt: Number
     protocol: Name
     cohort: Names
+    senders_view: Hex32
     survivors: Annotated[tuple[Survivor, ...], Meta(max_length=MAXIMUM_MEMBERS)]
     dropped: Annotated[tuple[Dropped, ...], Meta(max_length=MAXIMUM_MEMBERS)]
     aggregate_digest: Hex32
@@ -131,8 +133,8 @@ _TranscriptEntry = Entry[Body]
 class TranscriptWriter(ChainWriter[Body]):
     """Makes transcript lines, signed by the aggregator."""
 
-    def __init__(self, aggregator: Identity) -> None:
-        super().__init__(aggregator, Label.TRANSCRIPT, _TranscriptEntry)
+    def __init__(self, aggregator: Identity, written: Sequence[bytes] = ()) -> None:
+        super().__init__(aggregator, Label.TRANSCRIPT, _TranscriptEntry, written)
 
 
 def read_line(line: bytes, aggregator_key: Ed25519PublicKey) -> Entry[Body]:
@@ -155,11 +157,10 @@ def read_transcript(lines: bytes, aggregator_key: Ed25519PublicKey) -> tuple[tup
     )
 
 
-def survivor_statement(
-    agreement_digest: bytes, round_number: int, attempt: int, survivors: Sequence[tuple[str, bytes]]
-) -> bytes:
-    """What a survivor signs (with `Label.SURVIVORS`): this attempt's survivors and the digests of their uploads."""
-    return msgspec.msgpack.encode((agreement_digest, round_number, attempt, [list(pair) for pair in survivors]))
+def survivor_statement(attempt: AttemptId, view: bytes, survivors: Sequence[tuple[str, bytes]]) -> bytes:
+    """What a survivor signs (with `Label.SURVIVORS`): who dealt seeds (`sealing.senders_view`), who uploaded, and what."""
+    address = (attempt.agreement_digest, attempt.round, attempt.attempt)
+    return msgspec.msgpack.encode((*address, view, [list(pair) for pair in survivors]))
 
 
 def receipt_statement(agreement_digest: bytes, round_number: int, record_digest: bytes) -> bytes:
@@ -167,11 +168,9 @@ def receipt_statement(agreement_digest: bytes, round_number: int, record_digest:
     return msgspec.msgpack.encode((agreement_digest, round_number, record_digest))
 
 
-def upload_digest(data: bytes | bytearray | memoryview) -> bytes:
-    """SHA-256 of a masked upload, the whole vector as little-endian uint32."""
-    digest = hashlib.sha256(Label.UPLOAD)
-    digest.update(data)
-    return digest.digest()
+def upload_digest(chunk_digests: bytes) -> bytes:
+    """SHA-256 of a masked upload: over the SHA-256 digests of its packed chunks, in order."""
+    return hashlib.sha256(Label.UPLOAD + chunk_digests).digest()
 
 
 def aggregate_digest(total: bytes | bytearray | memoryview) -> bytes:
@@ -212,9 +211,8 @@ def verify_round(
         if not holds:
             raise VerificationFailed(f"the record of round {record.round} does not hold: {fault}")
     statement = survivor_statement(
-        agreement_digest,
-        record.round,
-        record.attempt,
+        AttemptId(agreement_digest, record.round, record.attempt),
+        bytes.fromhex(record.senders_view),
         [(s.node_id, bytes.fromhex(s.upload_digest)) for s in record.survivors],
     )
     votes = [survivor for survivor in record.survivors if survivor.signature]

@@ -1,4 +1,7 @@
-"""The aggregator's process: carries the study machine's outputs to sockets and files. Imports no torch, holds no patient data."""
+"""The aggregator's process: carries the study machine's outputs to sockets and files. Imports no torch, holds no patient data.
+
+Started again after a crash, it reads its transcript and its journal and goes on with the study.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from keys.errors import ConfigError
 from keys.files import write_public
 from keys.identity import Identity
 from protocols import study_aggregator as machine
-from protocols.encoding import Uint32Vector
-from protocols.transcript import TranscriptWriter
+from protocols.transcript import StudyOpened, TranscriptWriter, read_transcript
 from secgeo.config import AggregatorConfig
+from secgeo.journal import AggregatorJournal
 from secgeo.records import TRANSCRIPT, LineFile, read_sum, write_sum
+from secgeo.spool import DiskSpool
 from secgeo.study import OpenStudy, open_study
 from secgeo.transport import AggregatorEndpoint
 from secgeo.update import Layout
@@ -39,18 +43,35 @@ class AggregatorProcess:
         self._report = report
         self._address = config.listen_address
         self._identity = identity
-        self._lines: dict[int, bytes] = {}
-        self._opened: int | None = None
         self._stopping = False
         self._outboxes: dict[str, deque[bytes]] = {}
         layout = Layout.from_agreement(self._study.agreement)
-        self._machine = machine.AggregatorMachine(
-            self._study.parties, identity, layout.size, TranscriptWriter(identity), load_sum=self._load_sum
-        )
         self._records.mkdir(parents=True, exist_ok=True)
+        self._state = base / (config.state or f"{config.records}.state")
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._transcript = LineFile(self._records / TRANSCRIPT)
+        self._journal = AggregatorJournal(self._state)
+        self._machine = machine.AggregatorMachine(
+            self._study.parties,
+            identity,
+            layout.size,
+            TranscriptWriter(identity, self._transcript.lines),
+            load_sum=lambda number: read_sum(self._records, number),
+            spool=DiskSpool(self._state, 4 * layout.size),
+        )
         for name, document in self._study.documents.items():
             write_public(self._records / name, document)
+
+    def _begin(self) -> list[machine.Output]:
+        """Open the study, or take it up where a crash has left it."""
+        now, key = time.monotonic(), self._identity.public_key
+        lines = read_transcript(b"".join(self._transcript.lines), key)
+        if not lines:
+            return self._machine.start(now)
+        opened = lines[0][0]
+        if not isinstance(opened, StudyOpened) or opened.agreement_digest != self._study.agreement_digest.hex():
+            raise ConfigError(f"{self._records} holds the records of another study; choose another folder")
+        return self._machine.resume(machine.Kept(lines, self._journal.attempts(), self._journal.unmasking()), now)
 
     def run(self) -> None:
         """Listen until the study ends, or until SIGTERM or SIGINT.
@@ -69,7 +90,7 @@ class AggregatorProcess:
             allowed=allowed,
         ) as endpoint:
             self._report("listening", {"address": endpoint.address, "process": os.getpid()})
-            self._carry(endpoint, self._machine.start(time.monotonic()))
+            self._carry(endpoint, self._begin())
             refused = 0
             while not self._machine.ended:
                 self._flush(endpoint)
@@ -85,6 +106,7 @@ class AggregatorProcess:
                     self._report("refused", {"handshakes": refused})
             self._flush(endpoint)
         self._transcript.close()
+        self._journal.close()
 
     def _carry(self, endpoint: AggregatorEndpoint, outputs: list[machine.Output]) -> None:
         queue = deque(outputs)
@@ -93,13 +115,14 @@ class AggregatorProcess:
             match output:
                 case machine.SendTo():
                     self._outboxes.setdefault(output.peer, deque()).append(output.data)
+                case machine.Begun():
+                    self._journal.begun(output.round, output.attempt)
+                case machine.Unmasking():
+                    self._journal.keep_unmasking(output.state, output.masked)
                 case machine.SumOpened():
                     write_sum(self._records, output.round, output.total)
-                    self._opened = output.round
                 case machine.Record():
                     self._transcript.append(output.line)
-                    if self._opened is not None:
-                        self._lines[self._opened], self._opened = output.line, None
                 case machine.Progress():
                     self._report(output.event, output.fields)
 
@@ -114,9 +137,6 @@ class AggregatorProcess:
             del self._outboxes[peer]
             if outbox:
                 self._carry(endpoint, self._machine.leave(peer, time.monotonic()))
-
-    def _load_sum(self, round_number: int) -> tuple[bytes, Uint32Vector]:
-        return self._lines[round_number], read_sum(self._records, round_number)
 
 
 def run_aggregator(config: AggregatorConfig, base: Path, passphrase: bytes | None, report: Report) -> None:

@@ -70,12 +70,16 @@ class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AggregatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """The aggregator: one listening port and a folder of public records."""
+    """The aggregator: one listening port, a folder of public records, and one for what it needs after a crash.
+
+    `state` is `records` with ".state" appended unless it is given.
+    """
 
     keys: str
     listen_address: str
     records: str
     study: StudyFiles
+    state: str | None = None
     passphrase_file: str | None = None
     unencrypted_keys: bool = False
 

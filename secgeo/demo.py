@@ -37,7 +37,7 @@ from secgeo import metrics as held_out
 from secgeo.datasets import DemoData, demo_split
 from secgeo.plots import plot_curves
 from secgeo.presets import Preset, preset
-from secgeo.records import LEDGERS, write_manifest
+from secgeo.records import LEDGERS, RECEIPTS, write_manifest
 
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
@@ -201,7 +201,9 @@ class _Site:
         """Start every process, follow it to its end, and give the failures."""
         study = {"folder": "../study", "agreement_digest": self.digest, "authority_fingerprint": self.fingerprint}
         common = {"keys": "keys", "passphrase_file": "../passphrase", "study": study}
-        self._configure("aggregator", common | {"listen_address": "tcp://127.0.0.1:*", "records": str(self.out)})
+        self._configure(
+            "aggregator", common | {"listen_address": "tcp://127.0.0.1:*", "records": str(self.out), "state": "state"}
+        )
         events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         processes: dict[str, subprocess.Popen[str]] = {}
         try:
@@ -290,10 +292,11 @@ class _Site:
         """Collect and sign the records, verify them, and say how it went."""
         from audit.records import verify_folder
 
-        (self.out / LEDGERS).mkdir(exist_ok=True)
-        for name in self.names:
-            for path in (self.scratch / name / "state").glob("*/ledger.jsonl"):
-                shutil.copy(path, self.out / LEDGERS / f"{name}.jsonl")
+        for kind, file in ((LEDGERS, "ledger.jsonl"), (RECEIPTS, "receipts.jsonl")):
+            (self.out / kind).mkdir(exist_ok=True)
+            for name in self.names:
+                for path in (self.scratch / name / "state").glob(f"*/{file}"):
+                    shutil.copy(path, self.out / kind / f"{name}.jsonl")
         rounds = [progress.rounds[number] for number in sorted(progress.rounds)]
         result: dict[str, Any] = {
             "study": self.study_id,

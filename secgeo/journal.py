@@ -1,51 +1,205 @@
-"""A node's durable memory of which attempts it has begun and revealed (SQLite, write-ahead log, synchronous=FULL).
+"""What a node and an aggregator must remember across a crash: SQLite with a write-ahead log, synchronous=FULL.
 
-Implements `protocols.study_node.Journal`. It holds no secret: seeds live in memory only and die with the process, and the
-journal makes sure that what they masked is never asked for again.
+`NodeJournal` implements `protocols.study_node.Journal`: which attempts were begun, used or revealed, the tag seeds that check
+their sums, and every record that the aggregator has signed. It also keeps the update that waits to be summed and the
+model, so that no round is trained twice. Seeds of masks are never in it: they die with the process, and what they
+masked is never asked for again. Tag seeds are secret from the aggregator only. The folder is readable by its owner.
+
+`AggregatorJournal` keeps the numbers of attempts and the attempt whose unmasking has begun. It holds no secret.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from keys.errors import ConfigError
+from keys.files import write_public
+from protocols.encoding import Float64Vector, Uint32Vector
+from protocols.masked_aggregator import OpenedAttempt
+from secgeo.records import LineFile
+
+Arrays = Mapping[str, NDArray[np.float32] | NDArray[np.float64]]
+Saved = dict[str, NDArray[Any]]
+
+_NODE_TABLES = """
+CREATE TABLE IF NOT EXISTS attempts (
+  round INTEGER, attempt INTEGER, event TEXT, tag_seed BLOB, PRIMARY KEY (round, attempt, event)) STRICT;
+CREATE TABLE IF NOT EXISTS updates (round INTEGER PRIMARY KEY, vector BLOB, model BLOB) STRICT;
+CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), completed INTEGER, link TEXT, model BLOB) STRICT;
+"""
+
+_AGGREGATOR_TABLES = """
+CREATE TABLE IF NOT EXISTS attempts (round INTEGER PRIMARY KEY, attempt INTEGER) STRICT;
+CREATE TABLE IF NOT EXISTS unmasking (id INTEGER PRIMARY KEY CHECK (id = 1), state BLOB, masked TEXT) STRICT;
+"""
 
 
-class SqliteJournal:
-    """The journal of one node in one study."""
+def _open(path: Path, tables: str) -> sqlite3.Connection:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        database = sqlite3.connect(path, isolation_level=None)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        database.executescript(tables)
+    except (sqlite3.Error, OSError) as error:
+        raise ConfigError(f"the journal {path} cannot be opened: {error}") from None
+    return database
 
-    def __init__(self, path: Path, agreement_digest: bytes) -> None:
-        self._study = agreement_digest.hex()
-        try:
-            self._database = sqlite3.connect(path, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS attempts (study TEXT, round INTEGER, attempt INTEGER, event TEXT,"
-                " PRIMARY KEY (study, round, attempt, event)) STRICT"
-            )
-        except sqlite3.Error as error:
-            raise ConfigError(f"the journal {path} cannot be opened: {error}") from None
+
+def _dump(arrays: Arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Saved:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a node had come: the last round it applied, the digest of that round's record, and its model."""
+
+    completed: int
+    link: str
+    model: Saved
+
+
+class _RecordLine(msgspec.Struct):
+    """Of a record line only its round; the line itself was verified before it was kept."""
+
+    class Body(msgspec.Struct):
+        """The body of a record line."""
+
+        round: int
+
+    body: Body
+
+
+class NodeJournal:
+    """The journal of one node in one study: `state.sqlite` and `receipts.jsonl` in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._database = _open(folder / "state.sqlite", _NODE_TABLES)
+        self._receipts = LineFile(folder / "receipts.jsonl")
+        self._lines: dict[int, bytes] = {}
+        for line in self._receipts.lines:
+            self._lines.setdefault(msgspec.json.decode(line, type=_RecordLine).body.round, line)
+
+    # --- the secure sum
 
     def last(self) -> tuple[int, int]:
         """The latest (round, attempt) that was begun, (0, 0) if none."""
         row = self._database.execute(
-            "SELECT round, attempt FROM attempts WHERE study = ? ORDER BY round DESC, attempt DESC LIMIT 1",
-            (self._study,),
+            "SELECT round, attempt FROM attempts ORDER BY round DESC, attempt DESC LIMIT 1"
         ).fetchone()
         return (int(row[0]), int(row[1])) if row else (0, 0)
 
     def revealed(self, round_number: int) -> bool:
         """Whether shares were revealed in any attempt of this round."""
-        row = self._database.execute(
-            "SELECT 1 FROM attempts WHERE study = ? AND round = ? AND event = 'revealed'", (self._study, round_number)
-        ).fetchone()
-        return row is not None
+        query = "SELECT 1 FROM attempts WHERE round = ? AND event = 'revealed'"
+        return self._database.execute(query, (round_number,)).fetchone() is not None
 
-    def record(self, round_number: int, attempt: int, event: str) -> None:
+    def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
         """Note an event; it is on disk when this returns."""
-        self._database.execute("INSERT INTO attempts VALUES (?, ?, ?, ?)", (self._study, round_number, attempt, event))
+        self._database.execute("INSERT INTO attempts VALUES (?, ?, ?, ?)", (round_number, attempt, event, tag_seed))
+
+    def tag_seed(self, round_number: int, attempt: int) -> bytes:
+        """The tag seed of an attempt, empty if this node does not know it."""
+        query = "SELECT tag_seed FROM attempts WHERE round = ? AND attempt = ? AND event = 'used'"
+        row = self._database.execute(query, (round_number, attempt)).fetchone()
+        return bytes(row[0]) if row else b""
+
+    def keep_receipt(self, round_number: int, line: bytes) -> None:
+        """Keep a record that the aggregator signed."""
+        self._receipts.append(line)
+        self._lines.setdefault(round_number, line)
+
+    def receipt(self, round_number: int) -> bytes:
+        """The first record of this round that was kept, empty if none."""
+        return self._lines.get(round_number, b"")
+
+    # --- the update and the model
+
+    def keep_update(self, round_number: int, vector: Float64Vector, model: Arrays) -> None:
+        """Keep what was trained, before anybody is told that it was."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO updates VALUES (?, ?, ?)", (round_number, vector.tobytes(), _dump(model))
+        )
+
+    def update(self, round_number: int) -> Float64Vector | None:
+        """The update of a round that was trained before a crash."""
+        row = self._database.execute("SELECT vector FROM updates WHERE round = ?", (round_number,)).fetchone()
+        return np.frombuffer(row[0], dtype=np.float64) if row else None
+
+    def trained_model(self) -> Saved:
+        """The local model of the latest update that no sum has followed yet, empty if there is none."""
+        row = self._database.execute("SELECT model FROM updates ORDER BY round DESC LIMIT 1").fetchone()
+        return _load(row[0]) if row else {}
+
+    def keep_progress(self, completed: int, link: str, model: Arrays) -> None:
+        """Keep the model after a sum was applied, and drop the updates up to that round."""
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute(
+                "INSERT OR REPLACE INTO progress VALUES (1, ?, ?, ?)", (completed, link, _dump(model))
+            )
+            self._database.execute("DELETE FROM updates WHERE round <= ?", (completed,))
+
+    def progress(self) -> Progress | None:
+        """How far this node had come, None before the first sum."""
+        row = self._database.execute("SELECT completed, link, model FROM progress").fetchone()
+        return Progress(int(row[0]), str(row[1]), _load(row[2])) if row else None
+
+    def close(self) -> None:
+        """Close the database and the receipts."""
+        self._database.close()
+        self._receipts.close()
+
+
+class AggregatorJournal:
+    """The journal of the aggregator in one study: `state.sqlite` and the masked sum of the attempt in unmasking."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._database = _open(folder / "state.sqlite", _AGGREGATOR_TABLES)
+
+    def begun(self, round_number: int, attempt: int) -> None:
+        """Note that an attempt was begun."""
+        self._database.execute("INSERT OR REPLACE INTO attempts VALUES (?, ?)", (round_number, attempt))
+
+    def attempts(self) -> dict[int, int]:
+        """The number of the latest attempt of every round."""
+        return {int(row[0]): int(row[1]) for row in self._database.execute("SELECT round, attempt FROM attempts")}
+
+    def keep_unmasking(self, state: OpenedAttempt, masked: Uint32Vector) -> None:
+        """Keep the attempt whose survivors are about to be told to unmask, instead of the one before."""
+        name = f"masked-{state.round}-{state.attempt}.u32"
+        write_public(self._folder / name, masked.astype("<u4", copy=False).data)
+        row = msgspec.msgpack.encode(state), name
+        self._database.execute("INSERT OR REPLACE INTO unmasking VALUES (1, ?, ?)", row)
+        for old in self._folder.glob("masked-*.u32"):
+            if old.name != name:
+                old.unlink()
+
+    def unmasking(self) -> tuple[OpenedAttempt, Uint32Vector] | None:
+        """What `keep_unmasking` kept last."""
+        row = self._database.execute("SELECT state, masked FROM unmasking").fetchone()
+        if row is None:
+            return None
+        masked = np.fromfile(self._folder / row[1], dtype="<u4").astype(np.uint32, copy=False)
+        return msgspec.msgpack.decode(row[0], type=OpenedAttempt), masked
 
     def close(self) -> None:
         """Close the database."""

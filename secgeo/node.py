@@ -3,6 +3,9 @@
 Order of work, and nothing later starts before the earlier has passed: key files, study documents and pins, local policy,
 anchors, private data, ledger, connection. Before each round the ledger event is durable; the round that would pass the
 budget is refused and the study left in good order, so that the others can go on.
+
+Started again after a crash, the node goes on with the study: its model and an update that waits to be summed are in its
+journal. A round whose training was cut off is trained, and booked, again.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.errors import BudgetExceeded, ConfigError, TransportError
 from keys.identity import Identity
@@ -31,7 +35,7 @@ from protocols.policy import check_policy
 from secgeo import datasets
 from secgeo.config import AnyData, ArrayData, EntryPointData, NodeConfig, TableData
 from secgeo.geometry import debiased_cka
-from secgeo.journal import SqliteJournal
+from secgeo.journal import NodeJournal
 from secgeo.noise import RNG_KIND, NoiseSource
 from secgeo.records import LineFile
 from secgeo.study import ANCHORS, OpenStudy, open_study
@@ -119,6 +123,22 @@ class Budget:
             )
         )
 
+    def resume(self, lines: tuple[bytes, ...], public_key: Ed25519PublicKey, opened: ledger.LedgerOpened) -> None:
+        """Go on behind the lines of an earlier run.
+
+        Raises:
+            VerificationFailed: the lines were changed.
+            ConfigError: they belong to other data or another study.
+        """
+        before = ledger.read_ledger(b"".join(lines), public_key)
+        if before[0] != opened:
+            raise ConfigError(
+                "the ledger here was opened for other records or another study; choose another state folder"
+            )
+        events = [body for body in before if isinstance(body, ledger.DpSgdEvent)]
+        self.rounds, self.steps = len(events), sum(event.steps for event in events)
+        self.file.append(self.writer.append(ledger.LedgerReopened(self.rounds, self.steps)))
+
     def close(self) -> None:
         """Write the closing line."""
         closed = ledger.LedgerClosed(rounds=self.rounds, steps_total=self.steps, transcript_link=self.link)
@@ -153,15 +173,16 @@ class NodeProcess:
             self._held_out = load_records(config.evaluation, base, modality, agreement.study.classes)
         device = None if config.device == "auto" else config.device
         self._trainer = training.LocalTrainer(agreement, member, records, anchors, noise=NoiseSource(), device=device)
-        self._state = SharedState.initial(agreement)
         self._layout = Layout.from_agreement(agreement)
         folder = base / config.state / f"{agreement.study.id}-{self._study.agreement_digest.hex()[:16]}"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
-        self._journal = SqliteJournal(folder / "journal.sqlite", self._study.agreement_digest)
         # Keyed by the site's identity: a bare hash of the data would confirm guesses at them to whoever reads the ledger.
         keyed = hashlib.sha256(identity.sign(Label.DATASET, bytes.fromhex(records.fingerprint))).hexdigest()
         self._budget = self._open_budget(folder / "ledger.jsonl", keyed)
+        self._journal = NodeJournal(folder)
+        self._state = SharedState.initial(agreement)
+        completed = self._restore()
         entry = self._study.roster.aggregator
         self._server_key = entry.curve_public
         self._machine = machine.NodeMachine(
@@ -171,13 +192,15 @@ class NodeProcess:
             self._layout.size,
             coins=os.urandom,
             journal=self._journal,
+            completed=completed,
         )
         self._round_started = 0.0
         self._report("checked", {"node": identity.node_id, "modality": modality.name, "records": len(records)})
 
     def _open_budget(self, path: Path, fingerprint: str) -> Budget:
         agreement, privacy = self._study.agreement, self._study.agreement.privacy
-        budget = Budget(agreement, ledger.LedgerWriter(self._identity), LineFile(path), fingerprint)
+        file = LineFile(path)
+        budget = Budget(agreement, ledger.LedgerWriter(self._identity, file.lines), file, fingerprint)
         opened = ledger.LedgerOpened(
             node_id=self._identity.node_id,
             agreement_digest=self._study.agreement_digest.hex(),
@@ -187,8 +210,29 @@ class NodeProcess:
             delta=privacy.delta,
             epsilon_budget=privacy.epsilon_budget,
         )
-        budget.file.append(budget.writer.append(opened))
+        if file.lines:
+            budget.resume(file.lines, self._identity.public_key, opened)
+        else:
+            file.append(budget.writer.append(opened))
         return budget
+
+    def _restore(self) -> int:
+        """Take over what an earlier run of this study had reached; gives the last round that it applied."""
+        progress = self._journal.progress()
+        arrays = {} if progress is None else progress.model
+        if progress is not None:
+            shared = {
+                name.removeprefix("shared/"): array for name, array in arrays.items() if name.startswith("shared/")
+            }
+            self._state = SharedState.from_arrays(self._study.agreement, shared)
+            self._trainer.load_shared(self._state)
+            self._budget.link = progress.link
+        local = self._journal.trained_model() or arrays
+        if local:
+            self._trainer.load_local_state(
+                {name.removeprefix("local/"): array for name, array in local.items() if name.startswith("local/")}
+            )
+        return 0 if progress is None else progress.completed
 
     @property
     def ledger_path(self) -> Path:
@@ -254,6 +298,10 @@ class NodeProcess:
                     self._report("ended", {"reason": output.reason, "ledger": str(self.ledger_path)})
 
     def _train(self, endpoint: NodeEndpoint, round_number: int) -> list[machine.Output]:
+        kept = self._journal.update(round_number)
+        if kept is not None:
+            self._report("resumed", {"round": round_number})
+            return self._machine.submit(round_number, kept)
         self._round_started = time.monotonic()
         steps = private_steps(self._study.agreement, self._state)
         try:
@@ -267,12 +315,15 @@ class NodeProcess:
         if update.steps != steps:
             raise ConfigError(f"{update.steps} steps were taken but {steps} were booked; stop and report this")
         vector = update.vector(self._layout)
+        self._journal.keep_update(round_number, vector, self._local_arrays())
         self._report("trained", {"round": round_number, "seconds": round(time.monotonic() - self._round_started, 3)})
         return self._machine.submit(round_number, vector)
 
     def _apply(self, summed: machine.Summed) -> None:
         self._state = apply_sum(self._state, self._layout, summed.total, self._study.agreement)
         self._budget.link = line_digest(summed.line).hex()
+        shared = {f"shared/{name}": value for name, value in self._state.to_arrays().items()}
+        self._journal.keep_progress(summed.round, self._budget.link, shared | self._local_arrays())
         epsilon = self._epsilon_after(self._budget.steps)
         self._budget.claim(epsilon)
         self._trainer.load_shared(self._state)
@@ -289,12 +340,14 @@ class NodeProcess:
         self._report("round", fields)
         self._checkpoint()
 
+    def _local_arrays(self) -> dict[str, np.ndarray]:
+        return {f"local/{name}": value for name, value in self._trainer.local_state().items()}
+
     def _checkpoint(self) -> None:
-        """Keep the model of the latest round: shared state and local parameters, plus embeddings if asked for."""
-        arrays: dict[str, np.ndarray] = {f"shared/{name}": value for name, value in self._state.to_arrays().items()}
-        arrays |= {f"local/{name}": value for name, value in self._trainer.local_state().items()}
+        """Publish the model of the latest round as a file: shared state and local parameters, plus embeddings if asked for."""
+        shared = {f"shared/{name}": value for name, value in self._state.to_arrays().items()}
         partial = self._folder / "model.partial.npz"
-        np.savez(partial, allow_pickle=False, **arrays)
+        np.savez(partial, allow_pickle=False, **shared, **self._local_arrays())
         partial.replace(self._folder / "model.npz")
         if self._config.embeddings is not None and self._held_out is not None:
             np.save(

@@ -4,6 +4,7 @@
     transcript.jsonl                                                                   what the aggregator recorded
     sums/round-0001.u32                                                                every opened sum, little-endian uint32
     ledgers/NODE.jsonl                                                                 every node's budget ledger
+    receipts/NODE.jsonl                                                                the records as each node was shown them
     metrics.json, split.json, curves.png, ...                                          what else the study wants to keep
     manifest.json, manifest.json.sig                                                   SHA-256 of every file, signed
 
@@ -14,6 +15,7 @@ links and special files are refused, and number and size of files are bounded be
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import stat
@@ -33,23 +35,37 @@ FOLDER_LIMIT_FILES = 50_000
 FOLDER_LIMIT_BYTES = 1 << 36
 """A study of 10,000 rounds with a million values a sum takes 40 GB."""
 
-TRANSCRIPT, LEDGERS, SUMS, MANIFEST = "transcript.jsonl", "ledgers", "sums", "manifest.json"
+TRANSCRIPT, LEDGERS, RECEIPTS, SUMS = "transcript.jsonl", "ledgers", "receipts", "sums"
+MANIFEST = "manifest.json"
 
 
 class LineFile:
-    """An append-only file of lines, created exclusively: an older record is never continued or overwritten."""
+    """An append-only file of lines, for one process at a time. What is there already stays; a torn last line goes.
+
+    Attributes:
+        lines: the whole lines that were there when the file was opened. A torn one was never acknowledged to anybody.
+
+    Raises:
+        ConfigError: it cannot be opened, or another process has it open.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            raise ConfigError(
-                f"{path} exists already: this study has run here before. Keep it as a record and choose another folder"
-            ) from None
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(path, flags, 0o600)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with os.fdopen(os.dup(self._descriptor), "rb") as file:
+                content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            os.ftruncate(self._descriptor, len(whole))
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise ConfigError(f"another process is writing to {path}; it runs this study already") from None
         except OSError as error:
-            raise ConfigError(f"cannot create {path}: {error.strerror}") from None
-        self._path, self._size = path, 0
+            raise ConfigError(f"cannot open {path}: {error.strerror}") from None
+        self.lines = tuple(whole.splitlines(keepends=True))
+        self._path, self._size = path, len(whole)
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
@@ -84,14 +100,14 @@ def sum_path(folder: Path, round_number: int) -> Path:
 
 
 def write_sum(folder: Path, round_number: int, total: Uint32Vector) -> None:
-    """Keep a round's sum ([d] uint32)."""
+    """Keep a round's sum with its tags ([d + limbs] uint32)."""
     sum_path(folder, round_number).parent.mkdir(parents=True, exist_ok=True)
-    write_public(sum_path(folder, round_number), total.astype("<u4", copy=False).tobytes())
+    write_public(sum_path(folder, round_number), total.astype("<u4", copy=False).data)
 
 
 def read_sum(folder: Path, round_number: int) -> Uint32Vector:
     """Read back what `write_sum` kept."""
-    return np.frombuffer(sum_path(folder, round_number).read_bytes(), dtype="<u4").astype(np.uint32)
+    return np.fromfile(sum_path(folder, round_number), dtype="<u4").astype(np.uint32, copy=False)
 
 
 def list_files(folder: Path) -> tuple[str, ...]:

@@ -228,7 +228,7 @@ class AggregatorEndpoint:
         if node_id not in self._routes:
             return False
         try:
-            self._router.send_multipart([self._routes[node_id][0], message], zmq.NOBLOCK)
+            self._router.send_multipart([self._routes[node_id][0], message], zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,17 @@ import msgspec
 import numpy as np
 
 from audit.budget import epsilon_rdp
+from keys.errors import VerificationFailed
 from keys.labels import Label
 from keys.signed import sign_document
 from protocols import ledger as led
 from protocols import transcript as t
 from protocols.agreement import Agreement, Anchors, Model, agreement_digest, write_agreement
 from protocols.chain import GENESIS, line_digest
-from secgeo.records import LEDGERS, TRANSCRIPT, sum_path, write_manifest, write_sum
+from protocols.encoding import FixedPoint
+from protocols.sealing import AttemptId
+from protocols.upload import coordinates
+from secgeo.records import LEDGERS, RECEIPTS, TRANSCRIPT, sum_path, write_manifest, write_sum
 from secgeo.update import Layout
 from tests.keys.factory import AGGREGATOR, NOW, Consortium, make_consortium
 from tests.protocols.network import make_agreement, names
@@ -66,7 +71,7 @@ class Study:
     # --- transcript
 
     def total(self, number: int) -> np.ndarray:
-        size = Layout.from_agreement(self.agreement).size
+        size = coordinates(Layout.from_agreement(self.agreement).size, FixedPoint.from_agreement(self.agreement))
         return np.random.default_rng(number).integers(0, 1 << 24, size, dtype=np.uint32)
 
     def opened(self) -> t.StudyOpened:
@@ -87,7 +92,8 @@ class Study:
         alive = list(self.names if survivors is None else survivors)
         everyone = tuple(sorted({*self.names, *alive}) if cohort is None else cohort)
         uploads = [(name, t.upload_digest(f"{name}/{number}".encode())) for name in alive]
-        statement = t.survivor_statement(self.digest, number, attempt, uploads)
+        view = bytes([number]) * 32
+        statement = t.survivor_statement(AttemptId(self.digest, number, attempt), view, uploads)
         voting = alive if voters is None else voters
         votes = {
             name: self.consortium.identities[name].sign(Label.SURVIVORS, statement).hex()
@@ -102,6 +108,7 @@ class Study:
             attempt=attempt,
             protocol="masked",
             cohort=everyone,
+            senders_view=view.hex(),
             survivors=tuple(t.Survivor(name, digest.hex(), votes.get(name, "")) for name, digest in uploads),
             dropped=tuple(t.Dropped(name, "upload") for name in everyone if name not in alive),
             aggregate_digest=t.aggregate_digest(self.total(number).tobytes()).hex(),
@@ -208,12 +215,23 @@ class Study:
         transcript = self.transcript()
         for number in range(1, self.agreement.study.rounds + 1):
             write_sum(folder, number, self.total(number))
+        (folder / RECEIPTS).mkdir()
+        for name in self.names:
+            (folder / RECEIPTS / f"{name}.jsonl").write_bytes(b"".join(self.shown(transcript)))
         self.put(folder, transcript, {name: self.ledger(name, transcript) for name in self.names})
         return folder
 
+    def shown(self, transcript: bytes) -> list[bytes]:
+        """The records of a transcript, as nodes are shown them."""
+        entries = t.read_transcript(transcript, self.aggregator_key)
+        return [line for body, line in entries if isinstance(body, t.RoundRecord)]
+
     def put(self, folder: Path, transcript: bytes, ledgers: dict[str, bytes]) -> None:
-        """Replace the records, remove sums that are no longer recorded, and seal again."""
+        """Replace transcript and ledgers, and the receipts with them, and seal again."""
         (folder / TRANSCRIPT).write_bytes(transcript)
+        for path in (folder / RECEIPTS).glob("*.jsonl"):
+            with contextlib.suppress(VerificationFailed):
+                path.write_bytes(b"".join(self.shown(transcript)))
         for name, lines in ledgers.items():
             (folder / LEDGERS / f"{name}.jsonl").write_bytes(lines)
         self.seal(folder)

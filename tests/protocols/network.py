@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-from keys.errors import RemoteProtocolError
+from keys.errors import SecGeoError
 from protocols import study_aggregator as agg
 from protocols import study_node as node
 from protocols import transcript
@@ -76,6 +76,8 @@ def make_agreement(
 class MemoryJournal:
     def __init__(self) -> None:
         self.entries: list[tuple[int, int, str]] = []
+        self.tag_seeds: dict[tuple[int, int], bytes] = {}
+        self.receipts: list[tuple[int, bytes]] = []
 
     def last(self) -> tuple[int, int]:
         return max(((r, a) for r, a, _ in self.entries), default=(0, 0))
@@ -83,8 +85,35 @@ class MemoryJournal:
     def revealed(self, round_number: int) -> bool:
         return any(r == round_number and event == "revealed" for r, _, event in self.entries)
 
-    def record(self, round_number: int, attempt: int, event: str) -> None:
+    def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
         self.entries.append((round_number, attempt, event))
+        if tag_seed:
+            self.tag_seeds[round_number, attempt] = tag_seed
+
+    def tag_seed(self, round_number: int, attempt: int) -> bytes:
+        return self.tag_seeds.get((round_number, attempt), b"")
+
+    def keep_receipt(self, round_number: int, line: bytes) -> None:
+        self.receipts.append((round_number, line))
+
+    def receipt(self, round_number: int) -> bytes:
+        return next((line for number, line in self.receipts if number == round_number), b"")
+
+
+class MemorySpool:
+    """Unfinished uploads in memory; counts what it holds at most."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[memoryview]] = {}
+
+    def append(self, name: str, data: memoryview) -> None:
+        self.kept.setdefault(name, []).append(data)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        return iter(self.kept.get(name, []))
+
+    def discard(self, name: str) -> None:
+        self.kept.pop(name, None)
 
 
 @dataclass
@@ -101,7 +130,7 @@ class Network:
     sums: dict[str, list[node.Summed]] = field(default_factory=dict)
     lost: dict[str, list[node.RoundLost]] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
-    faults: dict[str, RemoteProtocolError] = field(default_factory=dict)
+    faults: dict[str, SecGeoError] = field(default_factory=dict)
     lines: list[bytes] = field(default_factory=list)
     progress: list[agg.Progress] = field(default_factory=list)
     journals: dict[str, MemoryJournal] = field(default_factory=dict)
@@ -111,15 +140,15 @@ class Network:
         keys = {m.node_id: self.consortium.roster.entry(m.node_id).public_key for m in self.agreement.members}
         self.parties = Parties(self.agreement, self.digest, keys)
         aggregator = self.consortium.identities[AGGREGATOR]
-        self._store: dict[int, tuple[bytes, np.ndarray]] = {}
-        self._pending: tuple[int, np.ndarray] | None = None
+        self._totals: dict[int, np.ndarray] = {}
         self._queue: deque[tuple[str, str, bytes]] = deque()
         self.aggregator = agg.AggregatorMachine(
             self.parties,
             aggregator,
             self.size,
             transcript.TranscriptWriter(aggregator),
-            load_sum=lambda number: self._store[number],
+            load_sum=lambda number: self._totals[number],
+            spool=MemorySpool(),
         )
         for member in self.agreement.members:
             name = member.node_id
@@ -155,7 +184,7 @@ class Network:
         elif recipient not in self.faults:
             try:
                 self._from_node(recipient, self.nodes[recipient].receive(data))
-            except RemoteProtocolError as fault:
+            except SecGeoError as fault:
                 self.faults[recipient] = fault
 
     def _post(self, sender: str, recipient: str, data: bytes) -> None:
@@ -183,11 +212,8 @@ class Network:
                     self._post(AGGREGATOR, output.peer, output.data)
                 case agg.Record():
                     self.lines.append(output.line)
-                    if self._pending is not None:
-                        number, total = self._pending
-                        self._store[number], self._pending = (output.line, total), None
                 case agg.SumOpened():
-                    self._pending = (output.round, output.total)
+                    self._totals[output.round] = output.total
                 case agg.Progress():
                     self.progress.append(output)
 
@@ -204,5 +230,10 @@ def make_network(count: int = 4, *, size: int = 1000, rounds: int = 1, seed: int
     return Network(consortium, read_agreement(write_agreement(agreement)), vectors, size)
 
 
+def head(data: bytes) -> list:
+    """The head of a message, undecoded: [version, agreement, round, attempt, sender, [type, ...], signature]."""
+    return msgspec.msgpack.decode(data[4 : 4 + int.from_bytes(data[:4])])
+
+
 def body_type(data: bytes) -> str:
-    return str(msgspec.msgpack.decode(data)[5][0])
+    return str(head(data)[5][0])

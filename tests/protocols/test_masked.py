@@ -3,7 +3,6 @@
 import os
 import re
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -11,9 +10,9 @@ from keys.errors import RemoteProtocolError
 from protocols import messages as m
 from protocols import transcript
 from protocols.encoding import FixedPoint
-from protocols.sealing import AttemptId
+from protocols.sealing import AttemptId, keys_digest
 from tests.keys.factory import AGGREGATOR
-from tests.protocols.network import Network, body_type, make_network, names
+from tests.protocols.network import Network, body_type, head, make_network, names
 
 
 def expected(network: Network, contributors: tuple[str, ...], number: int = 1) -> np.ndarray:
@@ -112,7 +111,7 @@ def test_a_failed_attempt_is_repeated_with_fresh_seeds_and_never_after_unmasking
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
         nonlocal dropped
         if body_type(data) == "MaskedChunk" and sender == "hospital-00":
-            uploads.append(msgspec.msgpack.decode(data)[5][2])
+            uploads.append(head(data)[5][2])
         # Two of five are silent in the first attempt's upload; t = 4, so the attempt fails and a second one without one of them would too.
         if sender in ("hospital-03", "hospital-04") and body_type(data) == "Unmasking":
             return []
@@ -130,7 +129,7 @@ def seal_badly(network: Network, liar: str, victims: set[str]) -> None:
     identity = network.consortium.identities[liar]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        envelope = msgspec.msgpack.decode(data)
+        envelope = head(data)
         if sender == liar and envelope[5][0] == "SealedSeeds" and envelope[5][1] in victims:
             bad = m.SealedSeeds(envelope[5][1], envelope[5][2], bytes(1202), bytes(1168))
             return [m.encode(identity, AttemptId(network.digest, envelope[2], envelope[3]), bad)]
@@ -198,7 +197,7 @@ def test_a_wrong_share_in_the_unmasking_does_not_spoil_the_sum_and_is_named() ->
     liar = network.consortium.identities["hospital-00"]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        envelope = msgspec.msgpack.decode(data)
+        envelope = head(data)
         if sender == liar.node_id and envelope[5][0] == "Unmasking":
             wrong = tuple((name, bytes(33)) for name, _ in envelope[5][1])
             return [m.encode(liar, AttemptId(network.digest, envelope[2], envelope[3]), m.Unmasking(wrong, ()))]
@@ -211,17 +210,23 @@ def test_a_wrong_share_in_the_unmasking_does_not_spoil_the_sum_and_is_named() ->
 
 
 def tamper(network: Network, kind: str, change: "object") -> None:
-    """Let a malicious aggregator, with its real key, change every body of one kind."""
+    """Let a malicious aggregator, with its real key, change every body of one kind; a chunk's with its tail."""
     aggregator = network.consortium.identities[AGGREGATOR]
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
         if sender != AGGREGATOR or body_type(data) != kind:
             return [data]
         envelope = m.decode(data, AGGREGATOR, aggregator.public_key, network.digest)
-        body = change(envelope.body, recipient)  # type: ignore[operator]
-        return [m.encode(aggregator, AttemptId(network.digest, envelope.round, envelope.attempt), body)]
+        body, tail = envelope.body, envelope.tail
+        changed = change((body, bytes(tail)) if tail else body, recipient)  # type: ignore[operator]
+        body, tail = changed if tail else (changed, b"")
+        return [m.encode(aggregator, AttemptId(network.digest, envelope.round, envelope.attempt), body, tail)]
 
     network.tap = tap
+
+
+def sum_chunk(index: int, data: bytes) -> tuple[m.SumChunk, bytes]:
+    return m.SumChunk(index, m.chunk_digest(data)), data
 
 
 def test_substituted_round_keys_are_refused() -> None:
@@ -229,9 +234,9 @@ def test_substituted_round_keys_are_refused() -> None:
     forged = m.encode(
         network.consortium.identities[AGGREGATOR],
         AttemptId(network.digest, 1, 1),
-        m.RoundKeys(bytes(1216), bytes(1216), bytes(32)),
+        m.RoundKeys(bytes(1216), bytes(1216), bytes(32), bytes(32)),
     )
-    tamper(network, "KeySet", lambda body, _: m.KeySet((forged, *body.keys[1:])))
+    tamper(network, "KeySet", lambda body, _: m.KeySet(body.digests, (forged, *body.keys[1:])))
     network.run()
     assert set(network.faults) == set(names(4))
     assert all(fault.peer == m.AGGREGATOR for fault in network.faults.values())
@@ -243,26 +248,42 @@ ATTACKS = [
     ("AttemptOpen", lambda b, _: m.AttemptOpen(b.cohort[:2]), "shrank|not part of"),
     ("AttemptOpen", lambda b, _: m.AttemptOpen((*b.cohort, "invented")), "a stranger into the cohort"),
     ("AttemptOpen", lambda b, to: m.AttemptOpen(tuple(n for n in b.cohort if n != to)), "not part of"),
-    ("KeySet", lambda b, _: m.KeySet(b.keys[:2]), "shrank|our own round keys"),
-    ("KeySet", lambda b, to: m.KeySet(tuple(k for k in b.keys if m.claimed_sender(k) != to)), "our own round keys"),
-    ("KeySet", lambda b, _: m.KeySet((*b.keys, b.keys[0])), "two round keys"),
+    ("KeySet", lambda b, _: m.KeySet(b.digests[:2], b.keys), "shrank|our own round keys"),
+    ("KeySet", lambda b, to: m.KeySet(tuple(d for d in b.digests if d[0] != to), b.keys), "our own round keys"),
+    ("KeySet", lambda b, _: m.KeySet((*b.digests, b.digests[0]), b.keys), "unsorted digests"),
+    ("KeySet", lambda b, _: m.KeySet(b.digests[::-1], b.keys), "unsorted digests"),
+    ("KeySet", lambda b, _: m.KeySet((*b.digests, ("invented", bytes(32))), b.keys), "not in the cohort"),
+    ("KeySet", lambda b, _: m.KeySet(b.digests, b.keys[1:]), "held back round keys"),
+    (
+        "KeySet",
+        lambda b, to: m.KeySet(tuple((n, d if n == to else bytes(32)) for n, d in b.digests), b.keys),
+        "than it announced",
+    ),
     ("SeedSet", lambda b, _: m.SeedSet(b.senders, b.sealed[1:]), "held back seeds"),
     ("SeedSet", lambda b, _: m.SeedSet(b.senders, (*b.sealed, b.sealed[0])), "unasked or repeated"),
     ("SeedSet", lambda b, _: m.SeedSet((*b.senders, b.senders[0]), b.sealed), "sender of seeds twice"),
     ("SeedSet", lambda b, _: m.SeedSet((*b.senders, "invented"), b.sealed), "no round keys"),
     ("SeedSet", lambda b, to: m.SeedSet(tuple(n for n in b.senders if n != to), b.sealed), "left us out"),
     ("SeedSet", lambda b, _: m.SeedSet(b.senders[:2], b.sealed), "shrank|left us out"),
-    ("Survivors", lambda b, _: m.Survivors(b.survivors[:2]), "fewer survivors"),
-    ("Survivors", lambda b, _: m.Survivors((*b.survivors, ("invented", bytes(32)))), "never distributed seeds"),
-    ("Survivors", lambda b, _: m.Survivors(b.survivors[::-1]), "not sorted and distinct"),
-    ("Survivors", lambda b, _: m.Survivors((*b.survivors, b.survivors[-1])), "not sorted and distinct"),
-    ("Survivors", lambda b, _: m.Survivors(tuple((n, bytes(32)) for n, _ in b.survivors)), "another digest"),
+    ("Survivors", lambda b, _: m.Survivors(b.survivors[:2], b.uploads), "fewer survivors"),
+    ("Survivors", lambda b, _: m.Survivors((*b.survivors, ("zoo", bytes(32))), b.uploads), "never distributed seeds"),
+    ("Survivors", lambda b, _: m.Survivors(b.survivors[::-1], b.uploads), "not sorted and distinct"),
+    ("Survivors", lambda b, _: m.Survivors((*b.survivors, b.survivors[-1]), b.uploads), "not sorted and distinct"),
+    ("Survivors", lambda b, _: m.Survivors(tuple((n, bytes(32)) for n, _ in b.survivors), b.uploads), "another digest"),
+    ("Survivors", lambda b, _: m.Survivors(b.survivors, b.uploads[1:]), "did not sign"),
+    (
+        "Survivors",
+        lambda b, to: m.Survivors(tuple((n, d if n == to else bytes(32)) for n, d in b.survivors), b.uploads),
+        "did not sign",
+    ),
     ("SurvivorProof", lambda b, _: m.SurvivorProof(b.votes[:1]), "fewer than 3 survivor votes"),
     ("SurvivorProof", lambda b, _: m.SurvivorProof(tuple((n, bytes(64)) for n, _ in b.votes)), "never signed"),
     ("SurvivorProof", lambda b, _: m.SurvivorProof((b.votes[0],) * 4), "one twice"),
     ("SurvivorProof", lambda b, _: m.SurvivorProof((*b.votes[:3], ("invented", bytes(64)))), "votes of strangers"),
-    ("SumChunk", lambda b, _: m.SumChunk(b.index, bytes([b.data[0] ^ 1]) + b.data[1:]), "does not vouch"),
-    ("SumChunk", lambda b, _: m.SumChunk(b.index, b.data * 100), "more than a sum"),
+    ("SumChunk", lambda b, _: sum_chunk(b[0].index, bytes([b[1][0] ^ 1]) + b[1][1:]), "does not vouch"),
+    ("SumChunk", lambda b, _: sum_chunk(b[0].index, b[1] * 100), "that no sum has"),
+    ("SumChunk", lambda b, _: sum_chunk(0, b[1][:-4]), "that no sum has"),
+    ("SumChunk", lambda b, _: (b[0], b[1][:-4]), "not the one it signed"),
     ("RoundResult", lambda b, _: m.RoundResult(b.record.replace(b"hospital-01", b"hospital-00")), "does not verify"),
 ]
 
@@ -289,7 +310,7 @@ def test_a_malicious_aggregator_is_refused_and_no_share_is_revealed_against_the_
 
 def test_sums_that_never_come_whole_are_blamed_on_the_aggregator() -> None:
     network = make_network(4)
-    tamper(network, "SumChunk", lambda body, _: m.SumChunk(body.index + 1, body.data))
+    tamper(network, "SumChunk", lambda b, _: sum_chunk(b[0].index + 1, b[1]))
     network.run()
     assert {str(fault) for fault in network.faults.values()} == {"aggregator: keeps sending incomplete sums"}
 
@@ -301,7 +322,7 @@ def test_round_keys_of_another_attempt_are_refused() -> None:
     aggregator = network.consortium.identities[AGGREGATOR]
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
-        envelope = msgspec.msgpack.decode(data)
+        envelope = head(data)
         kind, attempt = envelope[5][0], envelope[3]
         if sender == liar.node_id and kind == "SealedSeeds" and attempt == 1 and envelope[5][1] == "hospital-03":
             bad = m.SealedSeeds("hospital-03", envelope[5][2], bytes(1202), b"")
@@ -310,8 +331,9 @@ def test_round_keys_of_another_attempt_are_refused() -> None:
             kept[sender] = data
         if kind == "KeySet" and attempt == 2:
             old = next(name for name in sorted(kept) if name != recipient)
-            keys = tuple(kept[old] if m.claimed_sender(k) == old else k for k in envelope[5][1])
-            return [m.encode(aggregator, AttemptId(network.digest, 1, 2), m.KeySet(keys))]
+            keys = tuple(kept[old] if m.claimed_sender(k) == old else k for k in envelope[5][2])
+            digests = tuple((n, keys_digest(kept[old]) if n == old else d) for n, d in envelope[5][1])
+            return [m.encode(aggregator, AttemptId(network.digest, 1, 2), m.KeySet(digests, keys))]
         return [data]
 
     network.tap = tap
@@ -326,10 +348,11 @@ def test_seeds_for_somebody_else_or_under_other_keys_are_refused() -> None:
     aggregator = network.consortium.identities[AGGREGATOR]
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
-        envelope = msgspec.msgpack.decode(data)
+        envelope = head(data)
         if envelope[5][0] == "KeySet" and recipient == "hospital-00":
-            keys = tuple(k for k in envelope[5][1] if m.claimed_sender(k) != "hospital-03")
-            return [m.encode(aggregator, AttemptId(network.digest, 1, 1), m.KeySet(keys))]
+            keys = tuple(k for k in envelope[5][2] if m.claimed_sender(k) != "hospital-03")
+            digests = tuple((n, d) for n, d in envelope[5][1] if n != "hospital-03")
+            return [m.encode(aggregator, AttemptId(network.digest, 1, 1), m.KeySet(digests, keys))]
         return [data]
 
     network.tap = tap
@@ -347,7 +370,7 @@ def test_different_survivor_sets_to_different_nodes_get_no_quorum() -> None:
         "hospital-03": slice(0, 4),
     }
     revealed: list[str] = []
-    tamper(network, "Survivors", lambda body, to: m.Survivors(body.survivors[sets[to]]))
+    tamper(network, "Survivors", lambda body, to: m.Survivors(body.survivors[sets[to]], body.uploads))
     inner = network.tap
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
@@ -378,7 +401,7 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
         if sender == "hospital-02" and body_type(data) == "MaskedChunk":
-            sent.extend(msgspec.msgpack.decode(data)[5][2])
+            sent.extend(data[4 + int.from_bytes(data[:4]) :])
         return [data]
 
     network.tap = tap
@@ -391,14 +414,17 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
 @pytest.mark.parametrize(
     ("kind", "body"),
     [
-        ("MaskedChunk", lambda b: m.MaskedChunk(b.index, b.data + b"1234")),
-        ("MaskedChunk", lambda b: m.MaskedChunk(b.index + 99, b.data)),
-        ("UploadDone", lambda _: m.UploadDone(bytes(32))),
-        ("RoundKeys", lambda _: m.UploadDone(bytes(32))),
-        ("RoundKeys", lambda b: m.RoundKeys(b"\xff" * 1216, b.pair_public, bytes(32))),
-        ("RoundKeys", lambda b: m.RoundKeys(b.share_public, b.pair_public[:1184] + bytes(32), bytes(32))),
-        ("SurvivorVote", lambda _: m.SurvivorVote(bytes(64))),
-        ("Unmasking", lambda _: m.Unmasking((), ())),
+        ("MaskedChunk", lambda b, tail: (m.MaskedChunk(b.index, m.chunk_digest(tail + b"1234")), tail + b"1234")),
+        ("MaskedChunk", lambda b, tail: (b, tail + b"1234")),
+        ("MaskedChunk", lambda b, tail: (m.MaskedChunk(b.index + 99, b.digest), tail)),
+        ("UploadDone", lambda b, _: m.UploadDone(bytes(32), b.view)),
+        ("UploadDone", lambda b, _: m.UploadDone(b.digest, bytes(32))),
+        ("UploadDone", lambda b, _: (b, b"tail")),
+        ("RoundKeys", lambda b, _: m.UploadDone(bytes(32), bytes(32))),
+        ("RoundKeys", lambda b, _: m.RoundKeys(b"\xff" * 1216, b.pair_public, bytes(32), bytes(32))),
+        ("RoundKeys", lambda b, _: m.RoundKeys(b.share_public, b.pair_public[:1184] + bytes(32), *[bytes(32)] * 2)),
+        ("SurvivorVote", lambda b, _: m.SurvivorVote(bytes(64))),
+        ("Unmasking", lambda b, _: m.Unmasking((), ())),
     ],
 )
 def test_a_misbehaving_node_is_named_and_the_round_completes_without_it(kind: str, body: object) -> None:
@@ -409,7 +435,9 @@ def test_a_misbehaving_node_is_named_and_the_round_completes_without_it(kind: st
         if sender != liar.node_id or body_type(data) != kind:
             return [data]
         message = m.decode(data, liar.node_id, liar.public_key, network.digest)
-        return [m.encode(liar, AttemptId(network.digest, message.round, message.attempt), body(message.body))]  # type: ignore[operator]
+        changed = body(message.body, bytes(message.tail))  # type: ignore[operator]
+        changed = changed if isinstance(changed, tuple) else (changed,)
+        return [m.encode(liar, AttemptId(network.digest, message.round, message.attempt), *changed)]
 
     network.tap = tap
     network.run()

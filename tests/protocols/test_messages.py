@@ -10,39 +10,48 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
 from tests.keys.factory import make_consortium
-from tests.protocols.network import names
+from tests.protocols.network import head, names
 
 CONSORTIUM = make_consortium(names(3))
 ALICE = CONSORTIUM.identities["hospital-00"]
 DIGEST = bytes(range(32))
 ATTEMPT = AttemptId(DIGEST, 3, 2)
 KEY, SHARE, H32, H64 = bytes(PUBLIC_KEY_BYTES), bytes(33), bytes(32), bytes(64)
+TAIL = b"12345678"
 
 BODIES = [
     m.Join(1),
     m.Ready(),
     m.Declined("the budget is spent"),
-    m.RoundKeys(KEY, KEY, H32),
+    m.RoundKeys(KEY, KEY, H32, H32),
     m.SealedSeeds("hospital-01", H32, b"sealed", b""),
     m.Complaint("hospital-01"),
-    m.MaskedChunk(0, b"1234"),
-    m.UploadDone(H32),
+    m.MaskedChunk(0, m.chunk_digest(TAIL)),
+    m.UploadDone(H32, H32),
     m.SurvivorVote(H64),
     m.Unmasking((("hospital-01", SHARE),), ()),
     m.Receipt(H64),
     m.Farewell(),
     m.RoundOpen(2),
     m.AttemptOpen(("hospital-00",)),
-    m.KeySet((b"signed",)),
+    m.KeySet((("hospital-00", H32),), (b"signed",)),
     m.SeedSet(("hospital-00",), (b"signed",)),
     m.Credit(4),
-    m.Survivors((("hospital-00", H32),)),
+    m.Survivors((("hospital-00", H32),), (b"signed",)),
     m.SurvivorProof((("hospital-00", H64),)),
-    m.SumChunk(0, b"1234"),
-    m.RoundResult(b"line"),
+    m.SumChunk(0, m.chunk_digest(TAIL)),
+    m.RoundResult(b"line", (("hospital-00", H64),)),
     m.AttemptFailed("too few", final=True),
     m.StudyEnded("done"),
 ]
+
+
+def encode(body: m.AnyBody) -> bytes:
+    return m.encode(ALICE, ATTEMPT, body, TAIL if isinstance(body, m.MaskedChunk | m.SumChunk) else b"")
+
+
+def frame(head: bytes, tail: bytes = b"") -> bytes:
+    return len(head).to_bytes(4) + head + tail
 
 
 def decode(data: bytes) -> m.Message:
@@ -51,7 +60,8 @@ def decode(data: bytes) -> m.Message:
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
 def test_every_body_comes_back(body: m.AnyBody) -> None:
-    assert decode(m.encode(ALICE, ATTEMPT, body)) == m.Message("hospital-00", 3, 2, body)
+    tail = TAIL if isinstance(body, m.MaskedChunk | m.SumChunk) else b""
+    assert decode(encode(body)) == m.Message("hospital-00", 3, 2, body, memoryview(tail))
 
 
 def test_all_bodies_are_listed_here() -> None:
@@ -60,7 +70,7 @@ def test_all_bodies_are_listed_here() -> None:
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
 def test_no_changed_byte_passes(body: m.AnyBody) -> None:
-    data = m.encode(ALICE, ATTEMPT, body)
+    data = encode(body)
     places = range(len(data)) if len(data) < 400 else [*range(0, len(data), 37), *range(len(data) - 70, len(data))]
     for place in places:
         for flip in (0x01, 0x80, 0xFF):
@@ -82,12 +92,13 @@ def test_random_bytes_are_refused(data: bytes) -> None:
     "data",
     [
         b"",
-        b"\xdd\xff\xff\xff\xff",  # an array of 2^32 - 1 elements
-        b"\xc6\xff\xff\xff\xff",  # a byte string of 4 GiB
-        b"\x91" * 100_000,  # nested 100,000 deep
+        frame(b"\xdd\xff\xff\xff\xff"),  # an array of 2^32 - 1 elements
+        frame(b"\xc6\xff\xff\xff\xff"),  # a byte string of 4 GiB
+        frame(b"\x91" * 100_000),  # nested 100,000 deep
+        b"\xff\xff\xff\xff" + encode(m.Ready())[4:],  # a head of 4 GiB
         bytes(m.MESSAGE_LIMIT_BYTES + 1),
     ],
-    ids=["empty", "huge array", "huge bytes", "deep", "oversized"],
+    ids=["empty", "huge array", "huge bytes", "deep", "huge head", "oversized"],
 )
 def test_hostile_sizes_are_refused_before_anything_is_allocated(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
@@ -96,11 +107,12 @@ def test_hostile_sizes_are_refused_before_anything_is_allocated(data: bytes) -> 
 
 def test_appended_bytes_truncation_and_other_spellings_are_refused() -> None:
     data = m.encode(ALICE, ATTEMPT, m.Join(1))
-    envelope = msgspec.msgpack.decode(data)
-    wide = data.replace(b"\x03\x02", b"\xcc\x03\x02", 1)  # the round as a two-byte integer
-    extra = msgspec.msgpack.encode([*envelope, 0])
-    more = msgspec.msgpack.encode([*envelope[:5], [*envelope[5], 0], envelope[6]])
-    for bad in (data + b"\0", data[:-1], wide, extra, more):
+    envelope = head(data)
+    wide = frame(data[4:].replace(b"\x03\x02", b"\xcc\x03\x02", 1))  # the round as a two-byte integer
+    extra = frame(msgspec.msgpack.encode([*envelope, 0]))
+    more = frame(msgspec.msgpack.encode([*envelope[:5], [*envelope[5], 0], envelope[6]]))
+    longer, shorter = frame(data[4:] + b"\0"), frame(data[4:-1])
+    for bad in (data + b"\0", data[:-1], wide, extra, more, longer, shorter):
         with pytest.raises(RemoteProtocolError):
             decode(bad)
 
@@ -111,12 +123,12 @@ def test_a_message_is_bound_to_its_agreement_sender_round_attempt_and_type() -> 
         m.decode(data, "hospital-00", ALICE.public_key, bytes(32))
     with pytest.raises(RemoteProtocolError, match="in the name of"):
         m.decode(data, "hospital-01", CONSORTIUM.identities["hospital-01"].public_key, DIGEST)
-    envelope = msgspec.msgpack.decode(data)
-    for place, value in ((2, 4), (3, 1), (5, ["Ready"]), (0, 2), (4, "hospital-01")):
+    envelope = head(data)
+    for place, value in ((2, 4), (3, 1), (5, ["Ready"]), (0, 1), (4, "hospital-01")):
         moved = list(envelope)
         moved[place] = value
         with pytest.raises(RemoteProtocolError):
-            decode(msgspec.msgpack.encode(moved))
+            decode(frame(msgspec.msgpack.encode(moved)))
 
 
 def test_text_from_peers_cannot_steer_a_terminal() -> None:
@@ -128,13 +140,13 @@ def test_text_from_peers_cannot_steer_a_terminal() -> None:
 def signed(*envelope: object) -> bytes:
     """A message that Alice really signed, whatever it holds."""
     content = msgspec.msgpack.encode(envelope)
-    return msgspec.msgpack.encode([*envelope, ALICE.sign(Label.MESSAGE, content)])
+    return frame(msgspec.msgpack.encode([*envelope, ALICE.sign(Label.MESSAGE, content)]))
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 2**63])
+@pytest.mark.parametrize("version", [0, 1, 3, -1, 2**63])
 def test_another_version_is_refused_although_it_is_signed(version: int) -> None:
-    assert decode(signed(1, DIGEST, 3, 2, "hospital-00", ["Ready"])).body == m.Ready()
-    with pytest.raises(RemoteProtocolError, match=f"speaks protocol version {version}, not 1"):
+    assert decode(signed(m.VERSION, DIGEST, 3, 2, "hospital-00", ["Ready"])).body == m.Ready()
+    with pytest.raises(RemoteProtocolError, match=f"speaks protocol version {version}, not {m.VERSION}"):
         decode(signed(version, DIGEST, 3, 2, "hospital-00", ["Ready"]))
 
 
@@ -152,45 +164,54 @@ NAME, FEW = "hospital-00", [["hospital-00", H32]]
         (["AttemptFailed", "x", True], ["AttemptFailed", "x", 1]),
         (["Declined", "x" * 500], ["Declined", "x" * 501]),
         (["Declined", "a b"], ["Declined", "a\nb"]),
-        (["UploadDone", H32], ["UploadDone", H32 + b"\0"]),
-        (["UploadDone", H32], ["UploadDone", bytes(31)]),
-        (["RoundKeys", KEY, KEY, H32], ["RoundKeys", KEY, KEY[1:], H32]),
+        (["UploadDone", H32, H32], ["UploadDone", H32 + b"\0", H32]),
+        (["UploadDone", H32, H32], ["UploadDone", H32, bytes(31)]),
+        (["RoundKeys", KEY, KEY, H32, H32], ["RoundKeys", KEY, KEY[1:], H32, H32]),
         (["SealedSeeds", NAME, H32, bytes(2048), b""], ["SealedSeeds", NAME, H32, bytes(2049), b""]),
         (["SealedSeeds", NAME, H32, b"", bytes(2048)], ["SealedSeeds", NAME, H32, b"", bytes(2049)]),
-        (["MaskedChunk", 0, bytes(1 << 20)], ["MaskedChunk", 0, bytes((1 << 20) + 1)]),
-        (["MaskedChunk", 0, bytes(4)], ["MaskedChunk", 0, bytes(3)]),
+        (["KeySet", FEW * 256, []], ["KeySet", FEW * 257, []]),
         (["SurvivorVote", H64], ["SurvivorVote", H32]),
         (["AttemptOpen", [NAME] * 256], ["AttemptOpen", [NAME] * 257]),
         (["AttemptOpen", ["a" * 63]], ["AttemptOpen", ["a" * 64]]),
         (["AttemptOpen", [NAME]], ["AttemptOpen", ["../" + NAME]]),
-        (["KeySet", [bytes(8192)]], ["KeySet", [bytes(8193)]]),
-        (["KeySet", [b""] * 256], ["KeySet", [b""] * 257]),
-        (["Survivors", FEW * 256], ["Survivors", FEW * 257]),
+        (["KeySet", [], [bytes(8192)]], ["KeySet", [], [bytes(8193)]]),
+        (["KeySet", [], [b""] * 256], ["KeySet", [], [b""] * 257]),
+        (["Survivors", FEW * 256, []], ["Survivors", FEW * 257, []]),
         (["SurvivorProof", [[NAME, H64]]], ["SurvivorProof", [[NAME, H64, 0]]]),
         (["Unmasking", [[NAME, SHARE]] * 256, []], ["Unmasking", [[NAME, SHARE]] * 257, []]),
         (["Unmasking", [[NAME, SHARE]], []], ["Unmasking", [[NAME, SHARE[1:]]], []]),
-        (["RoundResult", bytes(1 << 20)], ["RoundResult", bytes((1 << 20) + 1)]),
+        (["RoundResult", bytes(1 << 19), []], ["RoundResult", bytes((1 << 19) + 1), []]),
     ],
     ids=lambda body: str(body)[:40],
 )
 def test_every_bound_holds_for_signed_messages_too(good: list[object], bad: list[object]) -> None:
-    decode(signed(1, DIGEST, 3, 2, "hospital-00", good))
+    decode(signed(m.VERSION, DIGEST, 3, 2, "hospital-00", good))
     with pytest.raises(RemoteProtocolError, match="cannot be decoded"):
-        decode(signed(1, DIGEST, 3, 2, "hospital-00", bad))
+        decode(signed(m.VERSION, DIGEST, 3, 2, "hospital-00", bad))
 
 
 def test_an_oversized_message_is_refused_unread_although_every_part_of_it_is_in_bounds() -> None:
     with pytest.raises(RemoteProtocolError, match="over the limit"):
-        decode(signed(1, DIGEST, 3, 2, "hospital-00", ["KeySet", [bytes(8192)] * 256]))
+        decode(signed(m.VERSION, DIGEST, 3, 2, "hospital-00", ["KeySet", [], [bytes(8192)] * 256]))
 
 
 def test_signatures_by_another_member_and_for_another_purpose_are_refused() -> None:
-    envelope = (1, DIGEST, 3, 2, "hospital-00", ["Ready"])
+    envelope = (m.VERSION, DIGEST, 3, 2, "hospital-00", ["Ready"])
     content = msgspec.msgpack.encode(envelope)
     bob = CONSORTIUM.identities["hospital-01"]
     for signature in (bob.sign(Label.MESSAGE, content), ALICE.sign(Label.RECEIPT, content), H64):
         with pytest.raises(RemoteProtocolError, match="wrong signature"):
-            decode(msgspec.msgpack.encode([*envelope, signature]))
+            decode(frame(msgspec.msgpack.encode([*envelope, signature])))
+
+
+@pytest.mark.parametrize("tail", [b"", b"1", TAIL[:-1], TAIL + b"0", bytes(8)])
+def test_a_chunk_is_bound_to_its_bytes_and_nothing_else_may_have_any(tail: bytes) -> None:
+    for kind in (m.MaskedChunk, m.SumChunk):
+        with pytest.raises(RemoteProtocolError, match="not the one it signed"):
+            decode(m.encode(ALICE, ATTEMPT, kind(0, m.chunk_digest(TAIL)), tail))
+    if tail:
+        with pytest.raises(RemoteProtocolError, match="bytes behind it"):
+            decode(m.encode(ALICE, ATTEMPT, m.Ready(), tail))
 
 
 DATA = m.encode(ALICE, ATTEMPT, m.Unmasking((("hospital-01", SHARE),), (("hospital-02", SHARE),)))
@@ -223,10 +244,10 @@ def test_signed_nonsense_is_refused_or_a_message(value: object, body: m.AnyBody)
     kind = type(body).__name__
     for content in (value, [kind, value], [kind, value, value], [kind, value, value, value]):
         try:
-            message = decode(signed(1, DIGEST, 3, 2, "hospital-00", content))
+            message = decode(signed(m.VERSION, DIGEST, 3, 2, "hospital-00", content))
         except RemoteProtocolError:
             continue
         assert type(message.body) in m.AnyBody.__args__
     with pytest.raises(RemoteProtocolError):
-        decode(msgspec.msgpack.encode(value))
-    assert m.claimed_sender(msgspec.msgpack.encode(value)) == ""
+        decode(frame(msgspec.msgpack.encode(value)))
+    assert m.claimed_sender(frame(msgspec.msgpack.encode(value))) == ""

@@ -80,13 +80,28 @@ def test_a_mask_is_the_aes_256_ctr_keystream_and_comes_off_again(size: int) -> N
     key = bytes(range(32))
     values = np.arange(size, dtype=np.uint32) * np.uint32(2654435761)
     masked = values.copy()
-    prg.add_mask(masked, key)
+    prg.MaskSet([key], []).apply(masked)
     blocks = b"".join(counter.to_bytes(16) for counter in range(-(-4 * size // 16)))
     encryptor = Cipher(algorithms.AES256(key), modes.ECB()).encryptor()  # noqa: S305 - counter mode by definition
     keystream = np.frombuffer(encryptor.update(blocks)[: 4 * size], dtype="<u4")
     assert np.array_equal(masked - values, keystream)
-    prg.add_mask(masked, key, subtract=True)
+    prg.MaskSet([], [key]).apply(masked)
     assert np.array_equal(masked, values)
+
+
+def test_masks_applied_block_by_block_are_the_masks_of_the_whole() -> None:
+    """Whatever the blocks; and each key once added and once subtracted leaves nothing."""
+    keys = [bytes([index]) * 32 for index in range(5)]
+    whole = np.arange(70_001, dtype=np.uint32)
+    parts = whole.copy()
+    prg.MaskSet(keys[:3], keys[3:]).apply(whole)
+    masks, start = prg.MaskSet(keys[:3], keys[3:]), 0
+    for length in (1, 2, 3, 255, 65_536, 4_204):
+        masks.apply(parts[start : start + length])
+        start += length
+    assert np.array_equal(parts, whole)
+    prg.MaskSet(keys[3:], keys[:3]).apply(parts)
+    assert np.array_equal(parts, np.arange(70_001, dtype=np.uint32))
 
 
 # --- Shamir
@@ -182,7 +197,7 @@ def test_everything_derived_from_one_secret_differs() -> None:
 
 
 def test_secrets_are_not_shown_nor_pickled() -> None:
-    secrets = sealing.AttemptSecrets(b"\x11" * 32, b"\x22" * 32, b"\x33" * 32)
+    secrets = sealing.AttemptSecrets(b"\x11" * 32, b"\x22" * 32, b"\x33" * 32, b"\x44" * 32)
     for text in (repr(secrets), str(secrets), f"{secrets}"):
         assert "\\x11" not in text
         assert "1111" not in text

@@ -95,17 +95,18 @@ def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
         if sender != liar.node_id or body_type(data) != kind:
             return [data]
-        message = m.decode(data, liar.node_id, liar.public_key, network.digest)
+        message, tail = m.decode(data, liar.node_id, liar.public_key, network.digest), b""
         match message.body:
-            case m.RoundKeys(share, pair, _):
-                other: m.AnyBody = m.RoundKeys(share, pair, bytes(32))
+            case m.RoundKeys(share, pair, _, tag):
+                other: m.AnyBody = m.RoundKeys(share, pair, bytes(32), tag)
             case m.SealedSeeds(recipient, cohort, _, contribution):
                 other = m.SealedSeeds(recipient, cohort, bytes(1202), contribution)
-            case m.MaskedChunk(index, chunk):
-                other = m.MaskedChunk(index, bytes(len(chunk)))
-            case _:
-                other = m.UploadDone(bytes(32))
-        return [data, m.encode(liar, AttemptId(network.digest, message.round, message.attempt), other)]
+            case m.MaskedChunk(index, _):
+                tail = bytes(len(message.tail))
+                other = m.MaskedChunk(index, m.chunk_digest(tail))
+            case m.UploadDone(_, view):
+                other = m.UploadDone(bytes(32), view)
+        return [data, m.encode(liar, AttemptId(network.digest, message.round, message.attempt), other, tail)]
 
     network.tap = tap
     network.run()
@@ -130,20 +131,21 @@ def test_old_messages_that_are_replayed_are_ignored_or_refused() -> None:
 
 
 def test_a_restarted_node_never_masks_twice() -> None:
-    network = make_network(4)
+    network = make_network(4, rounds=2)
     network.run()
     name = "hospital-00"
-    again = node.NodeMachine(
-        network.parties,
-        network.consortium.identities[name],
-        (AGGREGATOR, network.consortium.identities[AGGREGATOR].public_key),
-        network.size,
-        coins=lambda n: bytes(n),
-        journal=network.journals[name],
-    )
-    aggregator = network.consortium.identities[AGGREGATOR]
-    with pytest.raises(LocalProtocolError, match="before a restart"):
-        again.receive(m.encode(aggregator, AttemptId(network.digest, 1, 0), m.RoundOpen(0)))
+    for completed, number, fault in [(1, 2, "unmasking had begun"), (2, 2, "went back"), (2, 1, "went back")]:
+        again = node.NodeMachine(
+            network.parties,
+            network.consortium.identities[name],
+            (AGGREGATOR, network.consortium.identities[AGGREGATOR].public_key),
+            network.size,
+            coins=lambda n: bytes(n),
+            journal=network.journals[name],
+            completed=completed,
+        )
+        with pytest.raises(RemoteProtocolError, match=fault):
+            say(network, again, number, 0, m.RoundOpen(completed))
 
 
 def test_what_a_driver_may_not_do() -> None:
@@ -260,8 +262,8 @@ COHORT = m.AttemptOpen(tuple(names(4)))
         ([(3, 1, COHORT)], "attempt of round 3 during round 2"),
         ([(2, 1, COHORT), (2, 1, COHORT)], "old attempt again"),
         ([(2, 9, COHORT)], "more attempts than agreed"),
-        ([(2, 1, m.KeySet(()))], "not open"),
-        ([(2, 1, COHORT), (2, 2, m.KeySet(()))], "not open"),
+        ([(2, 1, m.KeySet((), ()))], "not open"),
+        ([(2, 1, COHORT), (2, 2, m.KeySet((), ()))], "not open"),
         ([(2, 1, COHORT), (2, 1, m.SeedSet((), ()))], "in state KEYS"),
         ([(2, 1, COHORT), (2, 1, m.Credit(1))], "in state KEYS"),
         ([(2, 1, COHORT), (2, 1, m.SurvivorProof(()))], "in state KEYS"),
@@ -282,9 +284,8 @@ def test_an_aggregator_that_leaves_the_order_of_things_is_refused(
 
 def test_an_aggregator_that_forgets_a_round_is_refused() -> None:
     network = make_network(4, rounds=5)
-    network.run()
     machine = network.nodes["hospital-02"]
-    machine.ended, machine._round = False, 4
+    machine._completed = 4
     with pytest.raises(RemoteProtocolError, match="forgot a completed round"):
         say(network, machine, 5, 0, m.RoundOpen(3))
 
@@ -311,14 +312,14 @@ def test_what_is_relayed_wrongly_is_the_aggregators_fault(kind: str) -> None:
                 other = m.SealedSeeds(to, view or seeds.cohort_digest, seeds.shares, seeds.contribution)
                 forged = m.encode(colluder, attempt, other)
                 body = m.SeedSet(senders, tuple(forged if s == old else s for s in sealed))
-            case "type", m.KeySet(keys):
+            case "type", m.KeySet(digests, keys):
                 forged = m.encode(colluder, attempt, m.Ready())
-                body = m.KeySet(tuple(forged if m.claimed_sender(k) == "hospital-04" else k for k in keys))
+                body = m.KeySet(digests, tuple(forged if m.claimed_sender(k) == "hospital-04" else k for k in keys))
             case "stranger", m.AttemptOpen(cohort):
                 body = m.AttemptOpen(tuple(name for name in cohort if name != "hospital-04"))
             case "early survivors", m.Credit():
-                body = m.Survivors(tuple((name, bytes(32)) for name in names(5)))
-        return [m.encode(aggregator, attempt, body)]
+                body = m.Survivors(tuple((name, bytes(32)) for name in names(5)), ())
+        return [m.encode(aggregator, attempt, body, envelope.tail)]
 
     network.tap = tap
     network.run()
@@ -326,7 +327,7 @@ def test_what_is_relayed_wrongly_is_the_aggregators_fault(kind: str) -> None:
         "recipient": "not for us",
         "view": "other round keys than us",
         "type": "a Ready instead of RoundKeys",
-        "stranger": "who is not in the cohort",
+        "stranger": "not in the cohort",
         "early survivors": "another digest|before our upload was complete",
     }
     assert set(network.faults) == {victim}

@@ -11,6 +11,7 @@ from keys.errors import LocalProtocolError, VerificationFailed
 from keys.labels import Label
 from protocols import transcript as t
 from protocols.chain import GENESIS
+from protocols.sealing import AttemptId
 from tests.audit.factory import Study, make_study
 from tests.audit.tamper import byte_changes, line_changes
 from tests.keys.factory import AGGREGATOR
@@ -234,13 +235,14 @@ def test_a_line_that_no_reader_would_accept_is_not_made(study: Study, seconds: f
 def test_statements_are_unambiguous() -> None:
     digest = bytes(32)
     statements = {
-        t.survivor_statement(digest, 1, 1, [("a", digest), ("b", digest)]),
-        t.survivor_statement(digest, 1, 2, [("a", digest), ("b", digest)]),
-        t.survivor_statement(digest, 2, 1, [("a", digest), ("b", digest)]),
-        t.survivor_statement(digest, 1, 1, [("a", digest)]),
-        t.survivor_statement(digest, 1, 1, [("b", digest), ("a", digest)]),
-        t.survivor_statement(digest, 1, 1, [("ab", digest)]),
-        t.survivor_statement(b"\1" * 32, 1, 1, [("a", digest), ("b", digest)]),
+        t.survivor_statement(AttemptId(digest, 1, 1), digest, [("a", digest), ("b", digest)]),
+        t.survivor_statement(AttemptId(digest, 1, 2), digest, [("a", digest), ("b", digest)]),
+        t.survivor_statement(AttemptId(digest, 2, 1), digest, [("a", digest), ("b", digest)]),
+        t.survivor_statement(AttemptId(digest, 1, 1), digest, [("a", digest)]),
+        t.survivor_statement(AttemptId(digest, 1, 1), digest, [("b", digest), ("a", digest)]),
+        t.survivor_statement(AttemptId(digest, 1, 1), digest, [("ab", digest)]),
+        t.survivor_statement(AttemptId(digest, 1, 1), b"\2" * 32, [("a", digest), ("b", digest)]),
+        t.survivor_statement(AttemptId(b"\1" * 32, 1, 1), digest, [("a", digest), ("b", digest)]),
     }
-    assert len(statements) == 7
+    assert len(statements) == 8
     assert t.upload_digest(b"x") != t.aggregate_digest(b"x")

@@ -106,9 +106,23 @@ def test_unknown_or_wrong_configuration_keys_are_refused(site: Site, change: dic
         start(site)
 
 
-def test_a_study_is_never_continued_over_an_older_ledger(site: Site) -> None:
+def test_one_study_runs_in_one_process_only(site: Site) -> None:
+    running = start(site)
+    with pytest.raises(ConfigError, match="another process"):
+        start(site)
+    running._budget.file.close()
+    running._journal.close()
     start(site)
-    with pytest.raises(ConfigError, match="has run here before"):
+
+
+def test_a_ledger_of_other_records_is_not_continued(site: Site) -> None:
+    running = start(site)
+    running._budget.close()
+    running._journal.close()
+    records = dict(np.load(site.base / NODE / "records.npz"))
+    records["features"][0] += 1
+    np.savez(site.base / NODE / "records.npz", **records)
+    with pytest.raises(ConfigError, match="opened for other records"):
         start(site)
 
 
@@ -187,10 +201,12 @@ def run_study(site: Site, victim: str | None = None) -> dict[str, int]:
 
 def collect(site: Site) -> Path:
     records = site.base / AGGREGATOR / "records"
-    (records / "ledgers").mkdir()
-    for name in HOSPITALS:
-        for path in (site.base / name / "state").glob("*/ledger.jsonl"):
-            (records / "ledgers" / f"{name}.jsonl").write_bytes(path.read_bytes())
+    for kind in ("ledger", "receipts"):
+        folder = records / ("ledgers" if kind == "ledger" else kind)
+        folder.mkdir()
+        for name in HOSPITALS:
+            for path in (site.base / name / "state").glob(f"*/{kind}.jsonl"):
+                (folder / f"{name}.jsonl").write_bytes(path.read_bytes())
     write_manifest(records, site.consortium.authority.sign)
     return records
 

@@ -39,12 +39,16 @@ def test_lines_are_appended_whole_in_a_file_that_only_its_owner_reads(tmp_path: 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_record_is_never_continued_or_overwritten(tmp_path: Path) -> None:
+def test_a_record_is_continued_behind_its_last_whole_line_and_by_one_process_only(tmp_path: Path) -> None:
     path = tmp_path / "transcript.jsonl"
-    path.write_bytes(b"old\n")
-    with pytest.raises(ConfigError, match="exists already"):
+    path.write_bytes(b"one\ntwo\ntorn by a cra")
+    file = LineFile(path)
+    assert file.lines == (b"one\n", b"two\n")
+    with pytest.raises(ConfigError, match="another process"):
         LineFile(path)
-    assert path.read_bytes() == b"old\n"
+    file.append(b"three\n")
+    file.close()
+    assert path.read_bytes() == b"one\ntwo\nthree\n"
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError):
         LineFile(tmp_path / "link")
