@@ -77,7 +77,7 @@ class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
     ring_bits: Literal[32, 24, 20] = 32
     value_bits: Annotated[int, Meta(ge=8, le=30)] = 26
     fraction_bits: Annotated[int, Meta(ge=1, le=29)] = 20
-    chunk_values: Annotated[int, Meta(ge=256, le=262_144)] = 65_536
+    chunk_values: Annotated[int, Meta(ge=1024, le=262_144)] = 65_536
     max_attempts: Annotated[int, Meta(ge=1, le=16)] = 3
 
     @property
@@ -274,7 +274,7 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
             ring.threshold <= ring.minimum_cohort,
         ),
         ("minimum_cohort must not exceed the number of members", ring.minimum_cohort <= n_max),
-        ("chunk_values must be even, else packed values would straddle chunks", ring.chunk_values % 2 == 0),
+        ("chunk_values must be a multiple of 1024, the row of the tag", ring.chunk_values % 1024 == 0),
         *_graph_rules(ring, n_max),
         ("members must have distinct node ids", len(set(names)) == n_max),
         (

@@ -21,6 +21,9 @@ from protocols.agreement import Agreement
 Float64Vector = NDArray[np.float64]
 Uint32Vector = NDArray[np.uint32]
 
+BLOCK_VALUES = 1 << 14
+"""Values per pass, so that intermediate results stay in the cache."""
+
 _THREE_BYTES = np.dtype([("low", "<u2"), ("high", "u1")])
 _FIVE_BYTES = np.dtype([("low", "<u4"), ("high", "u1")])
 
@@ -72,11 +75,15 @@ class FixedPoint:
 
     def encode_into(self, values: Float64Vector, out: Uint32Vector) -> None:
         """Encode checked `values` ([m] float64) into `out` ([m] uint32), each in [1, 2^value_bits - 1]."""
-        scaled = np.clip(values, -self.limit, self.limit)
-        scaled *= 2.0**self.fraction_bits
-        np.rint(scaled, out=scaled)
-        scaled += 2.0 ** (self.value_bits - 1)
-        out[:] = scaled
+        scratch = np.empty(min(values.size, BLOCK_VALUES))
+        for start in range(0, values.size, BLOCK_VALUES):
+            block = values[start : start + BLOCK_VALUES]
+            scaled = scratch[: block.size]
+            np.clip(block, -self.limit, self.limit, out=scaled)
+            scaled *= 2.0**self.fraction_bits
+            np.rint(scaled, out=scaled)
+            scaled += 2.0 ** (self.value_bits - 1)
+            out[start : start + block.size] = scaled
 
     def encode(self, values: Float64Vector) -> Uint32Vector:
         """Encode `values` ([d] float64) as [d] uint32.

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
+from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from keys.identity import verify_signature
@@ -32,9 +33,10 @@ from protocols import sealing, shamir
 from protocols.encoding import FixedPoint, Uint32Vector, packed_bytes, unpack
 from protocols.graph import MaskGraph
 from protocols.masked_node import Parties, open_contribution
-from protocols.prg import MaskSet
+from protocols.prg import BLOCK_VALUES, MaskSet
 from protocols.transcript import survivor_statement, upload_digest
 from protocols.upload import coordinates
+from protocols.workers import spread
 
 MAX_RECONSTRUCTIONS = 500
 """How many subsets of shares are tried when some of them are wrong."""
@@ -462,16 +464,20 @@ class MaskedAggregator:
             )
             if master is None:
                 return self._fail_secret(name, "pair master", self._pair_shares)
+            pair_key = sealing.private_key(master, self._attempt)
             for survivor in neighbours:
                 try:
-                    key = self._lost_pair_key(master, name, survivor)
+                    key = self._lost_pair_key(master, pair_key, name, survivor)
                 except sealing.SealBroken:
                     low = min(name, survivor)
                     self.blamed[low] = f"{low}: sealed a contribution that does not open"
                     return self._fail(f"the pair seed of {name} and {survivor} cannot be recovered")
                 # The survivor's own mask is still in the total: the first of a pair added it, the second subtracted it.
                 (subtracted if survivor < name else added).append(key)
-        MaskSet(added, subtracted).apply(self._total)
+        masks, total = MaskSet(added, subtracted), self._total
+        spread(
+            lambda start: masks.apply(total[start : start + BLOCK_VALUES], start), range(0, total.size, BLOCK_VALUES)
+        )
         if self._ring_bits < 32:
             self._total &= np.uint32((1 << self._ring_bits) - 1)
         self.phase = Phase.DONE
@@ -480,7 +486,7 @@ class MaskedAggregator:
         )
         return []
 
-    def _lost_pair_key(self, master: bytes, lost: str, survivor: str) -> bytes:
+    def _lost_pair_key(self, master: bytes, pair_key: MLKEM768X25519PrivateKey, lost: str, survivor: str) -> bytes:
         low, high = min(lost, survivor), max(lost, survivor)
         attempt, cohort = self._attempt, self._cohort_digest
         if lost == low:
@@ -491,7 +497,7 @@ class MaskedAggregator:
             seeds = m.decode(self._seeds[low][high], low, key, attempt.agreement_digest).body
             if not isinstance(seeds, m.SealedSeeds):
                 raise LocalProtocolError("unreachable")
-            secret = open_contribution(master, attempt, cohort, low, high, seeds)
+            secret = open_contribution(pair_key, attempt, cohort, low, high, seeds)
         return sealing.pair_mask_key(secret, attempt, cohort, low, high)
 
     def _reconstruct(

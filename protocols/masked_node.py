@@ -26,6 +26,7 @@ from enum import Enum, auto
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from keys.identity import Identity, verify_signature
@@ -113,6 +114,7 @@ class MaskedNode:
         self._journal = journal
         self._coins = coins
         self._secrets = sealing.AttemptSecrets.fresh(coins)
+        self._share_key, self._pair_key = self._secrets.keys(attempt)
         self._vector = vector
         self._cohort = frozenset(cohort)
         self._state = State.KEYS
@@ -290,7 +292,7 @@ class MaskedNode:
         """Keep the shares of `peer`; gives what the pair's first node contributes to the pair seed, if we are linked."""
         attempt, cohort, secrets = self._attempt, self._cohort_digest, self._secrets
         linked = peer in self._graph.neighbours(self._me)
-        shares = open_shares(secrets.share_master, attempt, cohort, peer, self._me, seeds)
+        shares = open_shares(self._share_key, attempt, cohort, peer, self._me, seeds)
         if {shares.self_share is not None, shares.pair_share is not None} != {linked}:
             raise sealing.SealBroken
         if peer in self._graph.dealers and (
@@ -303,7 +305,7 @@ class MaskedNode:
             return None
         if self._me < peer:
             return sealing.contribution(secrets.pair_master, attempt, cohort, self._me, peer)
-        return open_contribution(secrets.pair_master, attempt, cohort, peer, self._me, seeds)
+        return open_contribution(self._pair_key, attempt, cohort, peer, self._me, seeds)
 
     def _complain(self, accused: str) -> list[bytes]:
         """Leave this attempt before anything is masked. Keys that would prove who lied also open other nodes' shares."""
@@ -316,11 +318,10 @@ class MaskedNode:
         upload = self._upload
         if upload is None or self._digest:
             return []  # Everything is sent already.
-        answer = []
-        while upload.made < min(body.chunks, upload.chunks):
-            index = upload.made
-            digest, data = upload.next_chunk()
-            answer.append(m.encode(self._identity, self._attempt, m.MaskedChunk(index, digest), data))
+        answer = upload.make(
+            body.chunks,
+            lambda index, digest, data: m.encode(self._identity, self._attempt, m.MaskedChunk(index, digest), data),
+        )
         if upload.made == upload.chunks:
             self._digest, self._upload = upload.digest, None
             answer.append(self._sign(m.UploadDone(self._digest, self._view)))
@@ -418,15 +419,19 @@ class MaskedNode:
 
 
 def open_shares(
-    share_master: bytes, attempt: sealing.AttemptId, cohort: bytes, sender: str, recipient: str, seeds: m.SealedSeeds
+    share_key: MLKEM768X25519PrivateKey,
+    attempt: sealing.AttemptId,
+    cohort: bytes,
+    sender: str,
+    recipient: str,
+    seeds: m.SealedSeeds,
 ) -> Shares:
     """Open the shares that `sender` sealed to `recipient`.
 
     Raises:
         SealBroken: they do not open, or a share is not a field element.
     """
-    key = sealing.private_key(share_master, attempt)
-    plaintext = sealing.unseal(key, seeds.shares, sealing.shares_info(attempt, cohort, sender, recipient))
+    plaintext = sealing.unseal(share_key, seeds.shares, sealing.shares_info(attempt, cohort, sender, recipient))
     try:
         shares = msgspec.msgpack.decode(plaintext, type=Shares)
     except msgspec.DecodeError:
@@ -437,15 +442,19 @@ def open_shares(
 
 
 def open_contribution(
-    pair_master_high: bytes, attempt: sealing.AttemptId, cohort: bytes, low: str, high: str, seeds: m.SealedSeeds
+    pair_key: MLKEM768X25519PrivateKey,
+    attempt: sealing.AttemptId,
+    cohort: bytes,
+    low: str,
+    high: str,
+    seeds: m.SealedSeeds,
 ) -> bytes:
     """Open the contribution that the pair's first node sealed to its second.
 
     Raises:
         SealBroken: it does not open, or is not 32 bytes.
     """
-    key = sealing.private_key(pair_master_high, attempt)
-    opened = sealing.unseal(key, seeds.contribution, sealing.contribution_info(attempt, cohort, low, high))
+    opened = sealing.unseal(pair_key, seeds.contribution, sealing.contribution_info(attempt, cohort, low, high))
     if len(opened) != sealing.SEED_BYTES:
         raise sealing.SealBroken
     return opened

@@ -1,7 +1,8 @@
 """The mask generator: AES-256 in counter mode, keyed once per (pair, round, attempt, purpose).
 
 Masks are the keystream read as little-endian uint32, added modulo 2^32. Each key comes from HKDF over a fresh seed with a
-label and the attempt's context (`protocols.sealing`), and makes exactly one mask, so a zero initial counter is safe.
+label and the attempt's context (`protocols.sealing`), and makes exactly one mask, so counting from zero is safe. The
+counter makes every place of a mask reachable, so that blocks are masked in any order and on all cores.
 """
 
 from __future__ import annotations
@@ -9,50 +10,51 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
+from keys.errors import LocalProtocolError
 from protocols.encoding import Uint32Vector
 
 BLOCK_VALUES = 1 << 16
 """Values per pass: 256 KiB of keystream stays in the cache while it is added."""
 
+VALUES_PER_COUNT = 4
+"""One AES block makes four values."""
+
 _ZEROS = memoryview(bytes(4 * BLOCK_VALUES))
 
 
-class Keystream:
-    """The keystream of one 32-byte key, as consecutive uint32 values."""
+def _stream(key: bytes, start: int) -> CipherContext:
+    """The keystream of a 32-byte key from value `start` on."""
+    count, rest = divmod(start, VALUES_PER_COUNT)
+    if rest:
+        raise LocalProtocolError(f"a keystream is read from multiples of {VALUES_PER_COUNT} values, not from {start}")
+    return Cipher(algorithms.AES256(key), modes.CTR(count.to_bytes(16))).encryptor()
 
-    def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
 
-    def next(self, count: int) -> Uint32Vector:
-        """The next `count` <= BLOCK_VALUES values ([count] uint32)."""
-        buffer = bytearray(4 * count)
-        self.fill(buffer, count)
-        return np.frombuffer(buffer, dtype="<u4")
-
-    def fill(self, buffer: bytearray, count: int) -> None:
-        """Write the next `count` <= BLOCK_VALUES values into the beginning of `buffer`."""
-        self._cipher.update_into(_ZEROS[: 4 * count], buffer)
+def keystream(key: bytes, start: int, count: int) -> bytes:
+    """`count` values of 4 bytes from value `start` on, a multiple of 4."""
+    return _stream(key, start).update(bytes(4 * count))
 
 
 class MaskSet:
-    """The masks of several keys, some added and some subtracted, applied together to consecutive blocks of one vector."""
+    """The masks of several keys, some added and some subtracted."""
 
     def __init__(self, added: Iterable[bytes], subtracted: Iterable[bytes]) -> None:
-        self._added = [Keystream(key) for key in added]
-        self._subtracted = [Keystream(key) for key in subtracted]
-        self._buffer = bytearray(4 * BLOCK_VALUES)
-        self._mask = np.frombuffer(self._buffer, dtype="<u4")
+        self._added, self._subtracted = tuple(added), tuple(subtracted)
 
-    def apply(self, values: Uint32Vector) -> None:
-        """Mask the next values.size coordinates ([m] uint32), in place, modulo 2^32."""
-        for start in range(0, values.size, BLOCK_VALUES):
-            block = values[start : start + BLOCK_VALUES]
-            mask = self._mask[: block.size]
-            for stream in self._added:
-                stream.fill(self._buffer, block.size)
+    def apply(self, values: Uint32Vector, start: int = 0) -> None:
+        """Mask [m] uint32 `values` in place, modulo 2^32, as coordinates `start` (a multiple of 4) and following."""
+        added = [_stream(key, start) for key in self._added]
+        subtracted = [_stream(key, start) for key in self._subtracted]
+        buffer = bytearray(4 * min(values.size, BLOCK_VALUES))
+        whole = np.frombuffer(buffer, dtype="<u4")
+        for first in range(0, values.size, BLOCK_VALUES):
+            block = values[first : first + BLOCK_VALUES]
+            zeros, mask = _ZEROS[: 4 * block.size], whole[: block.size]
+            for stream in added:
+                stream.update_into(zeros, buffer)
                 np.add(block, mask, out=block)
-            for stream in self._subtracted:
-                stream.fill(self._buffer, block.size)
+            for stream in subtracted:
+                stream.update_into(zeros, buffer)
                 np.subtract(block, mask, out=block)

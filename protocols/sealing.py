@@ -76,6 +76,10 @@ class AttemptSecrets:
         """Draw new secrets."""
         return cls(coins(SEED_BYTES), coins(SEED_BYTES), coins(SEED_BYTES), coins(SEED_BYTES))
 
+    def keys(self, attempt: AttemptId) -> tuple[MLKEM768X25519PrivateKey, MLKEM768X25519PrivateKey]:
+        """The share key and the pair key."""
+        return private_key(self.share_master, attempt), private_key(self.pair_master, attempt)
+
     def __reduce__(self) -> NoReturn:
         raise LocalProtocolError("attempt secrets are never pickled")
 

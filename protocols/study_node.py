@@ -32,6 +32,7 @@ from protocols.masked_node import MaskedNode, Parties, State
 from protocols.sealing import AttemptId
 from protocols.shamir import Coins
 from protocols.upload import coordinates
+from protocols.workers import spread
 
 MAX_REPEATS = 16
 """How often a sum may arrive incomplete, each time after a lost connection, before the aggregator is blamed."""
@@ -356,8 +357,12 @@ class NodeMachine:
                     raise RemoteProtocolError(m.AGGREGATOR, f"sent a receipt that {name} never signed") from None
             return
         tagger = tags.Tagger(seed, AttemptId(self._parties.agreement_digest, record.round, record.attempt))
-        tagger.update(total[: self._size])
-        if not tagger.matches(total[self._size :], self._fixed_point.value_bits):
+        step = self._parties.agreement.secure_sum.chunk_values
+        parts = spread(
+            lambda start: tagger.part(total[start : min(start + step, self._size)], start), range(0, self._size, step)
+        )
+        announced = tags.from_limbs(total[self._size :], self._fixed_point.value_bits)
+        if sum(parts) % tags.TAG_PRIME != announced:
             raise VerificationFailed(
                 f"the sum of round {record.round} does not match its tags and was not applied: "
                 "the aggregator changed it, or a member sent a false tag; keep the receipts and ask for an audit"

@@ -1,11 +1,16 @@
-"""Tags that make the sum verifiable by whoever knows the tag seed, which the aggregator does not (docs/adr/0007).
+"""A tag that makes the sum verifiable by whoever knows the tag seed, which the aggregator does not (docs/adr/0007).
 
-The seed expands to two vectors alpha of uniform 32-bit integers. Each node adds to its vector x the tags <alpha, x> mod 2^64,
-cut into limbs that cannot overflow the ring when all nodes' limbs are added, and masked like any other value. After the
-round <alpha, sum> must equal the sum of the tags.
+The vector x, in rows of 1,024 values, is hashed in two steps that are both linear over the integers:
 
-A sum changed by delta != 0, |delta_i| < 2^32, passes one tag with probability at most 2^-32: for any other entries of alpha,
-alpha_i -> alpha_i * delta_i mod 2^64 is injective on 32-bit integers. Two independent tags: 2^-64.
+    v = X C          C: [1024, 5] uniform integers of 11 bits; exact in float64, since 2^32 * 2^11 * 1024 = 2^53
+    tag = <R, v>     R: one uniform integer of 61 bits for each entry of v, modulo the prime 2^61 - 1
+
+Each node adds its tag to its vector, cut into limbs that cannot overflow the ring when all nodes' limbs are added, and masked
+like any other value. After the round the tag of the sum must equal the sum of the tags.
+
+A sum changed by integers delta != 0, |delta_i| < 2^32, passes with probability below 2^-54: in a row that changed, each column
+of C makes the change of v vanish for at most one of the 2^11 values of one of its entries, so all five do with
+probability at most 2^-55; otherwise some entry of v changed, and one value of its R in 2^61 - 1 hides it.
 
 Threat assumption: one member that tells the aggregator the seed takes the detection away from all, not the privacy. A
 member that sends a false tag spoils the check for all; nobody can tell it from an aggregator that changed the sum.
@@ -14,6 +19,7 @@ member that sends a false tag spoils the check for all; nobody can tell it from 
 from __future__ import annotations
 
 import hashlib
+from operator import mul
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -21,16 +27,32 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from keys.labels import Label
 from protocols.encoding import Uint32Vector
-from protocols.prg import BLOCK_VALUES, Keystream
+from protocols.prg import keystream
 from protocols.sealing import AttemptId
 
-TAGS = 2
-TAG_BITS = 64
+ROW_VALUES = 1024
+COLUMNS = 5
+COLUMN_BITS = 11
+BLOCK_ROWS = 16
+ROW_STRIDE = 12
+TAG_BITS = 61
+TAG_PRIME = (1 << TAG_BITS) - 1
 
 
 def limb_count(value_bits: int) -> int:
-    """How many ring values the tags of one vector take."""
-    return TAGS * -(-TAG_BITS // value_bits)
+    """How many ring values a tag takes."""
+    return -(-TAG_BITS // value_bits)
+
+
+def to_limbs(tag: int, value_bits: int) -> Uint32Vector:
+    """A tag as [limb_count] uint32 values below 2^value_bits, the lowest bits first."""
+    mask = (1 << value_bits) - 1
+    return np.array([tag >> shift & mask for shift in range(0, TAG_BITS, value_bits)], dtype=np.uint32)
+
+
+def from_limbs(limbs: Uint32Vector, value_bits: int) -> int:
+    """The sum of tags, modulo the prime, that sums of their limbs ([limb_count] uint32) stand for."""
+    return sum(int(limb) << value_bits * place for place, limb in enumerate(limbs)) % TAG_PRIME
 
 
 def commitment(seed: bytes, attempt: AttemptId, dealer: str) -> bytes:
@@ -39,30 +61,29 @@ def commitment(seed: bytes, attempt: AttemptId, dealer: str) -> bytes:
 
 
 class Tagger:
-    """Computes the tags of one vector that arrives in consecutive blocks of any length."""
+    """The tags of one attempt, from its 32-byte seed."""
 
     def __init__(self, seed: bytes, attempt: AttemptId) -> None:
         info = attempt.bind(Label.TAG_KEY)
-        keys = HKDF(algorithm=hashes.SHA256(), length=32 * TAGS, salt=None, info=info).derive(seed)
-        self._streams = [Keystream(keys[32 * index : 32 * index + 32]) for index in range(TAGS)]
-        self._tags = [0] * TAGS
+        keys = HKDF(algorithm=hashes.SHA256(), length=64, salt=None, info=info).derive(seed)
+        columns = np.frombuffer(keystream(keys[:32], 0, ROW_VALUES * COLUMNS // 2), dtype="<u2")
+        self._columns = (columns & ((1 << COLUMN_BITS) - 1)).reshape(ROW_VALUES, COLUMNS).astype(np.float64)
+        self._row_key = keys[32:]
 
-    def update(self, values: Uint32Vector) -> None:
-        """Take the next values ([m] uint32)."""
-        for start in range(0, values.size, BLOCK_VALUES):
-            block = values[start : start + BLOCK_VALUES].astype(np.uint64)
-            for index, stream in enumerate(self._streams):
-                alpha = stream.next(block.size).astype(np.uint64)
-                self._tags[index] = (self._tags[index] + int(np.dot(alpha, block))) % (1 << TAG_BITS)
-
-    def limbs(self, value_bits: int) -> Uint32Vector:
-        """The tags so far as [limb_count] uint32 values below 2^value_bits, the lowest bits of each tag first."""
-        mask = (1 << value_bits) - 1
-        shifts = range(0, TAG_BITS, value_bits)
-        return np.array([tag >> shift & mask for tag in self._tags for shift in shifts], dtype=np.uint32)
-
-    def matches(self, summed_limbs: Uint32Vector, value_bits: int) -> bool:
-        """Whether sums of limbs ([limb_count] uint32) are the tags of the vector, which is the sum, so far."""
-        rows = summed_limbs.reshape(TAGS, -1)
-        sums = [sum(int(limb) << value_bits * place for place, limb in enumerate(row)) for row in rows]
-        return [total % (1 << TAG_BITS) for total in sums] == self._tags
+    def part(self, values: Uint32Vector, start: int = 0) -> int:
+        """What [m] uint32 `values` at coordinate `start` (a multiple of 1,024) and following add to the tag."""
+        rows = -(-values.size // ROW_VALUES)
+        hashed = np.zeros((rows, COLUMNS))
+        matrix = np.empty((min(rows, BLOCK_ROWS), ROW_VALUES))
+        for first in range(0, rows, BLOCK_ROWS):
+            block = values[first * ROW_VALUES : (first + BLOCK_ROWS) * ROW_VALUES]
+            part = matrix[: -(-block.size // ROW_VALUES)]
+            part.reshape(-1)[: block.size] = block
+            part.reshape(-1)[block.size :] = 0.0
+            np.matmul(part, self._columns, out=hashed[first : first + len(part)])
+        # Two 4-byte values of the keystream make one of R; a row takes 6 of them, whole AES blocks, and uses 5.
+        place = start // ROW_VALUES * ROW_STRIDE
+        words = np.frombuffer(keystream(self._row_key, place, rows * ROW_STRIDE), dtype="<u8")
+        random = words.reshape(rows, -1)[:, :COLUMNS].reshape(-1) & np.uint64(TAG_PRIME)
+        total: int = sum(map(mul, random.tolist(), hashed.reshape(-1).astype(np.int64).tolist()))
+        return total % TAG_PRIME

@@ -35,6 +35,7 @@ from protocols.agreement import (
     write_agreement,
 )
 from protocols.encoding import Float64Vector
+from protocols.masked_aggregator import OpenedAttempt
 from protocols.masked_node import Parties
 from tests.keys.factory import AGGREGATOR, Consortium, make_consortium
 
@@ -56,7 +57,7 @@ def make_agreement(
         "threshold": t,
         "value_bits": 24,
         "fraction_bits": 16,
-        "chunk_values": 256,
+        "chunk_values": 1024,
     }
     return Agreement(
         study=Study(id="test", rounds=rounds, classes=2),
@@ -139,29 +140,60 @@ class Network:
         self.digest = agreement_digest(write_agreement(self.agreement))
         keys = {m.node_id: self.consortium.roster.entry(m.node_id).public_key for m in self.agreement.members}
         self.parties = Parties(self.agreement, self.digest, keys)
-        aggregator = self.consortium.identities[AGGREGATOR]
         self._totals: dict[int, np.ndarray] = {}
         self._queue: deque[tuple[str, str, bytes]] = deque()
-        self.aggregator = agg.AggregatorMachine(
-            self.parties,
-            aggregator,
-            self.size,
-            transcript.TranscriptWriter(aggregator),
-            load_sum=lambda number: self._totals[number],
-            spool=MemorySpool(),
-        )
+        self._attempts: dict[int, int] = {}
+        self._unmasking: tuple[OpenedAttempt, np.ndarray] | None = None
+        self.aggregator = self._new_aggregator()
         for member in self.agreement.members:
             name = member.node_id
             self.journals[name] = MemoryJournal()
-            self.nodes[name] = node.NodeMachine(
-                self.parties,
-                self.consortium.identities[name],
-                (AGGREGATOR, aggregator.public_key),
-                self.size,
-                coins=os.urandom,
-                journal=self.journals[name],
-            )
             self.sums[name], self.lost[name] = [], []
+            self.nodes[name] = self.new_node(name)
+
+    def _new_aggregator(self) -> agg.AggregatorMachine:
+        return agg.AggregatorMachine(
+            self.parties,
+            self.consortium.identities[AGGREGATOR],
+            self.size,
+            transcript.TranscriptWriter(self.consortium.identities[AGGREGATOR], self.lines),
+            load_sum=lambda number: self._totals[number],
+            spool=MemorySpool(),
+        )
+
+    def new_node(self, name: str) -> node.NodeMachine:
+        """A node's machine as after a crash: nothing left but its keys, its journal and what it has applied."""
+        return node.NodeMachine(
+            self.parties,
+            self.consortium.identities[name],
+            (AGGREGATOR, self.consortium.identities[AGGREGATOR].public_key),
+            self.size,
+            coins=os.urandom,
+            journal=self.journals[name],
+            completed=max((summed.round for summed in self.sums[name]), default=0),
+        )
+
+    def restart_aggregator(self) -> None:
+        """The aggregator has crashed, with all that was under way; it starts again, and the nodes connect again."""
+        self._queue.clear()
+        self.aggregator = self._new_aggregator()
+        lines = transcript.read_transcript(b"".join(self.lines), self.consortium.identities[AGGREGATOR].public_key)
+        if lines:
+            kept = agg.Kept(lines, dict(self._attempts), self._unmasking)
+            self._from_aggregator(self.aggregator.resume(kept, self.now))
+        else:
+            self._from_aggregator(self.aggregator.start(self.now))
+        for name, machine in self.nodes.items():
+            if name not in self.faults and not machine.ended:
+                self._from_node(name, machine.rejoin())
+
+    def restart_node(self, name: str) -> None:
+        """A node has crashed, with all that was under way to it and from it; it starts again."""
+        pending = [entry for entry in self._queue if name not in entry[:2]]
+        self._queue.clear()
+        self._queue.extend(pending)
+        self.nodes[name] = self.new_node(name)
+        self._from_node(name, self.nodes[name].start())
 
     def run(self, *, absent: Sequence[str] = (), order: Callable[[list[str]], list[str]] = sorted) -> None:
         self._from_aggregator(self.aggregator.start(self.now))
@@ -212,13 +244,17 @@ class Network:
                     self._post(AGGREGATOR, output.peer, output.data)
                 case agg.Record():
                     self.lines.append(output.line)
+                case agg.Begun():
+                    self._attempts[output.round] = output.attempt
+                case agg.Unmasking():
+                    self._unmasking = output.state, output.masked.copy()
                 case agg.SumOpened():
                     self._totals[output.round] = output.total
                 case agg.Progress():
                     self.progress.append(output)
 
 
-def make_network(count: int = 4, *, size: int = 1000, rounds: int = 1, seed: int = 0, **settings: object) -> Network:
+def make_network(count: int = 4, *, size: int = 3000, rounds: int = 1, seed: int = 0, **settings: object) -> Network:
     consortium = make_consortium(names(count))
     agreement = make_agreement(consortium, rounds=rounds, **settings)  # type: ignore[arg-type]
     limit = 2.0

@@ -117,7 +117,7 @@ def test_a_sparse_graph_needs_more_members_than_a_complete_one() -> None:
 
 
 def test_a_sum_over_a_sparse_graph_with_losses_in_every_phase() -> None:
-    network = make_network(20, size=500, rounds=2, **SPARSE)
+    network = make_network(20, size=2500, rounds=2, **SPARSE)
     lost_at = {"hospital-03": "SealedSeeds", "hospital-08": "MaskedChunk", "hospital-11": "Unmasking"}
     gone: set[str] = set()
     seals: dict[str, int] = {}
@@ -141,7 +141,7 @@ def test_a_sum_over_a_sparse_graph_with_losses_in_every_phase() -> None:
 
 @pytest.mark.parametrize(("ring_bits", "bytes_per_value"), [(32, 4.0), (24, 3.0), (20, 2.5)])
 def test_packed_rings_give_the_same_sum_in_fewer_bytes(ring_bits: int, bytes_per_value: float) -> None:
-    network = make_network(5, size=10_000, ring_bits=ring_bits, value_bits=17, fraction_bits=14, chunk_values=1000)
+    network = make_network(5, size=10_000, ring_bits=ring_bits, value_bits=17, fraction_bits=14, chunk_values=1024)
     sent = 0
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:

@@ -96,10 +96,12 @@ def test_masks_applied_block_by_block_are_the_masks_of_the_whole() -> None:
     parts = whole.copy()
     prg.MaskSet(keys[:3], keys[3:]).apply(whole)
     masks, start = prg.MaskSet(keys[:3], keys[3:]), 0
-    for length in (1, 2, 3, 255, 65_536, 4_204):
-        masks.apply(parts[start : start + length])
+    for length in (4, 8, 252, 65_536, 4_201):
+        masks.apply(parts[start : start + length], start)
         start += length
     assert np.array_equal(parts, whole)
+    with pytest.raises(LocalProtocolError, match="multiples of 4"):
+        masks.apply(parts, 6)
     prg.MaskSet(keys[3:], keys[:3]).apply(parts)
     assert np.array_equal(parts, np.arange(70_001, dtype=np.uint32))
 

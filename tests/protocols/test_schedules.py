@@ -34,7 +34,7 @@ def check_outcome(network: Network, honest: list[str]) -> None:
 @settings(max_examples=60, deadline=None)
 def test_random_loss_of_connections(seed: int, rate: float) -> None:
     """A node loses a message, and with it its connection: it joins again."""
-    network = make_network(5, size=600, rounds=2, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=2600, rounds=2, threshold=3, minimum_cohort=3)
     generator = random.Random(seed)  # noqa: S311
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
@@ -54,7 +54,7 @@ def test_random_loss_of_connections(seed: int, rate: float) -> None:
 @given(st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
 def test_any_interleaving_of_different_nodes_gives_the_same_sum(seed: int) -> None:
-    network = make_network(4, size=300)
+    network = make_network(4, size=2300)
     generator = random.Random(seed)  # noqa: S311
     deliver = network._deliver
 

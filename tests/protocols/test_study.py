@@ -26,22 +26,6 @@ from tests.protocols.test_schedules import check_outcome
 FROM_NODES = ["Join", "Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking"]
 
 
-def new_machine(network: Network, name: str) -> node.NodeMachine:
-    """A node's machine as after a crash: nothing left but its keys and its journal."""
-    aggregator = (AGGREGATOR, network.consortium.identities[AGGREGATOR].public_key)
-    identity, journal = network.consortium.identities[name], network.journals[name]
-    completed = max((summed.round for summed in network.sums[name]), default=0)
-    return node.NodeMachine(
-        network.parties,
-        identity,
-        aggregator,
-        network.size,
-        coins=os.urandom,
-        journal=journal,
-        completed=completed,
-    )
-
-
 def from_aggregator(network: Network, body: m.AnyBody, number: int = 1, attempt: int = 0) -> bytes:
     identity = network.consortium.identities[AGGREGATOR]
     return m.encode(identity, AttemptId(network.digest, number, attempt), body)
@@ -63,7 +47,7 @@ def each_uploads_once_per_attempt(network: Network) -> bool:
 @settings(max_examples=60, deadline=None)
 def test_nodes_that_fall_silent_at_any_message_for_good(silent_after: dict[str, int], noticed: bool) -> None:
     """A crash after a node's n-th message; the transport may or may not tell the aggregator."""
-    network, sent = make_network(5, size=600, rounds=2, threshold=3), Counter[str]()
+    network, sent = make_network(5, size=2600, rounds=2, threshold=3), Counter[str]()
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
         party = recipient if sender == AGGREGATOR else sender
@@ -88,7 +72,7 @@ def test_nodes_that_fall_silent_at_any_message_for_good(silent_after: dict[str, 
 @given(st.sampled_from(names(4)), st.integers(0, 20))
 @settings(max_examples=40, deadline=None)
 def test_one_message_to_the_aggregator_that_is_lost_without_notice(victim: str, index: int) -> None:
-    network, sent = make_network(4, size=600, threshold=3), 0
+    network, sent = make_network(4, size=2600, threshold=3), 0
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
         nonlocal sent
@@ -201,7 +185,7 @@ def test_a_node_that_joins_again_at_any_moment(kind: str) -> None:
 
 
 def test_a_sum_that_arrives_twice_with_a_gap_is_not_held_against_the_aggregator() -> None:
-    network, victim = make_network(4, size=600), "hospital-00"
+    network, victim = make_network(4, size=2600), "hospital-00"
     lost: list[str] = []
 
     def tap(_sender: str, recipient: str, data: bytes) -> list[bytes]:
@@ -225,7 +209,7 @@ def test_a_sum_that_arrives_twice_with_a_gap_is_not_held_against_the_aggregator(
 
 def test_what_a_replaying_aggregator_sends_is_refused_or_without_effect() -> None:
     """Every message of round 1 to a node that stands in the upload of round 2: no second answer to any of them."""
-    network, victim = make_network(4, size=600, rounds=2), "hospital-01"
+    network, victim = make_network(4, size=2600, rounds=2), "hospital-01"
     old: list[bytes] = []
     tried: dict[str, object] = {}
 
@@ -258,7 +242,7 @@ def test_what_a_replaying_aggregator_sends_is_refused_or_without_effect() -> Non
 
 
 def test_what_nodes_sent_in_an_earlier_attempt_is_ignored_in_the_next() -> None:
-    network = make_network(6, size=600, threshold=4)
+    network = make_network(6, size=2600, threshold=4)
     liar = network.consortium.identities["hospital-02"]
     first: list[tuple[str, bytes]] = []
     replayed = False
@@ -291,7 +275,7 @@ def test_an_opened_round_that_fails_is_not_attempted_again_although_enough_are_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dealer shares another self seed than it committed to; that shows only after the others have revealed theirs."""
-    network, liar = make_network(5, size=600, rounds=2, threshold=3), "hospital-01"
+    network, liar = make_network(5, size=2600, rounds=2, threshold=3), "hospital-01"
 
     def coins(count: int) -> bytes:
         return os.urandom(count)
@@ -332,7 +316,7 @@ def test_messages_of_the_future_are_the_senders_fault() -> None:
 @example("Unmasking", True)
 @settings(max_examples=30, deadline=None)
 def test_a_node_that_crashes_and_comes_back_with_its_journal_never_masks_twice(kind: str, delivered: bool) -> None:
-    network, victim = make_network(5, size=600, rounds=3, threshold=3), "hospital-03"
+    network, victim = make_network(5, size=2600, rounds=3, threshold=3), "hospital-03"
     uploads: list[bytes] = []
     crashed = stopped = False
 
@@ -348,7 +332,7 @@ def test_a_node_that_crashes_and_comes_back_with_its_journal_never_masks_twice(k
             pending = [entry for entry in network._queue if victim not in entry[:2]]
             network._queue.clear()
             network._queue.extend(pending)
-            network.nodes[victim] = new_machine(network, victim)
+            network.nodes[victim] = network.new_node(victim)
             if delivered:
                 network._queue.append((victim, AGGREGATOR, data))
             rejoined = network.nodes[victim].start()
@@ -448,7 +432,7 @@ def test_rounds_only_move_forward() -> None:
 def test_a_round_whose_unmasking_began_is_not_summed_again_even_after_a_restart() -> None:
     network = make_network(4, size=8)
     network.journals["hospital-00"].record(1, 1, "revealed")
-    machine = new_machine(network, "hospital-00")
+    machine = network.new_node("hospital-00")
     with pytest.raises(RemoteProtocolError, match="unmasking had begun"):
         machine.receive(from_aggregator(network, m.RoundOpen(0)))
 
