@@ -1,0 +1,1 @@
+"""Attacks on the real machines: each first succeeds against one weakened guard, then fails against ours."""

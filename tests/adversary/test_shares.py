@@ -1,0 +1,344 @@
+"""Both kinds of shares of one node, two survivor sets, missing votes, second sums, late uploads, and graphs cut apart.
+
+What the aggregator is after: the self seed and the pair master of one node, or two sums that differ by one node.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+
+from protocols import messages as m
+from protocols.encoding import FixedPoint
+from tests.adversary import weaken
+from tests.adversary.attackers import Bodies, MaliciousAggregator, PrivateAttempt, keep
+from tests.adversary.knowledge import decoded, is_vector_of
+from tests.adversary.test_cohort import blamed
+from tests.keys.factory import AGGREGATOR
+from tests.protocols.network import Network, make_network, names
+from tests.protocols.test_masked import check_sum
+
+VICTIM = "hospital-02"
+SPARSE = {"threshold": 11, "minimum_cohort": 11, "neighbours": 8, "share_threshold": 4}
+"""For 17 members: 3 may collude, and 4 of any 8 neighbours may be lost."""
+
+
+def without(name: str, survivors: tuple[tuple[str, bytes], ...]) -> tuple[tuple[str, bytes], ...]:
+    return tuple(pair for pair in survivors if pair[0] != name)
+
+
+# --- what a coalition may know
+
+
+@pytest.mark.parametrize(("colluders", "reads"), [(0, False), (2, False), (3, True)])
+def test_fewer_colluders_than_the_threshold_read_nothing(colluders: int, reads: bool) -> None:
+    """Everybody follows the protocol. That three colluders do read the vector shows that the attacker is no straw man."""
+    network = make_network(6, size=1500, threshold=4, minimum_cohort=4)
+    attack = MaliciousAggregator(network, names(6)[6 - colluders - 1 : 5])
+    network.run()
+    assert attack.knowledge.recovers(VICTIM) == reads
+    assert check_sum(network, VICTIM) == tuple(names(6))
+
+
+# --- 5
+
+
+def ask_twice(guard: AbstractContextManager[None]) -> MaliciousAggregator:
+    """Everyone reveals shares of the victim's self seed; then it is called lost, and they are asked for the pair shares."""
+    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    attack = MaliciousAggregator(network)
+    first: dict[str, m.Survivors] = {}
+    votes: dict[str, bytes] = {}
+
+    @attack.on("Survivors")
+    def remember(message: m.Message, to: str) -> Bodies:
+        first[to] = message.body  # type: ignore[assignment]
+        return keep(message)
+
+    @attack.hear("Unmasking")
+    def ask_again(message: m.Message, _data: bytes) -> list[bytes]:
+        if message.sender not in votes and message.sender != VICTIM:
+            votes[message.sender] = b""
+            survivors = without(VICTIM, first[message.sender].survivors)
+            attack.say(message.sender, (1, 1), m.Survivors(survivors, first[message.sender].uploads))
+        return []
+
+    @attack.hear("SurvivorVote")
+    def prove_again(message: m.Message, data: bytes) -> list[bytes]:
+        if message.sender not in votes:
+            return [data]
+        votes[message.sender] = message.body.signature
+        if all(votes.values()) and len(votes) == 4:
+            for name in votes:
+                attack.say(name, (1, 1), m.SurvivorProof(tuple(sorted(votes.items()))))
+        return []
+
+    with guard:
+        network.run()
+    return attack
+
+
+def test_self_seed_and_pair_share_of_one_node() -> None:
+    assert ask_twice(weaken.one_vote_one_revelation()).knowledge.recovers(VICTIM)
+
+    attack = ask_twice(nullcontext())
+    blamed(attack.network, "hospital-00", "sent Survivors in state REVEALED")
+    assert attack.knowledge.self_seed(VICTIM) is not None
+    assert attack.knowledge.pair_master(VICTIM) is None
+    assert not attack.knowledge.recovers(VICTIM)
+
+
+# --- 6 and 7
+
+
+def two_sets(guard: AbstractContextManager[None], *, all_votes: bool) -> MaliciousAggregator:
+    """Half of the nodes hear that the victim survived, half that it is lost; so few shares are needed that each half has enough."""
+    network = make_network(17, size=1100, **SPARSE)
+    attack = MaliciousAggregator(network)
+    votes: dict[str, bytes] = {}
+    asked: set[str] = set()
+
+    def survived(name: str) -> bool:
+        order, neighbours = attack.knowledge.graph(VICTIM).order, attack.knowledge.graph(VICTIM).neighbours(VICTIM)
+        others = [n for n in order if n != VICTIM and n not in neighbours]
+        return name == VICTIM or name in neighbours[:4] or name in others[:4]
+
+    @attack.on("Survivors")
+    def tell(message: m.Message, to: str) -> Bodies:
+        asked.add(to)
+        survivors = message.body.survivors
+        return [(m.Survivors(survivors if survived(to) else without(VICTIM, survivors), message.body.uploads), b"")]
+
+    @attack.hear("SurvivorVote")
+    def prove(message: m.Message, _data: bytes) -> list[bytes]:
+        votes[message.sender] = message.body.signature
+        if votes.keys() == asked == network.nodes.keys():
+            for name in votes:
+                own = {n: v for n, v in votes.items() if survived(n) == survived(name)}
+                told = {n: v for n, v in votes.items() if survived(name) or n != VICTIM}
+                attack.say(name, (1, 1), m.SurvivorProof(tuple(sorted((told if all_votes else own).items()))))
+        return []
+
+    attack.hear("Unmasking")(lambda message, data: [])
+    with guard:
+        network.run()
+    return attack
+
+
+def test_different_survivor_sets_to_different_nodes() -> None:
+    assert two_sets(weaken.vote_signatures(), all_votes=True).knowledge.recovers(VICTIM)
+
+    attack = two_sets(nullcontext(), all_votes=True)
+    for name in names(17):
+        blamed(attack.network, name, "never signed")
+    assert not attack.knowledge.unmasked
+    assert not attack.knowledge.recovers(VICTIM)
+
+
+def test_survivors_without_enough_signatures() -> None:
+    assert two_sets(weaken.vote_quorum(), all_votes=False).knowledge.recovers(VICTIM)
+
+    attack = two_sets(nullcontext(), all_votes=False)
+    for name in names(17):
+        blamed(attack.network, name, "fewer than 11 survivor votes")
+    assert not attack.knowledge.unmasked
+    assert not attack.knowledge.recovers(VICTIM)
+
+
+# --- 8, a second sum of a round
+
+
+def sum_twice(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator, bool]:
+    """After the sum of all five the aggregator opens one more attempt, without the victim, and subtracts."""
+    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    attack = MaliciousAggregator(network)
+    second: list[PrivateAttempt] = []
+
+    @attack.on("SumChunk", "RoundResult")
+    def again(_message: m.Message, _to: str) -> Bodies:
+        if not second:
+            second.append(PrivateAttempt(attack, (1, 2), [name for name in names(5) if name != VICTIM]))
+        return []
+
+    @attack.hear("RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking")
+    def divert(message: m.Message, data: bytes) -> list[bytes]:
+        if message.attempt == 2:
+            second[0].receive(message, data)
+        return [] if message.attempt == 2 else [data]
+
+    with guard:
+        network.run()
+    outcome = second[0].outcome
+    if outcome is None:
+        return attack, False
+    difference = network._totals[1] - outcome.total
+    return attack, is_vector_of(network, decoded(network, difference), VICTIM)
+
+
+def test_a_replayed_attempt_after_the_sum() -> None:
+    assert sum_twice(weaken.memory_of_revelations())[1]
+
+    attack, recovered = sum_twice(nullcontext())
+    assert not recovered
+    blamed(attack.network, "hospital-00", "second sum of a round whose unmasking had begun")
+
+
+# --- 10
+
+
+def delay_the_upload(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator, bool]:
+    """The aggregator holds the victim's upload back until its pair masks are revealed, and asks for its self seed after."""
+    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    attack = MaliciousAggregator(network)
+    attack.hear("MaskedChunk", "UploadDone")(lambda message, data: [] if message.sender == VICTIM else [data])
+    uploads: dict[str, bytes] = {}
+
+    @attack.hear("Unmasking")
+    def ask_for_the_rest(message: m.Message, data: bytes) -> list[bytes]:
+        """Ask the victim itself, which has revealed nothing yet, for a vote on a set with it."""
+        if not uploads:
+            uploads["asked"] = data
+            machine = network.aggregator._attempt
+            own = network.nodes[VICTIM]._attempt
+            assert machine is not None
+            assert own is not None
+            survivors = tuple(sorted([*machine._survivors, (VICTIM, own._digest)]))
+            attack.say(VICTIM, (1, 1), m.Survivors(survivors, tuple(machine._signed_uploads.values())))
+            attack.say(VICTIM, (1, 1), m.SurvivorProof(tuple(sorted(machine._votes.items()))))
+        return [data]
+
+    with guard:
+        network.run()
+        return attack, attack.knowledge.recovers(VICTIM)
+
+
+def test_an_upload_that_comes_after_its_pair_masks_were_revealed() -> None:
+    assert delay_the_upload(weaken.self_masks())[1]
+
+    attack, recovered = delay_the_upload(nullcontext())
+    assert not recovered
+    assert attack.knowledge.pair_master(VICTIM) is not None
+    assert len(attack.knowledge.attempts[1, 1].chunks[VICTIM]) == 2
+    assert attack.knowledge.self_seed(VICTIM) is None
+    blamed(attack.network, VICTIM, "never signed")
+    left = tuple(name for name in names(5) if name != VICTIM)
+    for name in left:
+        assert check_sum(attack.network, name) == left
+
+
+# --- 18
+
+
+class SparseAttack(MaliciousAggregator):
+    """Three of the victim's eight neighbours collude, dealers first; it would rather be without the other five."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network)
+        self.loosen()
+        self.honest: set[str] = set()
+        self.on("KeySet")(self._choose)
+
+    def _choose(self, message: m.Message, to: str) -> Bodies:
+        if not self.honest:
+            self.knowledge.watch(AGGREGATOR, to, self.sign((message.round, message.attempt), message.body))
+            graph = self.knowledge.graph(to)
+            around = sorted(graph.neighbours(VICTIM), key=lambda name: name not in graph.dealers)
+            for name in around[:3]:
+                self.knowledge.corrupt(name)
+                self._recruit(name)
+            self.honest = set(around[3:])
+        return keep(message)
+
+
+def hide_neighbours(guard: AbstractContextManager[None]) -> SparseAttack:
+    """The victim hears that its honest neighbours never dealt seeds; all others hear the truth."""
+    network = make_network(17, size=1100, **SPARSE)
+    attack = SparseAttack(network)
+
+    @attack.on("SeedSet")
+    def hide(message: m.Message, to: str) -> Bodies:
+        if to != VICTIM:
+            return keep(message)
+        body = message.body
+        sealed = tuple(data for data in body.sealed if m.claimed_sender(data) not in attack.honest)
+        return [(m.SeedSet(tuple(n for n in body.senders if n not in attack.honest), sealed), b"")]
+
+    attack.on("Survivors")(lambda message, to: [] if to == VICTIM else keep(message))
+    with guard:
+        network.run()
+    return attack
+
+
+def test_a_victim_that_hears_its_honest_neighbours_never_dealt_seeds() -> None:
+    assert hide_neighbours(weaken.neighbours_views()).knowledge.recovers(VICTIM)
+
+    attack = hide_neighbours(nullcontext())
+    for name in attack.honest:
+        blamed(attack.network, name, f"an upload that {VICTIM} did not sign, or that it masked for other senders")
+    assert set(attack.network.faults) == attack.honest
+    assert not set(attack.knowledge.unmasked) & attack.honest
+    assert not attack.knowledge.recovers(VICTIM)
+
+
+def cut_off(guard: AbstractContextManager[None]) -> SparseAttack:
+    """The victim's honest neighbours are called lost, so that only colluders share masks with it."""
+    network = make_network(17, size=1100, **SPARSE)
+    attack = SparseAttack(network)
+    attack.hear("MaskedChunk", "UploadDone")(lambda message, data: [] if message.sender in attack.honest else [data])
+    with guard:
+        network.run()
+    return attack
+
+
+def test_a_victim_cut_off_from_its_honest_neighbours() -> None:
+    assert cut_off(weaken.connectivity()).knowledge.recovers(VICTIM)
+
+    attack = cut_off(nullcontext())
+    blamed(attack.network, VICTIM, "colluders could cut apart")
+    assert not set(attack.knowledge.unmasked) - attack.knowledge.colluders
+    assert not attack.knowledge.recovers(VICTIM)
+    assert not any(attack.network.sums.values())
+
+
+# --- not yet refused
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="in a sparse graph a node that voted in one attempt can be moved to the next, and its vote still counts",
+)
+def test_two_attempts_of_one_round_side_by_side() -> None:
+    """One colluder, as many as the agreement tolerates, and an aggregator that has two attempts of one round opened.
+
+    Two members are left out, so that the graph of the rest is complete and two shares recover each secret. All vote; then
+    only victim and colluder get the votes and reveal, while the others are moved to a second attempt, vote again and
+    reveal there. The difference of the two sums is the victim's vector and the colluder's.
+    """
+    sparse = {"threshold": 10, "minimum_cohort": 10, "neighbours": 14, "share_threshold": 2}
+    network = make_network(17, size=1100, **sparse)
+    colluder, left_out = "hospital-07", {"hospital-15", "hospital-16"}
+    attack = MaliciousAggregator(network, [colluder])
+    attack.loosen()
+    second: list[PrivateAttempt] = []
+
+    @attack.on("SurvivorProof")
+    def split(message: m.Message, to: str) -> Bodies:
+        if not second:
+            second.append(PrivateAttempt(attack, (1, 2), set(network.nodes) - {VICTIM, colluder, *left_out}))
+        return keep(message) if to in (VICTIM, colluder) else []
+
+    @attack.hear("RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking")
+    def divert(message: m.Message, data: bytes) -> list[bytes]:
+        if message.attempt == 2:
+            second[0].receive(message, data)
+        return [] if message.attempt == 2 or message.sender in left_out else [data]
+
+    network.run()
+    assert second
+    outcome = second[0].outcome
+    if outcome is not None and 1 in network._totals:
+        own = FixedPoint.from_agreement(network.agreement).encode(network.vectors(colluder, 1))
+        difference = (network._totals[1] - outcome.total)[: network.size] - own
+        assert not is_vector_of(network, decoded(network, difference), VICTIM)
+    assert network.faults

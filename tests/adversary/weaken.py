@@ -1,0 +1,202 @@
+"""Weakened copies of single guards, one context manager each: what the attacks must succeed against.
+
+Each replaces one method or function by a copy without one check, and puts the genuine one back at the end. What a guard
+is for is told by the attack that its absence lets through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from protocols import masked_node, messages, sealing, study_node
+from protocols.encoding import FixedPoint
+from protocols.graph import MaskGraph
+from protocols.masked_node import MaskedNode, Parties, State
+from protocols.sealing import AttemptId
+from protocols.study_aggregator import AggregatorMachine
+from protocols.study_node import NodeMachine
+from tests.adversary.knowledge import peek
+from tests.protocols.network import MemoryJournal
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """One attribute is another for a while."""
+    genuine = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, genuine)
+
+
+def accept(*_: object, **__: object) -> None:
+    """A check that finds nothing."""
+
+
+@contextmanager
+def relayed_signatures() -> Iterator[None]:
+    """Nodes do not verify who signed what the aggregator relays."""
+    genuine = MaskedNode._open_relayed
+
+    def weak(self: MaskedNode, data: bytes, kind: Any) -> messages.Message:
+        with replaced(messages, "verify_signature", accept):
+            return genuine(self, data, kind)
+
+    with replaced(MaskedNode, "_open_relayed", weak):
+        yield
+
+
+@contextmanager
+def relayed_freshness() -> Iterator[None]:
+    """Nodes take relayed messages of any round and attempt."""
+    genuine = MaskedNode._open_relayed
+
+    def weak(self: MaskedNode, data: bytes, kind: Any) -> messages.Message:
+        head = peek(data)
+        ours = self._attempt
+        if head is not None:
+            self._attempt = AttemptId(ours.agreement_digest, head.round, head.attempt)
+        try:
+            return genuine(self, data, kind)
+        finally:
+            self._attempt = ours
+
+    with replaced(MaskedNode, "_open_relayed", weak):
+        yield
+
+
+def roster(machine: NodeMachine, members: dict[str, Any]) -> Any:
+    """A node takes its list of members from the aggregator."""
+    parties = machine._parties
+    keys = {**parties.public_keys, **members}
+    return replaced(machine, "_parties", Parties(parties.agreement, parties.agreement_digest, keys))
+
+
+def minimum_cohort() -> Any:
+    """Nodes sum among any number."""
+    return replaced(Parties, "minimum", property(lambda self: 1))
+
+
+def vote_quorum() -> Any:
+    """Nodes reveal on any number of votes; they still want the agreed minimum of survivors."""
+    genuine = MaskedNode._on_proof
+
+    def weak(self: MaskedNode, body: messages.SurvivorProof) -> list[bytes]:
+        with replaced(Parties, "threshold", property(lambda parties: 1)):
+            return genuine(self, body)
+
+    return replaced(MaskedNode, "_on_proof", weak)
+
+
+def vote_signatures() -> Any:
+    """Nodes count votes without verifying that they are for this very survivor set."""
+    return replaced(masked_node, "verify_signature", accept)
+
+
+def one_vote_one_revelation() -> Any:
+    """Nodes vote for every survivor set that they are asked about, and reveal for each."""
+    genuine = MaskedNode.receive
+
+    def weak(self: MaskedNode, body: messages.AnyBody) -> list[bytes]:
+        if isinstance(body, messages.Survivors):
+            self._state = State.UPLOAD
+        kept = dict(self._shares)
+        answer = genuine(self, body)
+        self._shares = self._shares or kept
+        return answer
+
+    return replaced(MaskedNode, "receive", weak)
+
+
+def memory_of_revelations() -> Any:
+    """Nodes forget that they have revealed shares of a round."""
+    return replaced(MemoryJournal, "revealed", lambda self, number: False)
+
+
+def self_masks() -> Any:
+    """Nodes add pair masks only."""
+    return replaced(sealing, "self_mask_key", lambda *_: bytes(32))
+
+
+def connectivity() -> Any:
+    """Nodes do not ask whether the survivors hang together."""
+    return replaced(MaskGraph, "tolerates", lambda *_: True)
+
+
+def neighbours_views() -> Any:
+    """Nodes do not ask what their neighbours were told."""
+    return replaced(MaskedNode, "_check_neighbours", accept)
+
+
+def dealt_tag_seeds() -> Any:
+    """Nodes do not compare a tag seed with what its dealer committed to."""
+    genuine = MaskedNode._open_seeds
+
+    def weak(self: MaskedNode, peer: str, seeds: messages.SealedSeeds) -> bytes | None:
+        graph = self._graph
+        self._graph = _NoDealers(graph.order, graph.reach)
+        try:
+            return genuine(self, peer, seeds)
+        finally:
+            self._graph = graph
+
+    return replaced(MaskedNode, "_open_seeds", weak)
+
+
+class _NoDealers(MaskGraph):
+    @property
+    def dealers(self) -> tuple[str, ...]:
+        return ()
+
+
+def sum_tags() -> Any:
+    """Nodes do not compare a sum with its tags, nor count receipts."""
+    return replaced(NodeMachine, "_check_tags", accept)
+
+
+@contextmanager
+def receipts_of_contributors() -> Iterator[None]:
+    """A node that took no part takes a sum on no receipts at all; the others still check the tags."""
+    genuine = NodeMachine._check_tags
+
+    def weak(self: NodeMachine, record: Any, body: Any, total: Any) -> None:
+        if self._journal.tag_seed(record.round, record.attempt):
+            genuine(self, record, body, total)
+
+    with replaced(NodeMachine, "_check_tags", weak):
+        yield
+
+
+def memory_of_records() -> Any:
+    """Nodes do not compare a record with the one they have."""
+    return replaced(MemoryJournal, "receipt", lambda self, number: b"")
+
+
+@contextmanager
+def round_of_the_record() -> Iterator[None]:
+    """A node does not ask of which round a record is."""
+    genuine = NodeMachine._read_record
+
+    def weak(self: NodeMachine, number: int, line: bytes) -> Any:
+        return genuine(self, study_node.t.read_line(line, self._aggregator_key).body.round, line)  # type: ignore[union-attr]
+
+    with replaced(NodeMachine, "_read_record", weak):
+        yield
+
+
+def patience() -> Any:
+    """A node asks for an incomplete sum for ever."""
+    return replaced(study_node, "MAX_REPEATS", 1 << 60)
+
+
+def finite_inputs() -> Any:
+    """A node sums whatever training gave."""
+    return replaced(FixedPoint, "check", accept)
+
+
+def deadlines() -> Any:
+    """The aggregator waits for everybody."""
+    return replaced(AggregatorMachine, "tick", lambda *_: [])
