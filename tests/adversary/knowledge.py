@@ -172,7 +172,7 @@ class Knowledge:
         """Open whatever was sealed to a known share key."""
         seen, attempt = self.attempts[address], self._attempt(address)
         for (sender, recipient), sealed in seen.seals.items():
-            if recipient not in seen.secrets or recipient in seen.self_shares[sender]:
+            if recipient not in seen.secrets or recipient in seen.pair_shares[sender]:
                 continue
             key = sealing.private_key(seen.secrets[recipient].share_master, attempt)
             for seeds in sealed:

@@ -13,6 +13,7 @@ from typing import Any
 from protocols import masked_node, messages, sealing, study_node
 from protocols.encoding import FixedPoint
 from protocols.graph import MaskGraph
+from protocols.masked_aggregator import MaskedAggregator, _Upload
 from protocols.masked_node import MaskedNode, Parties, State
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import AggregatorMachine
@@ -200,3 +201,53 @@ def finite_inputs() -> Any:
 def deadlines() -> Any:
     """The aggregator waits for everybody."""
     return replaced(AggregatorMachine, "tick", lambda *_: [])
+
+
+def agreed_range() -> Any:
+    """A node does not clip what it encodes to the agreed range."""
+    return replaced(FixedPoint, "limit", property(lambda self: 1e12))
+
+
+@contextmanager
+def digest_of_an_upload() -> Iterator[None]:
+    """The aggregator forgets that it has an upload of a node, and adds the next one too."""
+    on_chunk, on_done = MaskedAggregator._on_chunk, MaskedAggregator._on_upload_done
+
+    def chunk(self: MaskedAggregator, peer: str, body: messages.MaskedChunk, data: memoryview) -> Any:
+        if peer in self._digests and peer not in self._uploads:
+            self._uploads[peer] = _Upload([], self._chunk_count)
+        return on_chunk(self, peer, body, data)
+
+    def done(self: MaskedAggregator, peer: str, body: messages.UploadDone, signed: bytes) -> None:
+        if peer in self._uploads:
+            self._digests.pop(peer, None)
+        on_done(self, peer, body, signed)
+
+    with replaced(MaskedAggregator, "_on_chunk", chunk), replaced(MaskedAggregator, "_on_upload_done", done):
+        yield
+
+
+class CountingDecoder:
+    """Stands in for the decoder of messages: counts the bytes it is given and, if `fragile`, lets its errors out."""
+
+    def __init__(self, *, fragile: bool = False) -> None:
+        self.genuine, self.fragile, self.most_bytes = messages._decoder, fragile, 0
+
+    def decode(self, data: Any) -> Any:
+        self.most_bytes = max(self.most_bytes, len(data))
+        try:
+            return self.genuine.decode(data)
+        except Exception as error:
+            if self.fragile:
+                raise SystemError("the process has died") from error
+            raise
+
+
+def decoding_errors() -> Any:
+    """What cannot be decoded ends the process."""
+    return replaced(messages, "_decoder", CountingDecoder(fragile=True))
+
+
+def message_limit() -> Any:
+    """Messages of any size are decoded."""
+    return replaced(messages, "MESSAGE_LIMIT_BYTES", 1 << 40)

@@ -69,7 +69,13 @@ def make_spec(rounds: int = 2) -> dict[str, Any]:
     del sections["model"]["trunk_digest"]
     return sections | {
         "study": {"id": "test-study", "rounds": rounds, "classes": 2},
-        "secure_sum": {"protocol": "masked", "minimum_cohort": 3, "threshold": 3, "chunk_values": 1024, "max_attempts": 8},
+        "secure_sum": {
+            "protocol": "masked",
+            "minimum_cohort": 3,
+            "threshold": 3,
+            "chunk_values": 1024,
+            "max_attempts": 8,
+        },
         "deadlines": {"join_seconds": 30.0, "train_seconds": 30.0, "phase_seconds": 5.0},
         "modalities": [{"name": name, "tokeniser": "tabular", "shape": [10]} for name in MODALITIES],
         "members": [

@@ -1,0 +1,321 @@
+"""The sum and its record: changed, cut short or re-ordered sums, old sums, two stories, and sums for latecomers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from audit import records
+from keys.errors import RemoteProtocolError, VerificationFailed
+from keys.labels import Label
+from protocols import messages as m
+from protocols.chain import line_digest
+from protocols.encoding import Uint32Vector
+from protocols.tags import Tagger, from_limbs, to_limbs
+from protocols.transcript import receipt_statement
+from secgeo.records import RECEIPTS
+from tests.adversary import weaken
+from tests.adversary.attackers import Bodies, MaliciousAggregator, MaliciousNode, WrongSum, behaving, keep, resign
+from tests.adversary.test_cohort import blamed
+from tests.audit.factory import NOW, make_study
+from tests.protocols.network import Network, make_network, names
+from tests.protocols.test_masked import check_sum, expected
+
+Guard = Callable[[], AbstractContextManager[None]]
+
+
+def wrong(network: Network, name: str, number: int = 1) -> bool:
+    """Whether the node has accepted a sum of this round that is not the sum of its contributors."""
+    return any(
+        np.abs(summed.total - expected(network, summed.contributors, number)).max() > 1e-3
+        for summed in network.sums[name]
+        if summed.round == number
+    )
+
+
+# --- 11
+
+
+def one_more(total: Uint32Vector) -> Uint32Vector:
+    total[7] += 1 << 16
+    return total
+
+
+def exchanged(total: Uint32Vector) -> Uint32Vector:
+    total[:2000] = np.roll(total[:2000], 1)
+    return total
+
+
+def chunks_exchanged(total: Uint32Vector) -> Uint32Vector:
+    total[:2048] = np.roll(total[:2048], 1024)
+    return total
+
+
+def cut_short(total: Uint32Vector) -> Uint32Vector:
+    total[2048:-4] = total[2048]
+    return total
+
+
+def of_another_round(total: Uint32Vector) -> Uint32Vector:
+    total[:-4] = np.random.default_rng(1).integers(1 << 24, 1 << 25, total.size - 4)
+    return total
+
+
+CHANGES = [one_more, exchanged, chunks_exchanged, cut_short, of_another_round]
+
+
+def announce(change: Callable[[Uint32Vector], Uint32Vector], guard: AbstractContextManager[None]) -> WrongSum:
+    attack = WrongSum(make_network(4), change)
+    with guard:
+        attack.network.run()
+    return attack
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_sum_with_a_consistent_signed_record(change: Callable[[Uint32Vector], Uint32Vector]) -> None:
+    network = announce(change, weaken.sum_tags()).network
+    assert all(wrong(network, name) for name in names(4))
+
+    network = announce(change, nullcontext()).network
+    assert not any(network.sums.values())
+    for name in names(4):
+        assert isinstance(network.faults[name], VerificationFailed)
+        assert "does not match its tags" in str(network.faults[name])
+        assert network.journals[name].receipts  # the signed lie is kept
+
+
+def test_a_sum_that_is_cut_off_for_ever() -> None:
+    """Its last chunk never comes: without an end to its patience a node asks again and again."""
+
+    def send(guard: AbstractContextManager[None]) -> tuple[Network, int]:
+        network = make_network(4)
+        attack, asked = MaliciousAggregator(network), 0
+        attack.on("SumChunk")(lambda message, to: [] if message.body.index == 2 else keep(message))
+
+        @attack.hear("Join")
+        def count(message: m.Message, data: bytes) -> list[bytes]:
+            nonlocal asked
+            asked += 1
+            network.aggregator._joins.clear()
+            if asked > 400:  # enough is seen: let it come to an end
+                attack._changes.clear()
+            return [data]
+
+        with guard:
+            network.run()
+        return network, asked
+
+    assert send(weaken.patience())[1] > 400
+
+    network, asked = send(nullcontext())
+    assert asked <= 4 * 18
+    for name in names(4):
+        blamed(network, name, "keeps sending incomplete sums")
+
+
+def test_a_colluding_member_takes_the_detection_away_and_nothing_else() -> None:
+    """As docs say: who has the tag seed can make tags fit. The signed record stays as proof for an audit."""
+    network = make_network(4)
+
+    def with_tags(total: Uint32Vector) -> Uint32Vector:
+        seed = network.journals["hospital-03"].tag_seed(1, 1)
+        tagger = Tagger(seed, network.nodes["hospital-03"]._attempt._attempt)  # type: ignore[union-attr]
+        values, bits = total[: network.size], network.agreement.secure_sum.value_bits
+
+        def tag(of: Uint32Vector) -> int:
+            return sum(tagger.part(of[start : start + 1024], start) for start in range(0, of.size, 1024))
+
+        rest = from_limbs(total[network.size :], bits) - tag(values)
+        one_more(total)
+        total[network.size :] = to_limbs((tag(total[: network.size]) + rest) % ((1 << 61) - 1), bits)
+        return total
+
+    WrongSum(network, with_tags)
+    network.run()
+    assert wrong(network, "hospital-00")
+    assert not network.faults
+
+
+# --- 8, an old sum
+
+
+def send_old_sum(guard: Guard) -> Network:
+    """A node loses its connection before it votes in round 2, and is sent the sum and record of round 1 as those of round 2."""
+    network, victim = make_network(4, rounds=2, threshold=3), "hospital-03"
+    attack, old = MaliciousAggregator(network), []
+    attack.hear("SurvivorVote")(lambda message, data: [] if (message.sender, message.round) == (victim, 2) else [data])
+    attack.on("Survivors")(lambda message, to: [] if (to, message.round) == (victim, 2) else keep(message))
+
+    @attack.on("SumChunk", "RoundResult")
+    def replay(message: m.Message, to: str) -> Bodies:
+        if to == victim and message.round == 1:
+            old.append(keep(message))
+        if to == victim and message.round == 2:
+            if not isinstance(message.body, m.RoundResult):
+                return []
+            bodies = [pair for kept in old for pair in kept]
+            old.clear()
+            return bodies
+        return keep(message)
+
+    with guard():
+        network.run()
+    return network
+
+
+def test_a_replayed_sum_of_an_old_round() -> None:
+    assert wrong(send_old_sum(weaken.round_of_the_record), "hospital-03", 2)
+
+    network = send_old_sum(nullcontext)
+    assert not wrong(network, "hospital-03", 2)
+    blamed(network, "hospital-03", "sent the record of another round")
+    assert check_sum(network, "hospital-00", 2) == tuple(names(4))
+
+
+# --- 17
+
+
+def tell_two_stories(guard: AbstractContextManager[None]) -> tuple[Network, set[bytes]]:
+    """One node gets the record that all get, and then another of the same round; gives what it has countersigned."""
+    network = make_network(4)
+    attack, signed = MaliciousAggregator(network), set()
+
+    @attack.on("RoundResult")
+    def both(message: m.Message, to: str) -> Bodies:
+        if to != "hospital-01":
+            return keep(message)
+        other = resign(attack.identity, message.body.record, upload_bytes=1)
+        attack.say(to, (message.round, 0), m.RoundResult(message.body.record))
+        return [(m.RoundResult(other), b"")]
+
+    @attack.hear("Receipt")
+    def collect(message: m.Message, data: bytes) -> list[bytes]:
+        if message.sender != "hospital-01":
+            return [data]
+        signed.add(message.body.signature)
+        return []
+
+    with guard:
+        network.run()
+    return network, signed
+
+
+def test_a_node_that_sees_two_records_of_one_round() -> None:
+    network, signed = tell_two_stories(weaken.memory_of_records())
+    assert "hospital-01" not in network.faults
+    assert len(signed) == 2
+
+    network, signed = tell_two_stories(nullcontext())
+    blamed(network, "hospital-01", "signed two different records of round 1")
+    assert len(signed) == 1
+    assert len({line for _, line in network.journals["hospital-01"].receipts}) == 2  # kept as proof
+    assert check_sum(network, "hospital-00") == tuple(names(4))
+
+
+def test_an_audit_of_two_stories(tmp_path: Path) -> None:
+    """Each node was shown one record only; together their receipts prove that there were two."""
+    study = make_study(4)
+    folder = study.write(tmp_path / "records")
+    path = folder / RECEIPTS / f"{study.names[1]}.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([resign(study.consortium.identities["aggregator"], first, upload_bytes=1), *rest]))
+    study.seal(folder)
+
+    def verify() -> records.VerificationReport:
+        fingerprint = study.consortium.authority.fingerprint
+        return records.verify_folder(folder, authority_fingerprint=fingerprint, now=NOW + timedelta(days=1))
+
+    with weaken.replaced(records, "_verify_receipts", lambda *_: "not compared"):
+        assert verify().ok
+
+    failed = [check for check in verify().checks if not check.ok]
+    assert [check.name for check in failed] == [f"{RECEIPTS}/{study.names[1]}.jsonl"]
+    assert "EQUIVOCATION" in failed[0].detail
+
+
+# --- 19
+
+
+def deal_two_seeds(guard: AbstractContextManager[None]) -> tuple[Network, str]:
+    """The dealer whose seed counts deals another one to a single node."""
+    network, victim, dealer = make_network(6, threshold=4, minimum_cohort=4), "hospital-04", []
+
+    def lie(genuine, self, peer, shares):  # type: ignore[no-untyped-def]
+        first = next(name for name in self._graph.dealers if name != victim)
+        if self._me == first and peer == victim:
+            dealer.append(self._me)
+            shares = type(shares)(shares.self_share, shares.pair_share, bytes(32))
+        return genuine(self, peer, shares)
+
+    with guard, behaving(lambda attempt: attempt._attempt.attempt == 1, _seal_for=lie):
+        network.run()
+    return network, dealer[0]
+
+
+def test_a_dealer_that_deals_two_tag_seeds() -> None:
+    # The victim's own seed may count, if it is the first dealer; then the lie has no effect. Try until it is not.
+    network = next(n for n, _ in (deal_two_seeds(weaken.dealt_tag_seeds()) for _ in range(20)) if n.faults)
+    assert all(isinstance(fault, VerificationFailed) for fault in network.faults.values())
+    assert not any(network.sums.values())  # one liar has spoilt the sum for all, and nobody is named
+
+    network, dealer = deal_two_seeds(nullcontext())
+    assert not network.faults
+    dispute = f'"type":"Disputed","round":1,"attempt":1,"accuser":"hospital-04","accused":"{dealer}"'.encode()
+    assert dispute in b"".join(network.lines)
+    for name in set(names(6)) - {dealer, "hospital-04"}:
+        assert set(check_sum(network, name)) == set(names(6)) - {dealer, "hospital-04"}
+
+
+# --- 20
+
+
+def feed_a_latecomer(
+    guard: Guard, colluders: tuple[str, ...] = (), forged: tuple[str, ...] = (), *, repeat: bool = False
+) -> Network:
+    """A node that took no part is sent a changed sum with a consistent record, and receipts of colluders for it."""
+    network, late = make_network(6, threshold=4, minimum_cohort=4), "hospital-05"
+    attack = WrongSum(network, one_more, [late])
+    MaliciousNode(network, late).on("Ready")(lambda message, data: [])
+    genuine = attack._result
+
+    @attack.on("RoundResult")
+    def with_receipts(message: m.Message, to: str) -> Bodies:
+        if to == late:
+            line, _ = attack.forged_line(message.body.record, message.round)
+            statement = receipt_statement(network.digest, message.round, line_digest(line))
+            signed = [(n, network.consortium.identities[n].sign(Label.RECEIPT, statement)) for n in colluders]
+            signed += [(n, bytes(64)) for n in forged]
+            attack.receipts = tuple(signed) * (4 if repeat else 1)
+        return genuine(message, to)
+
+    with guard():
+        network.run()
+    return network
+
+
+COLLUDERS = ("hospital-00", "hospital-01", "hospital-02")
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({}, "fewer than 4 contributors confirm"),
+        ({"colluders": COLLUDERS}, "fewer than 4 contributors confirm"),
+        ({"colluders": COLLUDERS, "repeat": True}, "fewer than 4 contributors confirm"),
+        ({"colluders": (*COLLUDERS, "hospital-05")}, "fewer than 4 contributors confirm"),
+        ({"colluders": COLLUDERS, "forged": ("hospital-03",)}, "a receipt that hospital-03 never signed"),
+    ],
+)
+def test_a_sum_for_a_latecomer_with_too_few_receipts(options: dict, fault: str) -> None:
+    assert wrong(feed_a_latecomer(weaken.receipts_of_contributors, **options), "hospital-05")
+
+    network = feed_a_latecomer(nullcontext, **options)
+    assert not network.sums["hospital-05"]
+    assert isinstance(network.faults["hospital-05"], RemoteProtocolError)
+    blamed(network, "hospital-05", fault)
+    assert check_sum(network, "hospital-00") == tuple(names(5))

@@ -1,0 +1,71 @@
+"""One target under atheris, in a process of its own: `python -m tests.fuzz.child TARGET CORPUS FAILURES SECONDS`.
+
+The packages are instrumented while they are imported, so nothing may import them before. libFuzzer ends the process with an
+error, and writes the input down, when an exception leaves the target, when one input takes `TIMEOUT_SECONDS`, and when memory
+runs out; an allocation far beyond that limit fails at once, as a `MemoryError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import resource
+import sys
+from pathlib import Path
+
+import atheris
+
+from tests.fuzz import mutate as mutate  # not to be instrumented
+
+with atheris.instrument_imports(include=["tests"]):
+    from tests.fuzz import planted as planted
+with atheris.instrument_imports(include=["keys", "protocols", "secgeo", "audit"]):
+    from tests.fuzz import targets
+
+TIMEOUT_SECONDS = 5
+MEMORY_LIMIT_BYTES = 2 << 30
+"""What a target may take beyond what it needed for its seeds."""
+
+
+def main() -> None:
+    """Fuzz one target."""
+    name, corpus, failures, seconds = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+    target = targets.find(name)
+    longest = 4096
+    for seed in target.seeds():
+        longest = max(longest, 2 * len(seed))
+        (corpus / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
+        _run(name, target, seed)  # what a target needs is made now, and not under the limits
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT_BYTES, used + MEMORY_LIMIT_BYTES))
+
+    def mutate(data: bytes, limit: int, seed: int) -> bytes:
+        rng = random.Random(seed)  # noqa: S311 - no secret
+        changed = target.mutate(data, rng) if rng.randrange(4) else atheris.Mutate(data, limit)
+        return changed[:limit]
+
+    options = {
+        "max_total_time": seconds,
+        "timeout": TIMEOUT_SECONDS,
+        "rss_limit_mb": 0,
+        "max_len": longest,
+        "len_control": 0,
+        "artifact_prefix": failures,
+        "print_final_stats": 1,
+        "seed": 1,
+    }
+    arguments = [sys.argv[0], str(corpus), *(f"-{option}={value}" for option, value in options.items())]
+    atheris.Setup(arguments, lambda data: _run(name, target, data), custom_mutator=mutate)
+    atheris.Fuzz()
+
+
+def _run(name: str, target: targets.Target, data: bytes) -> None:
+    try:
+        target.run(data)
+    except Exception as error:
+        if not targets.is_open(name, error):
+            raise
+
+
+if __name__ == "__main__":
+    main()
