@@ -30,6 +30,7 @@ class Label(bytes, Enum):
     PAIR_SEED = b"secgeo/pair-seed/v1\0"
     SELF_SEED = b"secgeo/self-seed/v1\0"
     SELF_SEED_COMMITMENT = b"secgeo/self-seed-commitment/v1\0"
+    SHARE_DIGEST = b"secgeo/share-digest/v1\0"
     SEAL_SHARES = b"secgeo/seal-shares/v1\0"
     SEAL_CONTRIBUTION = b"secgeo/seal-contribution/v1\0"
     SENDERS = b"secgeo/senders/v1\0"

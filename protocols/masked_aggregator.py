@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import combinations, islice
 from typing import Protocol
 
 import msgspec
@@ -37,9 +36,6 @@ from protocols.prg import BLOCK_VALUES, MaskSet
 from protocols.transcript import survivor_statement, upload_digest
 from protocols.upload import coordinates
 from protocols.workers import spread
-
-MAX_RECONSTRUCTIONS = 500
-"""How many subsets of shares are tried when some of them are wrong."""
 
 CREDIT_CHUNKS = 8
 """So many chunks of one upload may be under way."""
@@ -98,6 +94,7 @@ class OpenedAttempt(msgspec.Struct, frozen=True):
     cohort: tuple[str, ...]
     signed_keys: dict[str, bytes]
     senders: tuple[str, ...]
+    share_digests: dict[str, dict[str, tuple[bytes, bytes]]]
     seeds_to_lost: dict[str, dict[str, bytes]]
     survivors: tuple[tuple[str, bytes], ...]
     votes: dict[str, bytes]
@@ -142,6 +139,7 @@ class MaskedAggregator:
         self._keys: dict[str, m.RoundKeys] = {}
         self._graph = MaskGraph((), 0)
         self._seeds: dict[str, dict[str, bytes]] = {}
+        self._share_digests: dict[str, dict[str, tuple[bytes, bytes]]] = {}
         self._senders: tuple[str, ...] = ()
         self._key_digests: tuple[tuple[str, bytes], ...] = ()
         self._cohort_digest = self._view = b""
@@ -350,9 +348,15 @@ class MaskedAggregator:
             raise RemoteProtocolError(peer, f"sealed seeds for {body.recipient}, who is not to have any of it")
         if body.cohort_digest != self._cohort_digest:
             raise RemoteProtocolError(peer, "sealed seeds for another set of round keys")
+        linked = body.recipient in self._graph.neighbours(peer)
+        self_digest, pair_digest = body.self_share_digest, body.pair_share_digest
+        if {self_digest is not None, pair_digest is not None} != {linked}:
+            raise RemoteProtocolError(peer, f"committed to other shares than those that {body.recipient} is to have")
         before = self._seeds.setdefault(peer, {})
         self._once(peer, before.get(body.recipient, signed) != signed, f"two different seeds for {body.recipient}")
         before[body.recipient] = signed
+        if self_digest is not None and pair_digest is not None:
+            self._share_digests.setdefault(peer, {})[body.recipient] = (self_digest, pair_digest)
 
     def _on_complaint(self, accuser: str, body: m.Complaint) -> list[Send]:
         """Seeds that do not open, or a false complaint: nobody can tell without opening more, so both sit this round out."""
@@ -430,11 +434,22 @@ class MaskedAggregator:
             raise RemoteProtocolError(peer, "sent two shares of one secret")
         if not all(shamir.is_share(share) for _, share in (*body.self_shares, *body.pair_shares)):
             raise RemoteProtocolError(peer, "sent a share that is not a field element")
+        self._check_dealt(peer, body.self_shares, 0)
+        self._check_dealt(peer, body.pair_shares, 1)
         for name, share in body.self_shares:
             self._self_shares.setdefault(name, {})[peer] = share
         for name, share in body.pair_shares:
             self._pair_shares.setdefault(name, {})[peer] = share
         self._unmasked.add(peer)
+
+    def _check_dealt(self, holder: str, revealed: tuple[tuple[str, bytes], ...], which: int) -> None:
+        """Every share is the one that its owner has signed the digest of; `which` says self share or pair share."""
+        for owner, share in revealed:
+            if owner == holder:
+                continue
+            digest = self._share_digests[owner][holder][which]
+            if not sealing.same(sealing.share_digest(share, self._attempt, owner, holder), digest):
+                raise RemoteProtocolError(holder, f"revealed another share of {owner} than the one it was dealt")
 
     # --- unmasking
 
@@ -503,22 +518,15 @@ class MaskedAggregator:
     def _reconstruct(
         self, owner: str, all_shares: dict[str, dict[str, bytes]], genuine: Callable[[bytes], bool]
     ) -> bytes | None:
-        """Combine shares until the result matches what the owner signed, and blame the holders of shares that do not fit."""
+        """Combine shares; if they do not give what the owner signed, the owner is to blame: all others hold what it dealt."""
         shares = all_shares.get(owner, {})
         holders = sorted({owner, *self._graph.neighbours(owner)})
-        points = {holders.index(holder): share for holder, share in shares.items()}
         threshold = self._parties.agreement.secure_sum.shares_needed
-        for subset in islice(combinations(sorted(points), threshold), MAX_RECONSTRUCTIONS):
-            secret = shamir.combine({x: points[x] for x in subset}, threshold)
-            if secret is None or not genuine(secret):
-                continue
-            for index in points.keys() - set(subset):
-                probe = {x: points[x] for x in (*subset[1:], index)}
-                if shamir.combine(probe, threshold) != secret:
-                    holder = holders[index]
-                    self.blamed[holder] = f"{holder}: sent a wrong share in the unmasking"
-            return secret
-        return None
+        chosen = sorted(shares, key=lambda holder: (holder == owner, holder))[:threshold]
+        if len(chosen) < threshold:
+            return None
+        secret = shamir.combine({holders.index(holder): shares[holder] for holder in chosen}, threshold)
+        return secret if secret is not None and genuine(secret) else None
 
     def _fail_secret(self, owner: str, what: str, all_shares: dict[str, dict[str, bytes]]) -> list[Send]:
         if len(all_shares.get(owner, {})) < self._parties.agreement.secure_sum.shares_needed:
@@ -548,6 +556,10 @@ class MaskedAggregator:
             self._cohort,
             self._signed_keys,
             self._senders,
+            {
+                owner: {holder: digests for holder, digests in dealt.items() if holder in self._votes}
+                for owner, dealt in self._share_digests.items()
+            },
             {low: sent for low, sent in seeds.items() if sent and low in alive},
             self._survivors,
             self._votes,
@@ -571,6 +583,7 @@ class MaskedAggregator:
         resumed._link()
         resumed._senders, resumed._survivors = state.senders, state.survivors
         resumed._view = sealing.senders_view(attempt, resumed._cohort_digest, state.senders)
+        resumed._share_digests = state.share_digests
         resumed._seeds, resumed._votes, resumed.dropped = state.seeds_to_lost, dict(state.votes), dict(state.dropped)
         resumed._digests = dict(state.survivors)
         resumed._total[:] = total

@@ -240,7 +240,8 @@ class MaskedNode:
                 sealed_contribution = sealing.seal(keys.pair_public, own, info)
         except sealing.SealBroken:
             raise RemoteProtocolError(peer, "published round keys that are not valid keys") from None
-        return m.SealedSeeds(peer, cohort, sealed_shares, sealed_contribution)
+        digests = share_digests(shares, attempt, self._me, peer)
+        return m.SealedSeeds(peer, cohort, sealed_shares, sealed_contribution, *digests)
 
     # --- SEEDS: open what the others sealed, prepare the masks
 
@@ -294,6 +295,8 @@ class MaskedNode:
         linked = peer in self._graph.neighbours(self._me)
         shares = open_shares(self._share_key, attempt, cohort, peer, self._me, seeds)
         if {shares.self_share is not None, shares.pair_share is not None} != {linked}:
+            raise sealing.SealBroken
+        if share_digests(shares, attempt, peer, self._me) != (seeds.self_share_digest, seeds.pair_share_digest):
             raise sealing.SealBroken
         if peer in self._graph.dealers and (
             shares.tag_seed is None
@@ -439,6 +442,17 @@ def open_shares(
     if not all(share is None or shamir.is_share(share) for share in (shares.self_share, shares.pair_share)):
         raise sealing.SealBroken
     return shares
+
+
+def share_digests(
+    shares: Shares, attempt: sealing.AttemptId, owner: str, holder: str
+) -> tuple[bytes | None, bytes | None]:
+    """The digests of the self share and of the pair share that `owner` deals to `holder`."""
+    self_share, pair_share = shares.self_share, shares.pair_share
+    return (
+        None if self_share is None else sealing.share_digest(self_share, attempt, owner, holder),
+        None if pair_share is None else sealing.share_digest(pair_share, attempt, owner, holder),
+    )
 
 
 def open_contribution(

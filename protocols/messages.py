@@ -80,12 +80,17 @@ class RoundKeys(Body, frozen=True):
 
 class SealedSeeds(Body, frozen=True):
     """For one recipient: my shares, and the tag seed if I deal it, under its share key; if we are linked and I am the pair's
-    first, my contribution under its pair key."""
+    first, my contribution under its pair key.
+
+    The digests of the shares are open: when the recipient reveals one, everybody can see that it is the one I dealt.
+    """
 
     recipient: Name
     cohort_digest: Digest
     shares: Sealed
     contribution: Sealed
+    self_share_digest: Digest | None
+    pair_share_digest: Digest | None
 
 
 class Complaint(Body, frozen=True):

@@ -182,6 +182,11 @@ def self_seed_commitment(self_seed: bytes, attempt: AttemptId, owner: str) -> by
     return hashlib.sha256(attempt.bind(Label.SELF_SEED_COMMITMENT, owner, self_seed)).digest()
 
 
+def share_digest(share: bytes, attempt: AttemptId, owner: str, holder: str) -> bytes:
+    """A commitment to the share of one of `owner`'s secrets that `holder` gets; hiding because a share is a uniform field element."""
+    return hashlib.sha256(attempt.bind(Label.SHARE_DIGEST, owner, holder, share)).digest()
+
+
 def same(left: bytes, right: bytes) -> bool:
     """Compare two byte strings in constant time."""
     return constant_time.bytes_eq(left, right)

@@ -22,7 +22,7 @@ from protocols.chain import Entry, Unsigned
 from protocols.encoding import Uint32Vector, pack
 from protocols.graph import MaskGraph
 from protocols.masked_aggregator import MaskedAggregator, SumOutcome
-from protocols.masked_node import MaskedNode, Parties, Shares
+from protocols.masked_node import MaskedNode, Parties, Shares, share_digests
 from protocols.transcript import aggregate_digest
 from tests.adversary.knowledge import Address, Knowledge, peek
 from tests.keys.factory import AGGREGATOR
@@ -199,14 +199,18 @@ class Impersonator(MaliciousAggregator):
         cohort, theirs, sealed = message.body.cohort_digest, self._bodies[self.victim], []
         for name in self.peers:
             own = seen.secrets[name]
-            shares = msgspec.msgpack.encode(Shares(bytes(33), bytes(33), own.tag_seed))
+            dealt = Shares(bytes(33), bytes(33), own.tag_seed)
+            digests = share_digests(dealt, attempt, name, self.victim)
+            shares = msgspec.msgpack.encode(dealt)
             info = sealing.shares_info(attempt, cohort, name, self.victim)
             contribution = b""
             if name < self.victim:
                 secret = sealing.contribution(own.pair_master, attempt, cohort, name, self.victim)
                 pair_info = sealing.contribution_info(attempt, cohort, name, self.victim)
                 contribution = sealing.seal(theirs.pair_public, secret, pair_info)
-            seeds = m.SealedSeeds(self.victim, cohort, sealing.seal(theirs.share_public, shares, info), contribution)
+            seeds = m.SealedSeeds(
+                self.victim, cohort, sealing.seal(theirs.share_public, shares, info), contribution, *digests
+            )
             sealed.append(m.encode(self.signers[name], attempt, seeds))
         self.say(self.victim, address, m.SeedSet(tuple(sorted([self.victim, *self.peers])), tuple(sealed)))
         self.say(self.victim, address, m.Credit(1000))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import re
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,7 +101,7 @@ def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
             case m.RoundKeys(share, pair, _, tag):
                 other: m.AnyBody = m.RoundKeys(share, pair, bytes(32), tag)
             case m.SealedSeeds(recipient, cohort, _, contribution):
-                other = m.SealedSeeds(recipient, cohort, bytes(1202), contribution)
+                other = m.SealedSeeds(recipient, cohort, bytes(1202), contribution, bytes(32), bytes(32))
             case m.MaskedChunk(index, _):
                 tail = bytes(len(message.tail))
                 other = m.MaskedChunk(index, m.chunk_digest(tail))
@@ -309,7 +310,7 @@ def test_what_is_relayed_wrongly_is_the_aggregators_fault(kind: str) -> None:
                 old = next(s for s in sealed if m.claimed_sender(s) == "hospital-04")
                 seeds = m.decode(old, "hospital-04", colluder.public_key, network.digest).body
                 assert isinstance(seeds, m.SealedSeeds)
-                other = m.SealedSeeds(to, view or seeds.cohort_digest, seeds.shares, seeds.contribution)
+                other = msgspec.structs.replace(seeds, recipient=to, cohort_digest=view or seeds.cohort_digest)
                 forged = m.encode(colluder, attempt, other)
                 body = m.SeedSet(senders, tuple(forged if s == old else s for s in sealed))
             case "type", m.KeySet(digests, keys):
