@@ -77,7 +77,7 @@ class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
     ring_bits: Literal[32, 24, 20] = 32
     value_bits: Annotated[int, Meta(ge=8, le=30)] = 26
     fraction_bits: Annotated[int, Meta(ge=1, le=29)] = 20
-    chunk_values: Annotated[int, Meta(ge=1024, le=262_144)] = 65_536
+    chunk_values: Annotated[int, Meta(ge=1024, le=262_144)] = 262_144
     max_attempts: Annotated[int, Meta(ge=1, le=16)] = 3
 
     @property

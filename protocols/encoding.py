@@ -21,7 +21,7 @@ from protocols.agreement import Agreement
 Float64Vector = NDArray[np.float64]
 Uint32Vector = NDArray[np.uint32]
 
-BLOCK_VALUES = 1 << 14
+BLOCK_VALUES = 1 << 16
 """Values per pass, so that intermediate results stay in the cache."""
 
 _THREE_BYTES = np.dtype([("low", "<u2"), ("high", "u1")])

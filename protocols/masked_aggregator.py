@@ -37,7 +37,7 @@ from protocols.transcript import survivor_statement, upload_digest
 from protocols.upload import coordinates
 from protocols.workers import spread
 
-CREDIT_CHUNKS = 8
+CREDIT_CHUNKS = 4
 """So many chunks of one upload may be under way."""
 
 

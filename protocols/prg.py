@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from keys.errors import LocalProtocolError
 from protocols.encoding import Uint32Vector
 
-BLOCK_VALUES = 1 << 16
+BLOCK_VALUES = 1 << 18
 """Values per pass: 256 KiB of keystream stays in the cache while it is added."""
 
 VALUES_PER_COUNT = 4

@@ -33,7 +33,7 @@ from protocols.sealing import AttemptId
 ROW_VALUES = 1024
 COLUMNS = 5
 COLUMN_BITS = 11
-BLOCK_ROWS = 16
+BLOCK_ROWS = 64
 ROW_STRIDE = 12
 TAG_BITS = 61
 TAG_PRIME = (1 << TAG_BITS) - 1

@@ -8,10 +8,11 @@ The tag's limbs follow the values. Only the chunks that are asked for exist; the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from protocols.encoding import FixedPoint, Float64Vector, pack
+from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, pack
 from protocols.messages import chunk_digest
 from protocols.prg import MaskSet
 from protocols.tags import TAG_PRIME, Tagger, limb_count, to_limbs
@@ -26,6 +27,17 @@ def coordinates(size: int, fixed_point: FixedPoint) -> int:
 
 Finish = Callable[[int, bytes, memoryview], bytes]
 """Makes a message of a chunk's index, digest and packed values, which hold only during the call; called from any thread."""
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A masked chunk, [m] uint32, and what its values add to the tag."""
+
+    index: int
+    part: int
+    masked: Uint32Vector
+    digest: bytes = b""
+    message: bytes = b""
 
 
 class MaskedUpload:
@@ -57,30 +69,38 @@ class MaskedUpload:
 
     def make(self, stop: int, finish: Finish) -> list[bytes]:
         """The messages of the next chunks, up to chunk `stop`; each chunk is made once."""
-        full = self._vector.size // self._chunk_values  # these hold values only
-        made = self._take(spread(lambda index: self._make(index, finish), range(self.made, min(stop, full))))
-        while self.made < min(stop, self.chunks):
-            made += self._take([self._make(self.made, finish)])
-        return made
+        made = spread(lambda index: self._make(index, finish), range(self.made, min(stop, self.chunks)))
+        self._tag = (self._tag + sum(chunk.part for chunk in made)) % TAG_PRIME
+        messages = []
+        for chunk in made:
+            if not chunk.message:
+                self._add_limbs(chunk)
+                self._finish(chunk, finish)
+            self._digests.append(chunk.digest)
+            messages.append(chunk.message)
+        return messages
 
-    def _take(self, made: list[tuple[bytes, bytes, int]]) -> list[bytes]:
-        self._digests += [digest for _, digest, _ in made]
-        self._tag = (self._tag + sum(part for _, _, part in made)) % TAG_PRIME
-        return [message for message, _, _ in made]
-
-    def _make(self, index: int, finish: Finish) -> tuple[bytes, bytes, int]:
-        """The message of a chunk, the chunk's digest, and what its values add to the tag."""
+    def _make(self, index: int, finish: Finish) -> _Chunk:
+        """A chunk with its message, or without if it holds limbs of the tag, which has to be known first."""
         start = index * self._chunk_values
-        block = np.empty(min(self._chunk_values, self._total - start), dtype=np.uint32)
-        values = self._vector[start : start + block.size]
-        encoded = block[: values.size]
+        masked = np.zeros(min(self._chunk_values, self._total - start), dtype=np.uint32)
+        values = self._vector[start : start + masked.size]
+        encoded = masked[: values.size]
         self._fixed_point.encode_into(values, encoded)
-        part = self._tagger.part(encoded, start)
-        if encoded.size < block.size:
-            limbs = to_limbs((self._tag + part) % TAG_PRIME, self._fixed_point.value_bits)
-            first = start + encoded.size - self._vector.size
-            block[encoded.size :] = limbs[first : first + block.size - encoded.size]
-        self._masks.apply(block, start)
-        data = pack(block, self._fixed_point.ring_bits)
-        digest = chunk_digest(data)
-        return finish(index, digest, data), digest, part
+        chunk = _Chunk(index, self._tagger.part(encoded, start), masked)
+        self._masks.apply(masked, start)
+        if values.size == masked.size:
+            self._finish(chunk, finish)
+        return chunk
+
+    def _add_limbs(self, chunk: _Chunk) -> None:
+        limbs = to_limbs(self._tag, self._fixed_point.value_bits)
+        start = chunk.index * self._chunk_values
+        first = max(self._vector.size, start)
+        place = chunk.masked[first - start :]
+        place += limbs[first - self._vector.size :][: place.size]
+
+    def _finish(self, chunk: _Chunk, finish: Finish) -> None:
+        data = pack(chunk.masked, self._fixed_point.ring_bits)
+        chunk.digest = chunk_digest(data)
+        chunk.message = finish(chunk.index, chunk.digest, data)
