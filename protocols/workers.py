@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,6 +15,9 @@ Result = TypeVar("Result")
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="secgeo-sum")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool, but none of its threads
 
 
 def spread(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
