@@ -138,6 +138,7 @@ class MaskedAggregator:
         self._signed_keys: dict[str, bytes] = {}
         self._keys: dict[str, m.RoundKeys] = {}
         self._graph = MaskGraph((), 0)
+        self._recipients: dict[str, frozenset[str]] = {}
         self._seeds: dict[str, dict[str, bytes]] = {}
         self._share_digests: dict[str, dict[str, tuple[bytes, bytes]]] = {}
         self._senders: tuple[str, ...] = ()
@@ -147,6 +148,7 @@ class MaskedAggregator:
         self._digests: dict[str, bytes] = {}
         self._signed_uploads: dict[str, bytes] = {}
         self._survivors: tuple[tuple[str, bytes], ...] = ()
+        self._statement = b""
         self._votes: dict[str, bytes] = {}
         self._self_shares: dict[str, dict[str, bytes]] = {}
         self._pair_shares: dict[str, dict[str, bytes]] = {}
@@ -238,8 +240,7 @@ class MaskedAggregator:
             case Phase.KEYS:
                 return self._active - self._keys.keys()
             case Phase.SEEDS:
-                due = {name: len(self._graph.recipients(name)) for name in self._active}
-                return {name for name in self._active if len(self._seeds.get(name, ())) < due[name]}
+                return {name for name in self._active if len(self._seeds[name]) < len(self._recipients[name])}
             case Phase.UPLOAD:
                 return self._active - self._digests.keys()
             case Phase.VOTES:
@@ -299,6 +300,8 @@ class MaskedAggregator:
         self._cohort_digest = sealing.cohort_digest(self._attempt, digests)
         ring = self._parties.agreement.secure_sum
         self._graph = MaskGraph.build(digests, ring.neighbours, self._cohort_digest)
+        self._recipients = {name: frozenset(self._graph.recipients(name)) for name in digests}
+        self._seeds = {name: {} for name in digests}
 
     def _close_seeds(self) -> list[Send]:
         if len(self._active) < self._parties.minimum:
@@ -325,6 +328,7 @@ class MaskedAggregator:
         if not self._graph.tolerates(names, self._parties.agreement.secure_sum.colluders_tolerated):
             return self._fail("so many neighbours were lost that colluders could cut the others apart")
         self._survivors = tuple((name, self._digests[name]) for name in names)
+        self._statement = survivor_statement(self._attempt, self._view, self._survivors)
         self.phase = Phase.VOTES
         # A node that uploaded and then vanished is still a survivor: its upload counts, only its vote is missing.
         self._active &= set(names)
@@ -335,7 +339,7 @@ class MaskedAggregator:
         return m.Survivors(self._survivors, tuple(self._signed_uploads[peer] for peer in alive))
 
     def _proof(self) -> m.SurvivorProof:
-        return m.SurvivorProof(tuple(sorted(self._votes.items())))
+        return m.SurvivorProof(tuple(sorted(self._votes.items())[: self._parties.threshold]))
 
     # --- what nodes send
 
@@ -344,7 +348,7 @@ class MaskedAggregator:
             raise RemoteProtocolError(peer, f"sent {what} in one attempt: equivocation")
 
     def _on_seeds(self, peer: str, body: m.SealedSeeds, signed: bytes) -> None:
-        if body.recipient not in self._graph.recipients(peer):
+        if body.recipient not in self._recipients[peer]:
             raise RemoteProtocolError(peer, f"sealed seeds for {body.recipient}, who is not to have any of it")
         if body.cohort_digest != self._cohort_digest:
             raise RemoteProtocolError(peer, "sealed seeds for another set of round keys")
@@ -352,7 +356,7 @@ class MaskedAggregator:
         self_digest, pair_digest = body.self_share_digest, body.pair_share_digest
         if {self_digest is not None, pair_digest is not None} != {linked}:
             raise RemoteProtocolError(peer, f"committed to other shares than those that {body.recipient} is to have")
-        before = self._seeds.setdefault(peer, {})
+        before = self._seeds[peer]
         self._once(peer, before.get(body.recipient, signed) != signed, f"two different seeds for {body.recipient}")
         before[body.recipient] = signed
         if self_digest is not None and pair_digest is not None:
@@ -416,9 +420,8 @@ class MaskedAggregator:
         self._uploads.clear()
 
     def _on_vote(self, peer: str, body: m.SurvivorVote) -> None:
-        statement = survivor_statement(self._attempt, self._view, self._survivors)
         try:
-            verify_signature(self._parties.public_keys[peer], Label.SURVIVORS, statement, body.signature)
+            verify_signature(self._parties.public_keys[peer], Label.SURVIVORS, self._statement, body.signature)
         except VerificationFailed:
             raise RemoteProtocolError(peer, "voted for another survivor set") from None
         self._votes[peer] = body.signature

@@ -377,9 +377,10 @@ class MaskedNode:
             len(voters) == len(body.votes) and voters <= survivors.keys(), "sent votes of strangers, or one twice"
         )
         self._check(len(voters) >= self._parties.threshold, f"sent fewer than {self._parties.threshold} survivor votes")
+        statement = self._statement()
         for name, signature in body.votes:
             try:
-                verify_signature(self._parties.public_keys[name], Label.SURVIVORS, self._statement(), signature)
+                verify_signature(self._parties.public_keys[name], Label.SURVIVORS, statement, signature)
             except VerificationFailed:
                 raise RemoteProtocolError(m.AGGREGATOR, f"sent a survivor vote that {name} never signed") from None
         self._journal("revealed", b"")
