@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test check lock clean
+.PHONY: setup demo test fuzz check lock clean
 
 setup: $(STAMP)
 
@@ -22,6 +23,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto $(TEST_ARGS)
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.run --all --seconds $(FUZZ_SECONDS)
 
 check: setup
 	$(BIN)/ruff check .

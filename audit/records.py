@@ -125,7 +125,7 @@ def _verify_manifest(folder: Path, root: x509.Certificate) -> str:
     verify_document(check_root(root), Label.MANIFEST, document, read_public(folder / f"{MANIFEST}.sig"))
     try:
         listed = msgspec.json.decode(document, type=dict[str, str])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise VerificationFailed(f"{MANIFEST} cannot be decoded") from None
     found = file_digests(folder)
     for name in sorted(listed.keys() | found.keys()):

@@ -72,7 +72,7 @@ class Authority:
         secret = read_secret(directory / KEY_FILE, passphrase)
         try:
             _, seed, root = msgspec.msgpack.decode(secret, type=_KeyFile)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise KeyFileError(f"{directory / KEY_FILE} is not the key file of an authority") from None
         return cls(Ed25519PrivateKey.from_private_bytes(seed), certificates.from_der(root))
 

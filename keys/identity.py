@@ -67,7 +67,7 @@ class Identity:
         secret = read_secret(directory / KEY_FILE, passphrase)
         try:
             _, node_id, role, signing_seed, curve_secret = msgspec.msgpack.decode(secret, type=_KeyFile)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise KeyFileError(f"{directory / KEY_FILE} is not the key file of a node or aggregator") from None
         identity = cls(
             node_id,

@@ -368,11 +368,11 @@ class AggregatorMachine:
         self._out[peer] = fault
         self._joined.discard(peer)
         self._ready.discard(peer)
-        return [
-            Record(self._transcript.append(t.Misbehaved(round=self._round, node_id=peer, fault=fault[:500]))),
-            Progress("expelled", {"node": peer, "fault": fault}),
-            *self._lose(peer, now),
-        ]
+        expelled = Progress("expelled", {"node": peer, "fault": fault})
+        if self.stage is Stage.FAREWELL:
+            return [expelled, *self._lose(peer, now)]  # The transcript is closed.
+        record = self._transcript.append(t.Misbehaved(round=self._round, node_id=peer, fault=fault[:500]))
+        return [Record(record), expelled, *self._lose(peer, now)]
 
     # --- stages
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,11 +79,7 @@ class LabelledRecords:
 
 
 def _checked(features: Any, labels: Any, shape: Sequence[int], classes: int, source: str) -> LabelledRecords:
-    try:
-        values = np.asarray(features).astype(np.float32)
-        numbers = np.asarray(labels).astype(np.float64)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{source}: features and labels must be numbers; encode text and categories first") from None
+    values, numbers = _real(features, np.float32, source), _real(labels, np.float64, source)
     if values.shape[1:] != tuple(shape):
         flat = int(np.prod(shape))
         if values.ndim != 2 or values.shape[1] != flat:
@@ -96,6 +91,17 @@ def _checked(features: Any, labels: Any, shape: Sequence[int], classes: int, sou
         return LabelledRecords(np.ascontiguousarray(values), numbers.astype(np.int64))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def _real(array: Any, kind: type[np.floating[Any]], source: str) -> NDArray[Any]:
+    """`array` as floating point; text, dates and complex numbers are none."""
+    try:
+        found = np.asarray(array)
+        if found.dtype.kind not in "biufO":
+            raise TypeError
+        return found.astype(kind)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{source}: features and labels must be real numbers; encode text and dates first") from None
 
 
 def load_table(
@@ -114,26 +120,30 @@ def load_table(
         raise ConfigError(f"{path.name}: a table is a .csv or .parquet file")
     try:
         table = readers[path.suffix](path)
-    except (OSError, pyarrow.ArrowException):
+        found = table.column_names
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException):
         raise ConfigError(
-            f"{path.name} cannot be read as {path.suffix}; check that the file exists and is complete"
+            f"{path.name} cannot be read as {path.suffix}; check that the file exists, is complete, and is in UTF-8"
         ) from None
-    columns = (
-        list(feature_columns) if feature_columns else [name for name in table.column_names if name != label_column]
-    )
-    missing = [name for name in [label_column, *columns] if table.column_names.count(name) != 1]
+    columns = list(feature_columns) if feature_columns else [name for name in found if name != label_column]
+    missing = [name for name in [label_column, *columns] if found.count(name) != 1]
     if missing or not columns:
         raise ConfigError(f"{path.name}: needs exactly one column each of: {', '.join(missing) or 'features'}")
     if any(table.column(name).null_count for name in [label_column, *columns]):
         raise ConfigError(f"{path.name}: a cell is empty; impute or drop those records first")
-    features = [table.column(name).to_numpy() for name in columns]
+    features = [_real(table.column(name).to_numpy(), np.float32, f"{path.name}: {name}") for name in columns]
     return _checked(np.stack(features, axis=1), table.column(label_column).to_numpy(), shape, classes, path.name)
 
 
-def _read_numpy(path: Path) -> Any:
+def _read_numpy(path: Path, *names: str) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    """The array of an .npy file, or those of `names` that an .npz file has."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return {name: loaded[name] for name in names if name in loaded}
+    except Exception:  # numpy, zipfile and zlib raise all sorts of errors for files that are damaged
         raise ConfigError(
             f"{path.name} cannot be read as a NumPy file without pickle; save plain numeric arrays"
         ) from None
@@ -145,15 +155,10 @@ def load_arrays(path: Path, *, shape: Sequence[int], classes: int) -> LabelledRe
     Raises:
         ConfigError: the file cannot be read, or its arrays do not fit.
     """
-    archive = _read_numpy(path)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ConfigError(f"{path.name}: expected an .npz file with the arrays features and labels")
-    with archive:
-        try:
-            features, labels = archive["features"], archive["labels"]
-        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile):
-            raise ConfigError(f"{path.name}: needs plain numeric arrays named features and labels") from None
-    return _checked(features, labels, shape, classes, path.name)
+    arrays = _read_numpy(path, "features", "labels")
+    if not isinstance(arrays, dict) or not {"features", "labels"} <= arrays.keys():
+        raise ConfigError(f"{path.name}: expected an .npz file with plain numeric arrays named features and labels")
+    return _checked(arrays["features"], arrays["labels"], shape, classes, path.name)
 
 
 def load_entry_point(entry_point: str, *, shape: Sequence[int], classes: int) -> LabelledRecords:

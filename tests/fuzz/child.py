@@ -35,7 +35,7 @@ def main() -> None:
     for seed in target.seeds():
         longest = max(longest, 2 * len(seed))
         (corpus / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
-        _run(name, target, seed)  # what a target needs is made now, and not under the limits
+        target.run(seed)  # what a target needs is made now, and not under the limits
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT_BYTES, used + MEMORY_LIMIT_BYTES))
 
@@ -55,16 +55,8 @@ def main() -> None:
         "seed": 1,
     }
     arguments = [sys.argv[0], str(corpus), *(f"-{option}={value}" for option, value in options.items())]
-    atheris.Setup(arguments, lambda data: _run(name, target, data), custom_mutator=mutate)
+    atheris.Setup(arguments, target.run, custom_mutator=mutate)
     atheris.Fuzz()
-
-
-def _run(name: str, target: targets.Target, data: bytes) -> None:
-    try:
-        target.run(data)
-    except Exception as error:
-        if not targets.is_open(name, error):
-            raise
 
 
 if __name__ == "__main__":
