@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,10 @@ from tests.vectors.reference import packed
 
 SMALL_ORDER_X25519 = "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"
 """A point of order 8 (RFC 7748, section 6.1)."""
+
+
+SEAL = sealing.seal
+"""As it is, also while `whole_round` puts `Recorded` in its place."""
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Recorded:
                     return sealed
             except sealing.SealBroken:
                 continue
-        sealed = sealing.seal(sealing.public_key_bytes(master, attempt), plaintext, info)
+        sealed = SEAL(sealing.public_key_bytes(master, attempt), plaintext, info)
         self.known.setdefault(info, []).insert(0, sealed)
         return sealed
 
@@ -67,13 +71,31 @@ def key_schedule(recorded: Recorded) -> Iterator[Case]:
     for label in Label:
         yield case("ASCII, and a zero byte at the end", "label", name=label_name(label))
     others = ([bytes(32), 3, 2], [DIGEST, 2, 2], [DIGEST, 3, 3])
-    yield case("no parts: an array of digest, round and attempt", "bind", attempt=ATTEMPT, label_name="cohort", parts=[])
-    yield case("texts and bytes", "bind", attempt=ATTEMPT, label_name="graph", parts=["hospital-00", b"\1\2", ""[:0].encode()])
-    yield case("large numbers, and more than 15 parts", "bind", attempt=[DIGEST, 70_000, 200], label_name="senders", parts=named(13))
-    yield case("names do not run into each other", "bind", attempt=ATTEMPT, label_name="senders", parts=["hospital-0", "0hospital"])
-    yield case("the pinned digest is over the exact bytes of the document", "agreement_digest", document="[study]\nid = 'x'\n")
+    yield case(
+        "no parts: an array of digest, round and attempt", "bind", attempt=ATTEMPT, label_name="cohort", parts=[]
+    )
+    yield case("texts and bytes", "bind", attempt=ATTEMPT, label_name="graph", parts=["hospital-00", b"\1\2", b""])
+    yield case(
+        "large numbers, and more than 15 parts",
+        "bind",
+        attempt=[DIGEST, 70_000, 200],
+        label_name="senders",
+        parts=named(13),
+    )
+    yield case(
+        "names do not run into each other",
+        "bind",
+        attempt=ATTEMPT,
+        label_name="senders",
+        parts=["hospital-0", "0hospital"],
+    )
+    yield case(
+        "the pinned digest is over the exact bytes of the document", "agreement_digest", document="[study]\nid = 'x'\n"
+    )
     yield case("one byte of the document is different", "agreement_digest", document="[study]\nid = 'x' \n")
-    yield case("the key pair of a master: ML-KEM-768 seed (d, z), X25519 private key", "keys", master=SECRET, attempt=ATTEMPT)
+    yield case(
+        "the key pair of a master: ML-KEM-768 seed (d, z), X25519 private key", "keys", master=SECRET, attempt=ATTEMPT
+    )
     for other in others:
         yield case("another agreement, round or attempt: other keys", "keys", master=SECRET, attempt=other)
     public = sealing.public_key_bytes(SECRET, AttemptId(*ATTEMPT))
@@ -90,13 +112,49 @@ def key_schedule(recorded: Recorded) -> Iterator[Case]:
     pair = {"cohort": COHORT, "low": "hospital-00", "high": "hospital-01"}
     for attempt in (ATTEMPT, *others):
         which = "" if attempt is ATTEMPT else ", in another agreement, round or attempt"
-        yield case(f"mask key of a node's own mask{which}", "self_mask_key", self_seed=SECRET, attempt=attempt, owner="hospital-00")
-        yield case(f"commitment to a self seed{which}", "self_seed_commitment", self_seed=SECRET, attempt=attempt, owner="hospital-00")
-        yield case(f"what low contributes to the pair seed{which}", "contribution", master_low=SECRET, attempt=attempt, **pair)
-        yield case(f"pair seed: the key of the mask that low adds and high subtracts{which}", "pair_mask_key", contribution=SECRET, attempt=attempt, **pair)
-    yield case("digest of a share that is dealt", "share_digest", share=bytes([1]) + bytes(32), attempt=ATTEMPT, owner="hospital-00", holder="hospital-01")
-    yield case("the same share from holder to owner", "share_digest", share=bytes([1]) + bytes(32), attempt=ATTEMPT, owner="hospital-01", holder="hospital-00")
-    yield case("digest of a signed message with round keys: plain SHA-256", "keys_digest", signed_keys=b"a signed message")
+        yield case(
+            f"mask key of a node's own mask{which}",
+            "self_mask_key",
+            self_seed=SECRET,
+            attempt=attempt,
+            owner="hospital-00",
+        )
+        yield case(
+            f"commitment to a self seed{which}",
+            "self_seed_commitment",
+            self_seed=SECRET,
+            attempt=attempt,
+            owner="hospital-00",
+        )
+        yield case(
+            f"what low contributes to the pair seed{which}", "contribution", master_low=SECRET, attempt=attempt, **pair
+        )
+        yield case(
+            f"pair seed: the key of the mask that low adds and high subtracts{which}",
+            "pair_mask_key",
+            contribution=SECRET,
+            attempt=attempt,
+            **pair,
+        )
+    yield case(
+        "digest of a share that is dealt",
+        "share_digest",
+        share=bytes([1]) + bytes(32),
+        attempt=ATTEMPT,
+        owner="hospital-00",
+        holder="hospital-01",
+    )
+    yield case(
+        "the same share from holder to owner",
+        "share_digest",
+        share=bytes([1]) + bytes(32),
+        attempt=ATTEMPT,
+        owner="hospital-01",
+        holder="hospital-00",
+    )
+    yield case(
+        "digest of a signed message with round keys: plain SHA-256", "keys_digest", signed_keys=b"a signed message"
+    )
     digests = {name: bytes([place]) * 32 for place, name in enumerate(named(4))}
     yield case("digest of all round keys, in the order of the names", "cohort_digest", attempt=ATTEMPT, digests=digests)
     yield case("given in another order", "cohort_digest", attempt=ATTEMPT, digests=dict(reversed(digests.items())))
@@ -105,14 +163,25 @@ def key_schedule(recorded: Recorded) -> Iterator[Case]:
     yield case("who distributed seeds", "senders_view", attempt=ATTEMPT, cohort=COHORT, senders=named(3))
     yield case("given in another order", "senders_view", attempt=ATTEMPT, cohort=COHORT, senders=named(3)[::-1])
     yield case("fewer senders", "senders_view", attempt=ATTEMPT, cohort=COHORT, senders=named(2))
-    yield case("HPKE info of shares", "shares_info", attempt=ATTEMPT, cohort=COHORT, sender="hospital-01", recipient="hospital-00")
+    yield case(
+        "HPKE info of shares",
+        "shares_info",
+        attempt=ATTEMPT,
+        cohort=COHORT,
+        sender="hospital-01",
+        recipient="hospital-00",
+    )
     yield case("HPKE info of a contribution", "contribution_info", attempt=ATTEMPT, **pair)
     survivors = [[name, digest] for name, digest in digests.items()]
     yield case("what a survivor signs", "survivor_statement", attempt=ATTEMPT, view=COHORT, survivors=survivors)
     yield case("what a node countersigns", "receipt_statement", agreement_digest=DIGEST, round=3, record_digest=COHORT)
     yield case("digest of an upload of two chunks", "upload_digest", chunks=[b"\1\2\3\4", b"\5\6\7\10"])
     yield case("the same bytes in one chunk", "upload_digest", chunks=[b"\1\2\3\4\5\6\7\10"])
-    yield case("digest of a sum: little-endian words of 32 bits, whatever the ring", "aggregate_digest", total=[1, 2**24, 2**32 - 1])
+    yield case(
+        "digest of a sum: little-endian words of 32 bits, whatever the ring",
+        "aggregate_digest",
+        total=[1, 2**24, 2**32 - 1],
+    )
     yield from _signatures(survivors)
     yield from _seals(recorded)
 
@@ -120,7 +189,12 @@ def key_schedule(recorded: Recorded) -> Iterator[Case]:
 def _signatures(survivors: list[Any]) -> Iterator[Case]:
     alice, content = identity("hospital-00"), packed([*ATTEMPT, COHORT, survivors])
     vote = alice.sign(Label.SURVIVORS, content)
-    given = {"public": alice.public_key.public_bytes_raw(), "label_name": "survivors", "content": content, "signature": vote}
+    given = {
+        "public": alice.public_key.public_bytes_raw(),
+        "label_name": "survivors",
+        "content": content,
+        "signature": vote,
+    }
     yield case("a vote: Ed25519 over the label and the statement", "check_signature", **given)
     for change, why in (
         ({"label_name": "receipt"}, "the same signature for another purpose"),
@@ -138,7 +212,9 @@ def _seals(recorded: Recorded) -> Iterator[Case]:
     shares = packed([bytes([1]) + bytes(32), bytes([1]) * 33, None])
     sealed = recorded.seal(SECRET, attempt, shares, info)
     good = {"master": SECRET, "attempt": ATTEMPT, "info": info, "sealed": sealed}
-    yield case("shares: enc (ML-KEM ciphertext of 1,088 bytes, X25519 key of 32), then AES-256-GCM; no AAD", "unseal", **good)
+    yield case(
+        "shares: enc (ML-KEM ciphertext of 1,088 bytes, X25519 key of 32), then AES-256-GCM; no AAD", "unseal", **good
+    )
     pair_info = sealing.contribution_info(attempt, COHORT, "hospital-00", "hospital-01")
     pair = recorded.seal(bytes(32), attempt, SECRET, pair_info)
     yield case("a contribution", "unseal", master=bytes(32), attempt=ATTEMPT, info=pair_info, sealed=pair)
@@ -149,9 +225,15 @@ def _seals(recorded: Recorded) -> Iterator[Case]:
     for change, why in (
         ({"master": bytes(32)}, "another master"),
         ({"attempt": [DIGEST, 3, 3]}, "the key of another attempt"),
-        ({"info": sealing.shares_info(attempt, COHORT, "hospital-00", "hospital-01")}, "sender and recipient exchanged"),
+        (
+            {"info": sealing.shares_info(attempt, COHORT, "hospital-00", "hospital-01")},
+            "sender and recipient exchanged",
+        ),
         ({"info": sealing.shares_info(attempt, DIGEST, "hospital-01", "hospital-00")}, "other round keys"),
-        ({"info": sealing.contribution_info(attempt, COHORT, "hospital-01", "hospital-00")}, "sealed for another purpose"),
+        (
+            {"info": sealing.contribution_info(attempt, COHORT, "hospital-01", "hospital-00")},
+            "sealed for another purpose",
+        ),
         ({"sealed": flipped(0)}, "a bit of the ML-KEM ciphertext"),
         ({"sealed": flipped(1088)}, "a bit of the X25519 key"),
         ({"sealed": flipped(1120)}, "a bit of the ciphertext"),
@@ -168,11 +250,10 @@ def _seals(recorded: Recorded) -> Iterator[Case]:
 ALICE = "hospital-00"
 TAIL = b"packed values"
 H32, H64, SHARE = bytes([7]) * 32, bytes([8]) * 64, bytes([1]) + bytes(32)
-PARTS: dict[type, Callable[[str], Any]] = {}
 
 
 def bodies() -> list[Any]:
-    """One body of each type, with fields by position; those that a body has beyond these take the last value again."""
+    """One body of each type."""
     public = sealing.public_key_bytes(SECRET, AttemptId(*ATTEMPT))
     return [
         m.Join(1),
@@ -280,6 +361,10 @@ def _bad_messages(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     ):
         yield f"signed, but: {why}", made(body), {}
     for kind in ("MaskedChunk", "SumChunk"):
-        yield f"{kind}: another tail than the signed one", made([kind, 0, m.chunk_digest(TAIL)], tail=TAIL[:-1] + b"!"), {}
+        yield (
+            f"{kind}: another tail than the signed one",
+            made([kind, 0, m.chunk_digest(TAIL)], tail=TAIL[:-1] + b"!"),
+            {},
+        )
         yield f"{kind}: the tail is missing", made([kind, 0, m.chunk_digest(TAIL)]), {}
     yield "over 1 MiB and 64 KiB", {"bytes": good, "zeros": m.MESSAGE_LIMIT_BYTES - len(good) + 1}, {}

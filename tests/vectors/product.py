@@ -51,6 +51,18 @@ def _check_signature(public: bytes, label_name: str, content: bytes, signature: 
     return True
 
 
+def _split(secret: bytes, coins: Sequence[bytes], holders: int) -> list[bytes]:
+    given = iter(coins)
+
+    def draw(count: int) -> bytes:
+        coin = next(given)
+        if len(coin) != count:
+            raise ValueError(f"a coin of {len(coin)} bytes where {count} are drawn")
+        return coin
+
+    return shamir.split(secret, len(coins) + 1, holders, draw)
+
+
 def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     tagger = tags.Tagger(seed, AttemptId(*attempt))
     column_key = sealing._hkdf(seed, AttemptId(*attempt).bind(Label.TAG_KEY), 64)[:32]
@@ -84,7 +96,9 @@ def _upload(
     subtracted: Sequence[bytes],
 ) -> dict[str, Any]:
     fixed_point = FixedPoint(*encoding)
-    vector = (np.array(encoded, dtype=np.float64) - 2.0 ** (fixed_point.value_bits - 1)) / 2.0**fixed_point.fraction_bits
+    vector = (
+        np.array(encoded, dtype=np.float64) - 2.0 ** (fixed_point.value_bits - 1)
+    ) / 2.0**fixed_point.fraction_bits
     tagger = tags.Tagger(tag_seed, AttemptId(*attempt))
     upload = MaskedUpload(fixed_point, vector, tagger, MaskSet(added, subtracted), chunk_values)
     chunks: dict[int, tuple[bytes, bytes]] = {}
@@ -142,9 +156,7 @@ def _read_message(data: bytes, peer: str, public: bytes, agreement_digest: bytes
 OPERATIONS: dict[str, Any] = {
     "limit": lambda encoding: FixedPoint(*encoding).limit,
     "encode": lambda encoding, values: FixedPoint(*encoding).encode(np.array(values, dtype=np.float64)).tolist(),
-    "decode": lambda encoding, total, contributors: (
-        FixedPoint(*encoding).decode(_uint32(total), contributors).tolist()
-    ),
+    "decode": lambda encoding, total, contributors: FixedPoint(*encoding).decode(_uint32(total), contributors).tolist(),
     "pack": lambda values, ring_bits: bytes(pack(_uint32(values), ring_bits)),
     "unpack": lambda data, count, ring_bits: unpack(data, count, ring_bits).tolist(),
     "keystream": keystream,
@@ -189,15 +201,13 @@ OPERATIONS: dict[str, Any] = {
     ),
     "upload_digest": lambda chunks: transcript.upload_digest(b"".join(map(messages.chunk_digest, chunks))),
     "aggregate_digest": lambda total: transcript.aggregate_digest(_uint32(total).data),
-    "split": lambda secret, coins, holders: shamir.split(
-        secret, len(coins) + 1, holders, lambda count, given=iter(coins): _of_size(next(given), count)
-    ),
+    "split": _split,
     "combine": lambda shares, threshold: shamir.combine(dict(shares), threshold),
     "is_share": shamir.is_share,
     "tag_keys": _tag_keys,
-    "tag": lambda seed, attempt, values, start: tags.Tagger(seed, AttemptId(*attempt))
-    .part(_uint32(values), start)
-    .to_bytes(8),
+    "tag": lambda seed, attempt, values, start: (
+        tags.Tagger(seed, AttemptId(*attempt)).part(_uint32(values), start).to_bytes(8)
+    ),
     "limbs": lambda tag, value_bits: tags.to_limbs(int.from_bytes(tag), value_bits).tolist(),
     "tag_of_limbs": lambda limbs, value_bits: tags.from_limbs(_uint32(limbs), value_bits).to_bytes(8),
     "check_tag": _check_tag,
@@ -208,11 +218,3 @@ OPERATIONS: dict[str, Any] = {
     ),
     "read_message": _read_message,
 }
-
-
-def _of_size(coin: bytes, count: int) -> bytes:
-    if len(coin) != count:
-        raise ValueError(f"a coin of {len(coin)} bytes where {count} are drawn")
-    return coin
-
-

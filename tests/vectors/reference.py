@@ -49,13 +49,24 @@ def packed(value: Any) -> bytes:
         case bool():
             return b"\xc3" if value else b"\xc2"
         case int():
-            for limit, head, size in ((128, b"", 1), (1 << 8, b"\xcc", 1), (1 << 16, b"\xcd", 2), (1 << 32, b"\xce", 4)):
+            for limit, head, size in (
+                (128, b"", 1),
+                (1 << 8, b"\xcc", 1),
+                (1 << 16, b"\xcd", 2),
+                (1 << 32, b"\xce", 4),
+            ):
                 if value < limit:
                     return head + value.to_bytes(size)
             return b"\xcf" + value.to_bytes(8)
         case bytes():
             size = len(value)
-            head = b"\xc4" + bytes([size]) if size < 256 else b"\xc5" + size.to_bytes(2) if size < 65536 else b"\xc6" + size.to_bytes(4)
+            head = (
+                b"\xc4" + bytes([size])
+                if size < 256
+                else b"\xc5" + size.to_bytes(2)
+                if size < 65536
+                else b"\xc6" + size.to_bytes(4)
+            )
             return head + value
         case str():
             text = value.encode("ascii")
@@ -458,7 +469,9 @@ def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _check_tag(seed: bytes, attempt: Sequence[Any], total: Sequence[int], limbs_total: Sequence[int], value_bits: int) -> bool:
+def _check_tag(
+    seed: bytes, attempt: Sequence[Any], total: Sequence[int], limbs_total: Sequence[int], value_bits: int
+) -> bool:
     need(tag(seed, attempt, total) == tag_of_limbs(limbs_total, value_bits))
     return True
 
