@@ -1,4 +1,4 @@
-"""The inputs of the vectors over integers: encoding, masks, secret sharing, tags, graphs. Outputs are computed, not written here."""
+"""The inputs of the vectors over integers: encoding, masks, secret sharing. Outputs are computed, not written here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.vectors import reference
 from tests.vectors.codec import coins
 
 
@@ -287,135 +286,3 @@ def shamir() -> Iterator[Case]:
     ):
         yield case(f"{why}, in 33 bytes", "is_share", data=number.to_bytes(33))
     yield case("32 bytes are no share", "is_share", data=bytes(32))
-
-
-def _ramp(count: int, value_bits: int = 24) -> dict[str, int]:
-    """Encodings, from 1 to 2^value_bits - 1 or nearly, without an end in sight."""
-    return {"first": 1, "step": 40_503, "modulus": 2**value_bits - 1, "count": count}
-
-
-def tags() -> Iterator[Case]:
-    seed = coins("tags")(32)
-    base = {"seed": seed, "attempt": ATTEMPT}
-    yield case("the two keys, and what they give", "tag_keys", **base)
-    yield case("another attempt, other keys", "tag_keys", seed=seed, attempt=[DIGEST, 3, 3])
-    yield pending("no values: the tag is 0", "tag", **base, values=[], start=0)
-    yield case("a single 1 gives the sum of R[0, j] C[0, j]", "tag", **base, values=[1], start=0)
-    yield case("three values", "tag", **base, values=[1, 2**24 - 1, 8_388_608], start=0)
-    yield case(
-        "the largest sums of a whole row",
-        "tag",
-        **base,
-        values={"first": 2**32 - 1, "step": 0, "modulus": 2**32, "count": 1024},
-        start=0,
-    )
-    yield case("three rows, the last one not full", "tag", **base, values=_ramp(2050), start=0)
-    yield case("the same values two rows further on", "tag", **base, values=_ramp(2050), start=2048)
-    number = (2**61 - 2).to_bytes(8)
-    for bits in (24, 26, 17, 30, 8):
-        yield case(f"the largest tag in limbs of {bits} bits, the lowest first", "limbs", tag=number, value_bits=bits)
-    yield case("the smallest tag", "limbs", tag=bytes(8), value_bits=24)
-    yield case("limbs of one tag", "tag_of_limbs", limbs=[1, 2, 3], value_bits=24)
-    yield case("sums of limbs may be wider than a limb", "tag_of_limbs", limbs=[4 * (2**24 - 1)] * 3, value_bits=24)
-    yield case(
-        "limbs of the prime itself stand for 0", "tag_of_limbs", limbs=[2**24 - 1, 2**24 - 1, 2**13 - 1], value_bits=24
-    )
-    yield case("a dealer's commitment", "tag_commitment", seed=seed, attempt=ATTEMPT, dealer="hospital-00")
-    yield case(
-        "another dealer's commitment to the same seed",
-        "tag_commitment",
-        seed=seed,
-        attempt=ATTEMPT,
-        dealer="hospital-01",
-    )
-    vectors = [[1, 5_000_000, 2**24 - 1], [8_388_608, 8_388_609, 3], [77, 12_345_678, 9_999_999]]
-    parts = [reference.limbs(reference.tag(seed, ATTEMPT, vector), 24) for vector in vectors]
-    total, sums = (
-        [sum(column) for column in zip(*vectors, strict=True)],
-        [sum(column) for column in zip(*parts, strict=True)],
-    )
-    ring = {**base, "value_bits": 24}
-    yield case(
-        "the tag of a sum is the sum of the tags: three nodes", "check_tag", **ring, total=total, limbs_total=sums
-    )
-    for changed, limbs, why in (
-        ([total[0] + 1, *total[1:]], sums, "a value of the sum is one higher"),
-        ([total[1], total[0], total[2]], sums, "two values of the sum have changed places"),
-        ([total[0] + 1, total[1] - 1, total[2]], sums, "one value up, one down"),
-        (total, [sums[0] + 1, *sums[1:]], "a limb is one higher"),
-        (vectors[0], sums, "one node's vector instead of the sum"),
-        ([t - v for t, v in zip(total, vectors[0], strict=True)], sums, "one node's vector is missing from the sum"),
-    ):
-        yield refused("VerificationFailed", why, "check_tag", **ring, total=changed, limbs_total=limbs)
-    yield refused(
-        "VerificationFailed",
-        "the seed of another attempt",
-        "check_tag",
-        seed=seed,
-        attempt=[DIGEST, 3, 3],
-        value_bits=24,
-        total=total,
-        limbs_total=sums,
-    )
-    keys = [coins(f"tags {place}")(32) for place in range(3)]
-    masks = {"added": keys[:2], "subtracted": keys[2:], "attempt": ATTEMPT, "tag_seed": seed}
-    yield case(
-        "one chunk: values, limbs of their tag, masks over both",
-        "upload",
-        encoding=WIDE,
-        chunk_values=1024,
-        encoded=_ramp(5),
-        **masks,
-    )
-    yield pending(
-        "20-bit ring, three chunks: the four limbs lie half in the second, half in the third",
-        "upload",
-        encoding=NARROW,
-        chunk_values=1024,
-        encoded=_ramp(2046, 17),
-        **masks,
-    )
-    yield pending(
-        "24-bit ring: the limbs are a chunk of their own",
-        "upload",
-        encoding=MIDDLE,
-        chunk_values=1024,
-        encoded=_ramp(1024, 20),
-        **masks,
-    )
-
-
-def graph() -> Iterator[Case]:
-    yield case("four nodes, complete graph: 0 neighbours were agreed", "graph", names=named(4), degree=0, cohort=COHORT)
-    yield case("the order follows from the cohort digest", "graph", names=named(4), degree=0, cohort=DIGEST)
-    yield case("nine nodes with four neighbours", "graph", names=named(9), degree=4, cohort=COHORT)
-    yield case("the order in which the names come is nothing", "graph", names=named(9)[::-1], degree=4, cohort=COHORT)
-    yield case("as many neighbours as there are others: complete", "graph", names=named(5), degree=4, cohort=COHORT)
-    yield case("twenty nodes with eight neighbours", "graph", names=named(20), degree=8, cohort=COHORT)
-    circle = reference.order(named(20), COHORT)
-    sparse = {"names": named(20), "degree": 8, "cohort": COHORT}
-    for lost, colluders, why in (
-        ([], 4, "nobody is lost, four collude"),
-        ([], 7, "nobody is lost; seven may collude: eight survivors are left in two stretches of four"),
-        ([], 8, "eight colluders may fill two stretches of four places, and cut the others apart"),
-        ([0], 5, "one is lost: a stretch holds three survivors, and five may collude"),
-        ([0], 6, "one is lost: six colluders are too many"),
-        ([0, 1], 3, "two neighbours in the circle are lost, three collude"),
-        ([0, 1], 4, "two neighbours in the circle are lost, four collude"),
-        ([0, 10], 4, "two far from each other are lost, four collude"),
-        ([0, 1, 2], 1, "three in a row are lost, one colludes"),
-        ([0, 1, 2], 2, "three in a row are lost, two collude"),
-        ([0, 1, 2, 3], 0, "a whole stretch of four places is lost"),
-        ([18, 19, 0, 1], 0, "a stretch across the end of the circle is lost"),
-    ):
-        alive = sorted(set(named(20)) - {circle[place] for place in lost})
-        yield case(why, "tolerates", **sparse, survivors=alive, colluders=colluders)
-    yield case(
-        "a complete graph cannot be cut apart",
-        "tolerates",
-        names=named(4),
-        degree=0,
-        cohort=COHORT,
-        survivors=named(3),
-        colluders=2,
-    )

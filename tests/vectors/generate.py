@@ -10,12 +10,13 @@ long as they open. See README.md for the form of the files.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from keys.errors import SecGeoError
 from protocols.sealing import SealBroken
-from tests.vectors import cases, key_cases, product, reference, whole_round
+from tests.vectors import cases, key_cases, product, reference_operations, tag_cases, whole_round
 from tests.vectors.codec import FILES, FOLDER, from_json, read, text_of, to_json
 
 ABOUT = {
@@ -35,31 +36,32 @@ def run(operations: dict[str, Any], operation: str, given: Any) -> Any:
     return to_json(operations[operation](**from_json(given)))
 
 
-def documents() -> dict[str, Any]:
-    """Every file's content as JSON values."""
+def builders() -> dict[str, Callable[[], Any]]:
+    """What makes each file's content, as JSON values."""
     recorded = key_cases.Recorded()
     for name in FILES:
         recorded.learn(read(name))
-    groups: dict[str, Iterable[cases.Case]] = {
-        "encoding": cases.encoding(),
-        "prg": cases.prg(),
-        "key_schedule": key_cases.key_schedule(recorded),
-        "shamir": cases.shamir(),
-        "tags": cases.tags(),
-        "graph": cases.graph(),
-        "messages": key_cases.messages(),
+    groups: dict[str, Callable[[], Iterable[cases.Case]]] = {
+        "encoding": cases.encoding,
+        "prg": cases.prg,
+        "key_schedule": partial(key_cases.key_schedule, recorded),
+        "shamir": cases.shamir,
+        "tags": tag_cases.tags,
+        "graph": tag_cases.graph,
+        "messages": key_cases.messages,
     }
-    made = {
-        name: {"subject": name, "about": ABOUT[name], "cases": [_filled(case) for case in group]}
-        for name, group in groups.items()
-    }
-    return made | {"round": whole_round.document(recorded)}
+    made = {name: partial(_group, name, group) for name, group in groups.items()}
+    return made | {"round": partial(whole_round.document, recorded)}
+
+
+def _group(name: str, group: Callable[[], Iterable[cases.Case]]) -> dict[str, Any]:
+    return {"subject": name, "about": ABOUT[name], "cases": [_filled(case) for case in group()]}
 
 
 def _filled(case: cases.Case) -> dict[str, Any]:
     given = to_json(case.input)
     entry = {"description": case.description, "operation": case.operation, "input": given}
-    operations = reference.OPERATIONS if case.pending else product.OPERATIONS
+    operations = reference_operations.OPERATIONS if case.pending else product.OPERATIONS
     try:
         output = run(operations, case.operation, given)
     except ERRORS as error:
@@ -73,24 +75,28 @@ def _filled(case: cases.Case) -> dict[str, Any]:
 
 
 def differing() -> list[str]:
-    """The names of the files that are not what would be written now."""
-    kept = {name: (FOLDER / f"{name}.json") for name in FILES}
-    return [
-        path.name
-        for name, document in documents().items()
-        if not (path := kept[name]).exists() or path.read_text("ascii") != text_of(document)
-    ]
+    """The files that are not what would be written now, each with the reason."""
+    found = []
+    for name, build in builders().items():
+        path = FOLDER / f"{name}.json"
+        try:
+            text = text_of(build())
+        except (*ERRORS, AssertionError) as error:
+            found.append(f"{path.name} cannot be made any more: {error}")
+            continue
+        if not path.exists() or path.read_text("ascii") != text:
+            found.append(f"{path.name} is not what the packages give now")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     if parser.parse_args(arguments).check:
-        names = differing()
-        for name in names:
-            print(f"{name} is not what the packages give now: see the difference, then write it anew")
-        return 1 if names else 0
-    for name, document in documents().items():
+        found = differing()
+        print("\n".join(found) if found else "every file is what the packages give")
+        return 1 if found else 0
+    for name, document in {name: build() for name, build in builders().items()}.items():
         (FOLDER / f"{name}.json").write_text(text_of(document), "ascii")
     return 0
 

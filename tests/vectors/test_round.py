@@ -11,6 +11,7 @@ from tests.vectors import reference as ref
 from tests.vectors import whole_round
 from tests.vectors.codec import FILES, from_json, read
 from tests.vectors.key_cases import Recorded, identity
+from tests.vectors.reference_messages import read_message
 
 RAW = read("round")
 VECTOR = from_json(RAW)
@@ -34,7 +35,7 @@ def shares_of(name: str, secret: str) -> dict[str, bytes]:
 
 
 def message(name: str, data: bytes) -> dict[str, Any]:
-    return ref.read_message(data, name, NODES[name]["identity_public"], VECTOR["agreement_digest"])
+    return read_message(data, name, NODES[name]["identity_public"], VECTOR["agreement_digest"])
 
 
 def derived(secret: bytes, label: str, *parts: Any) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.vectors import cases, codec, generate, product, reference
+from tests.vectors import codec, generate, product, reference, reference_operations, tag_cases
 from tests.vectors.codec import read
 
 GROUPS = {name: read(name)["cases"] for name in codec.FILES if name != "round"}
@@ -15,7 +15,7 @@ CASES = [
     for name, group in GROUPS.items()
     for place, case in enumerate(group)
 ]
-PENDING = {case.description for case in cases.tags() if case.pending}
+PENDING = {case.description for case in tag_cases.tags() if case.pending}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -33,10 +33,10 @@ def test_the_packages_give_every_vector(case: dict[str, Any], request: pytest.Fi
 @pytest.mark.parametrize("case", CASES)
 def test_the_formulas_give_every_vector(case: dict[str, Any]) -> None:
     if "error" not in case:
-        assert generate.run(reference.OPERATIONS, case["operation"], case["input"]) == case["output"]
+        assert generate.run(reference_operations.OPERATIONS, case["operation"], case["input"]) == case["output"]
         return
     with pytest.raises(reference.Refused):
-        generate.run(reference.OPERATIONS, case["operation"], case["input"])
+        generate.run(reference_operations.OPERATIONS, case["operation"], case["input"])
 
 
 def test_counter_mode_is_that_of_nist() -> None:

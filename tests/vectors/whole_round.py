@@ -27,7 +27,7 @@ from protocols.masked_node import MaskedNode, Parties
 from protocols.sealing import AttemptId, AttemptSecrets
 from tests.protocols.network import MemorySpool
 from tests.vectors.cases import named
-from tests.vectors.codec import coins, from_json, to_json
+from tests.vectors.codec import FOLDER, coins, from_json, to_json
 from tests.vectors.key_cases import Recorded, identity
 from tests.vectors.product import body_fields
 
@@ -38,66 +38,7 @@ UPDATES = {
     "hospital-02": [0.5, -2.25, 1e-4, -1e-4, 500.0, -500.0],
     "hospital-03": [-0.0001220703125, 0.0001220703125, 0.0003662109375, 3.14159, -2.71828, 0.0],
 }
-_MEMBER = """
-[[members]]
-node_id = "{name}"
-certificate_fingerprint = "{fingerprint}"
-modality = "table"
-expected_batch_size = 10.0
-"""
-AGREEMENT = (
-    """[study]
-id = "vectors"
-rounds = 1
-classes = 2
-
-[roster]
-epoch = 1
-version = 1
-digest = "{zeros}"
-authority_fingerprint = "{zeros}"
-
-[secure_sum]
-protocol = "masked"
-minimum_cohort = 3
-threshold = 3
-ring_bits = 24
-value_bits = 20
-fraction_bits = 12
-chunk_values = 1024
-
-[privacy]
-unit = "record"
-sample_rate = 0.1
-noise_multiplier = 1.0
-max_grad_norm = 1.0
-delta = 1e-5
-epsilon_budget = 8.0
-
-[training]
-steps_per_round = 2
-learning_rate = 0.1
-local_learning_rate = 0.1
-
-[precision]
-
-[model]
-seed = 1
-trunk_digest = "{zeros}"
-
-[anchors]
-count = 16
-
-[deadlines]
-
-[[modalities]]
-name = "table"
-tokeniser = "tabular"
-shape = [10]
-anchor_digest = "{zeros}"
-""".replace("{zeros}", "0" * 64)
-    + "".join(_MEMBER.format(name=name, fingerprint=str(place) * 64) for place, name in enumerate(NAMES))
-)
+AGREEMENT = (FOLDER / "agreement.toml").read_text("ascii")
 
 Replace = Callable[[str, str, Any], Any]
 """(recipient, type of body, body) to what is delivered instead."""
