@@ -84,6 +84,6 @@ class Tagger:
         # Two 4-byte values of the keystream make one of R; a row takes 6 of them, whole AES blocks, and uses 5.
         place = start // ROW_VALUES * ROW_STRIDE
         words = np.frombuffer(keystream(self._row_key, place, rows * ROW_STRIDE), dtype="<u8")
-        random = words.reshape(rows, -1)[:, :COLUMNS].reshape(-1) & np.uint64(TAG_PRIME)
+        random = words.reshape(rows, ROW_STRIDE // 2)[:, :COLUMNS].reshape(-1) & np.uint64(TAG_PRIME)
         total: int = sum(map(mul, random.tolist(), hashed.reshape(-1).astype(np.int64).tolist()))
         return total % TAG_PRIME

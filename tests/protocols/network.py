@@ -143,6 +143,7 @@ class Network:
         self._totals: dict[int, np.ndarray] = {}
         self._queue: deque[tuple[str, str, bytes]] = deque()
         self._attempts: dict[int, int] = {}
+        self._old_connections: set[str] = set()
         self._unmasking: tuple[OpenedAttempt, np.ndarray] | None = None
         self.aggregator = self._new_aggregator()
         for member in self.agreement.members:
@@ -188,30 +189,55 @@ class Network:
                 self._from_node(name, machine.rejoin())
 
     def restart_node(self, name: str) -> None:
-        """A node has crashed, with all that was under way to it and from it; it starts again."""
-        pending = [entry for entry in self._queue if name not in entry[:2]]
-        self._queue.clear()
-        self._queue.extend(pending)
+        """A node has crashed, with all that was under way to it and from it; it starts again.
+
+        What the aggregator sends before it hears of the new connection is lost with the old one.
+        """
+        self._forget_link(name)
+        self._old_connections.add(name)
         self.nodes[name] = self.new_node(name)
         self._from_node(name, self.nodes[name].start())
 
+    def disconnect(self, name: str) -> None:
+        """A connection breaks, with all that was under way on it; both sides notice, and the node connects again."""
+        self._forget_link(name)
+        self._from_aggregator(self.aggregator.leave(name, self.now))
+        self._from_node(name, self.nodes[name].rejoin())
+
     def run(self, *, absent: Sequence[str] = (), order: Callable[[list[str]], list[str]] = sorted) -> None:
+        self.start(absent, order)
+        self.finish()
+
+    def start(self, absent: Sequence[str] = (), order: Callable[[list[str]], list[str]] = sorted) -> None:
         self._from_aggregator(self.aggregator.start(self.now))
         for name in order(list(self.nodes)):
             if name not in absent:
                 self._from_node(name, self.nodes[name].start())
+
+    def finish(self) -> None:
+        """Deliver everything, and let time pass when there is nothing to deliver, until the study is over."""
         for _ in range(200_000):
             if self._queue:
                 self._deliver(*self._queue.popleft())
             elif self.aggregator.ended:
                 return
             else:
-                self.now = self.aggregator.deadline
-                self._from_aggregator(self.aggregator.tick(self.now))
+                self.pass_time()
         raise AssertionError("the study neither ended nor made progress")
+
+    def pass_time(self) -> None:
+        """The aggregator's deadline passes."""
+        self.now = max(self.now, self.aggregator.deadline)
+        self._from_aggregator(self.aggregator.tick(self.now))
+
+    def _forget_link(self, name: str) -> None:
+        pending = [entry for entry in self._queue if name not in entry[:2]]
+        self._queue.clear()
+        self._queue.extend(pending)
 
     def _deliver(self, sender: str, recipient: str, data: bytes) -> None:
         if recipient == AGGREGATOR:
+            self._old_connections.discard(sender)
             self._from_aggregator(self.aggregator.receive(sender, data, self.now))
         elif recipient not in self.faults:
             try:
@@ -221,6 +247,8 @@ class Network:
 
     def _post(self, sender: str, recipient: str, data: bytes) -> None:
         for delivered in self.tap(sender, recipient, data):
+            if recipient in self._old_connections:
+                continue
             self._queue.append((sender, recipient, delivered))
 
     def _from_node(self, name: str, outputs: list[node.Output]) -> None:

@@ -17,8 +17,6 @@ class Case:
     operation: str
     input: dict[str, Any]
     error: str = ""
-    pending: bool = False
-    """The packages do not give this yet; the reference does."""
 
 
 def case(description: str, operation: str, **values: Any) -> Case:
@@ -27,10 +25,6 @@ def case(description: str, operation: str, **values: Any) -> Case:
 
 def refused(error: str, description: str, operation: str, **values: Any) -> Case:
     return Case(description, operation, values, error)
-
-
-def pending(description: str, operation: str, **values: Any) -> Case:
-    return Case(description, operation, values, pending=True)
 
 
 def named(count: int) -> list[str]:
