@@ -36,6 +36,14 @@ def test_sum_equals_the_float64_reference_within_the_quantisation_bound(count: i
     assert not network.faults
 
 
+@pytest.mark.parametrize("size", [1, 1021, 1022, 1023, 1024, 1025, 2048])
+def test_tag_limbs_in_the_last_chunk_across_chunks_or_in_one_of_their_own(size: int) -> None:
+    network = make_network(3, size=size)
+    network.run()
+    for name in names(3):
+        assert check_sum(network, name) == tuple(names(3))
+
+
 def test_sum_is_bit_identical_under_permutation_of_nodes() -> None:
     totals = []
     for order in (sorted, lambda n: sorted(n, reverse=True), lambda n: n[2:] + n[:2]):
