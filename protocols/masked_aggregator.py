@@ -589,6 +589,8 @@ class MaskedAggregator:
         resumed._share_digests = state.share_digests
         resumed._seeds, resumed._votes, resumed.dropped = state.seeds_to_lost, dict(state.votes), dict(state.dropped)
         resumed._digests = dict(state.survivors)
+        if total.size != resumed._total.size:
+            raise LocalProtocolError(f"the saved attempt holds a sum of {total.size} values")
         resumed._total[:] = total
         resumed._active = set(state.votes)
         resumed.phase, resumed.opened = Phase.UNMASK, True

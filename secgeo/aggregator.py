@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
@@ -148,5 +149,5 @@ def run_aggregator(config: AggregatorConfig, base: Path, passphrase: bytes | Non
     try:
         identity = Identity.load(base / config.keys, passphrase)
         AggregatorProcess(config, base, identity, report).run()
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"a file cannot be used: {error}") from None

@@ -95,7 +95,11 @@ class NodeJournal:
         self._receipts = LineFile(folder / "receipts.jsonl")
         self._lines: dict[int, bytes] = {}
         for line in self._receipts.lines:
-            self._lines.setdefault(msgspec.json.decode(line, type=_RecordLine).body.round, line)
+            try:
+                number = msgspec.json.decode(line, type=_RecordLine).body.round
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                raise ConfigError(f"{folder / 'receipts.jsonl'} is damaged; put back a copy of it") from None
+            self._lines.setdefault(number, line)
 
     # --- the secure sum
 

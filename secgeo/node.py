@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import sqlite3
 import sys
 import time
 from collections import deque
@@ -364,5 +365,5 @@ def run_node(config: NodeConfig, base: Path, passphrase: bytes | None, report: R
     try:
         identity = Identity.load(base / config.keys, passphrase)
         NodeProcess(config, base, identity, report).run()
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"a file cannot be used: {error}") from None
