@@ -86,8 +86,8 @@ class _Upload:
     credit: int
 
 
-class OpenedAttempt(msgspec.Struct, frozen=True):
-    """What an attempt whose survivors are told to unmask needs beside the masked sum, to survive a crash. Nothing is secret."""
+class ClosedAttempt(msgspec.Struct, frozen=True):
+    """What an attempt whose uploads are closed needs beside the masked sum, to survive a crash. Nothing is secret."""
 
     round: int
     attempt: int
@@ -97,6 +97,7 @@ class OpenedAttempt(msgspec.Struct, frozen=True):
     share_digests: dict[str, dict[str, tuple[bytes, bytes]]]
     seeds_to_lost: dict[str, dict[str, bytes]]
     survivors: tuple[tuple[str, bytes], ...]
+    signed_uploads: dict[str, bytes]
     votes: dict[str, bytes]
     dropped: dict[str, str]
 
@@ -154,8 +155,8 @@ class MaskedAggregator:
         self._pair_shares: dict[str, dict[str, bytes]] = {}
         self._unmasked: set[str] = set()
         self.phase = Phase.KEYS
-        self.opened = False
-        """Whether nodes may have revealed shares: from then on this round is not attempted again."""
+        self.binding = False
+        """Whether nodes may have voted: from then on they take part in no other attempt of this round."""
         self.dropped: dict[str, str] = {}
         self.blamed: dict[str, str] = {}
         self.disputed: tuple[str, str] | None = None
@@ -274,7 +275,7 @@ class MaskedAggregator:
             case Phase.VOTES:
                 if len(self._votes) < self._parties.threshold:
                     return self._fail("fewer survivors than the threshold signed the survivor set")
-                self.phase, self.opened = Phase.UNMASK, True
+                self.phase = Phase.UNMASK
                 self._active = set(self._votes)
                 return [(name, self._proof()) for name in sorted(self._active)]
             case _:
@@ -329,7 +330,7 @@ class MaskedAggregator:
             return self._fail("so many neighbours were lost that colluders could cut the others apart")
         self._survivors = tuple((name, self._digests[name]) for name in names)
         self._statement = survivor_statement(self._attempt, self._view, self._survivors)
-        self.phase = Phase.VOTES
+        self.phase, self.binding = Phase.VOTES, True
         # A node that uploaded and then vanished is still a survivor: its upload counts, only its vote is missing.
         self._active &= set(names)
         return [(name, self._survivors_for(name)) for name in sorted(self._active)]
@@ -548,23 +549,24 @@ class MaskedAggregator:
 
     # --- crash and resume
 
-    def opened_attempt(self) -> tuple[OpenedAttempt, Uint32Vector]:
-        """What must be durable before anybody is told to unmask, and the masked sum."""
+    def closed_attempt(self) -> tuple[ClosedAttempt, Uint32Vector]:
+        """What must be durable before anybody is asked for a vote, and again, with the votes, before anybody unmasks."""
         alive = {name for name, _ in self._survivors}
         lost = set(self._senders) - alive
         seeds = {low: {high: data for high, data in sent.items() if high in lost} for low, sent in self._seeds.items()}
-        state = OpenedAttempt(
+        state = ClosedAttempt(
             self._attempt.round,
             self._attempt.attempt,
             self._cohort,
             self._signed_keys,
             self._senders,
             {
-                owner: {holder: digests for holder, digests in dealt.items() if holder in self._votes}
+                owner: {holder: digests for holder, digests in dealt.items() if holder in alive}
                 for owner, dealt in self._share_digests.items()
             },
             {low: sent for low, sent in seeds.items() if sent and low in alive},
             self._survivors,
+            self._signed_uploads,
             self._votes,
             self.dropped,
         )
@@ -572,9 +574,9 @@ class MaskedAggregator:
 
     @classmethod
     def resume(
-        cls, parties: Parties, state: OpenedAttempt, total: Uint32Vector, vector_size: int, spool: Spool
+        cls, parties: Parties, state: ClosedAttempt, total: Uint32Vector, vector_size: int, spool: Spool
     ) -> MaskedAggregator:
-        """Take up an attempt in the unmasking; every voter is asked again, as it joins (`rejoin`)."""
+        """Take up an attempt where survivors vote or unmask; each is asked again, as it joins (`rejoin`)."""
         attempt = sealing.AttemptId(parties.agreement_digest, state.round, state.attempt)
         resumed = cls(parties, attempt, state.cohort, vector_size, spool)
         resumed._signed_keys = dict(state.signed_keys)
@@ -588,10 +590,11 @@ class MaskedAggregator:
         resumed._view = sealing.senders_view(attempt, resumed._cohort_digest, state.senders)
         resumed._share_digests = state.share_digests
         resumed._seeds, resumed._votes, resumed.dropped = state.seeds_to_lost, dict(state.votes), dict(state.dropped)
-        resumed._digests = dict(state.survivors)
+        resumed._digests, resumed._signed_uploads = dict(state.survivors), dict(state.signed_uploads)
+        resumed._statement = survivor_statement(attempt, resumed._view, state.survivors)
         if total.size != resumed._total.size:
             raise LocalProtocolError(f"the saved attempt holds a sum of {total.size} values")
         resumed._total[:] = total
-        resumed._active = set(state.votes)
-        resumed.phase, resumed.opened = Phase.UNMASK, True
+        resumed._active = set(state.votes) or resumed._digests.keys() - state.dropped.keys()
+        resumed.phase, resumed.binding = Phase.UNMASK if state.votes else Phase.VOTES, True
         return resumed

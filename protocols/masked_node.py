@@ -5,8 +5,8 @@ Sans-IO: bodies go in, bodies come out. The states and what each accepts:
     KEYS       KeySet          -> SealedSeeds to neighbours (a dealer: to all)  -> SEEDS
     SEEDS      SeedSet         -> (journal "used"), masks are ready             -> UPLOAD
     UPLOAD     Credit          -> MaskedChunk..., UploadDone                    -> UPLOAD
-    UPLOAD     Survivors       -> SurvivorVote (if it names us)                 -> VOTED
-    VOTED      SurvivorProof   -> (journal "revealed"), Unmasking               -> REVEALED
+    UPLOAD     Survivors       -> (journal "voted"), SurvivorVote (if it names us) -> VOTED
+    VOTED      SurvivorProof   -> Unmasking                                     -> REVEALED
     VOTED, REVEALED            -> the same again, word for word, for an aggregator that was restarted
     SEEDS      seeds that do not open -> Complaint                              -> COMPLAINED, which ignores the rest
     any other message in any other state is the aggregator's fault
@@ -14,8 +14,8 @@ Sans-IO: bodies go in, bodies come out. The states and what each accepts:
 Rules against a malicious aggregator: round keys are signed by roster identities, and our own must be among them unchanged; all
 seals are bound to the digest of all round keys; the cohort never falls below the agreed minimum; the survivors keep every
 honest node linked to honest ones (`protocols.graph`); a node votes for one survivor set only and reveals only after t
-signatures on that set; for each peer it reveals the self-seed share or the pair share, never both. What was used or
-revealed is journalled before it is sent.
+signatures on that set; for each peer it reveals the self-seed share or the pair share, never both. Whoever has voted takes part
+in no other attempt of that round (docs/adr/0003). What was used or voted is journalled before it is sent.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class MaskedNode:
         cohort: whom the aggregator wants to sum; checked here.
         vector: the update, [d] float64, finite; it is read while chunks are made and never written.
         coins: randomness, `os.urandom` outside tests.
-        journal: called with "used" and the tag seed, or "revealed" and nothing; durable when it returns.
+        journal: called with "used" and the tag seed, or "voted" and nothing; durable when it returns.
 
     Raises:
         RemoteProtocolError: the cohort breaks the agreement.
@@ -176,8 +176,8 @@ class MaskedNode:
                 return self._on_credit(body)
             case State.UPLOAD, m.Survivors():
                 return self._on_survivors(body)
-            case State.VOTED, m.Survivors() if body.survivors == self._survivors:
-                return self._answer
+            case ((State.VOTED | State.REVEALED), m.Survivors()) if body.survivors == self._survivors:
+                return self._vote()
             case State.VOTED, m.SurvivorProof():
                 return self._on_proof(body)
             case State.REVEALED, m.SurvivorProof():
@@ -347,9 +347,12 @@ class MaskedNode:
         self._check(sealing.same(digest, self._digest), "announced another digest than that of our upload")
         self._check_neighbours(body.uploads, digests)
         self._survivors = body.survivors
+        self._journal("voted", b"")
         self._state = State.VOTED
-        self._answer = [self._sign(m.SurvivorVote(self._identity.sign(Label.SURVIVORS, self._statement())))]
-        return self._answer
+        return self._vote()
+
+    def _vote(self) -> list[bytes]:
+        return [self._sign(m.SurvivorVote(self._identity.sign(Label.SURVIVORS, self._statement())))]
 
     def _check_neighbours(self, signed: tuple[bytes, ...], digests: Mapping[str, bytes]) -> None:
         """Every surviving neighbour has signed its upload, and masked it with the seeds of the very senders that we know of.
@@ -383,7 +386,6 @@ class MaskedNode:
                 verify_signature(self._parties.public_keys[name], Label.SURVIVORS, statement, signature)
             except VerificationFailed:
                 raise RemoteProtocolError(m.AGGREGATOR, f"sent a survivor vote that {name} never signed") from None
-        self._journal("revealed", b"")
         self._state = State.REVEALED
         held = sorted(self._shares.items())
         self_shares = tuple((name, s.self_share) for name, s in held if s.self_share and name in survivors)

@@ -6,11 +6,11 @@ order. Stages of one round:
     GATHER -> TRAIN -> SUM (one or more attempts) -> RECEIPTS -> TRAIN ... -> FAREWELL -> ENDED
 
 Every stage has a deadline, so no silent node holds up a round for longer. A node that breaks a rule is named in the
-transcript and takes no further part. Once nodes may have revealed shares, the round is never attempted again: two sums over
+transcript and takes no further part. Once nodes may have voted for survivors, the round is never attempted again: two sums over
 different survivors of the same vectors would differ by one node's vector.
 
 After a crash `resume` begins at GATHER again and then goes on where the transcript and the kept state say: an attempt whose
-unmasking had begun is completed; one that had not come so far is given up for a new one with fresh seeds.
+uploads were closed is completed; one that had not come so far is given up for a new one with fresh seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import transcript as t
 from protocols.encoding import Uint32Vector, pack
-from protocols.masked_aggregator import MaskedAggregator, OpenedAttempt, Phase, Spool, SumOutcome
+from protocols.masked_aggregator import ClosedAttempt, MaskedAggregator, Phase, Spool, SumOutcome
 from protocols.masked_node import Parties
 from protocols.sealing import AttemptId
 
@@ -69,10 +69,10 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Unmasking:
-    """Keep this durably, before the next output is carried out: nodes are told to unmask, so this attempt must be finished."""
+class UploadsClosed:
+    """Keep this durably, before the next output is carried out: nodes are asked to vote or to unmask, and will in no other attempt."""
 
-    state: OpenedAttempt
+    state: ClosedAttempt
     masked: Uint32Vector = field(repr=False)
 
 
@@ -92,18 +92,18 @@ class Progress:
     fields: dict[str, object]
 
 
-Output = SendTo | Record | Begun | Unmasking | SumOpened | Progress
+Output = SendTo | Record | Begun | UploadsClosed | SumOpened | Progress
 
 Receipts = tuple[tuple[str, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a crashed aggregator had kept: its transcript, attempts used per round, and the attempt in unmasking, if any."""
+    """What a crashed aggregator had kept: its transcript, attempts used per round, and the attempt whose uploads were closed."""
 
     transcript: tuple[tuple[t.Body, bytes], ...]
     attempts: Mapping[int, int]
-    unmasking: tuple[OpenedAttempt, Uint32Vector] | None
+    closed: tuple[ClosedAttempt, Uint32Vector] | None
 
 
 class AggregatorMachine:
@@ -196,11 +196,11 @@ class AggregatorMachine:
                     self.stage, self._end_reason = Stage.FAREWELL, body.reason
                     self._farewells_due = {m.node_id for m in self._agreement.members} - self._out.keys()
                     self._deadline = now + self._agreement.deadlines.train_seconds
-        if kept.unmasking is not None and kept.unmasking[0].round == self._round + 1:
-            state, masked = kept.unmasking
+        if kept.closed is not None and kept.closed[0].round == self._round + 1:
+            state, masked = kept.closed
             self._round += 1
             self._attempt = MaskedAggregator.resume(self._parties, state, masked, self._size, self._spool)
-            self._attempt_phase, self._resume_at = Phase.UNMASK, Stage.SUM
+            self._attempt_phase, self._resume_at = self._attempt.phase, Stage.SUM
         return [Progress("resumed", {"round": self._round, "completed": len(self._records)})]
 
     def receive(self, peer: str, data: bytes, now: float) -> list[Output]:
@@ -413,8 +413,8 @@ class AggregatorMachine:
         answer: list[Output] = [self._send(peer, body) for peer, body in sends]
         if attempt.phase is not self._attempt_phase:
             self._attempt_phase = attempt.phase
-            if attempt.phase is Phase.UNMASK:
-                answer.insert(0, Unmasking(*attempt.opened_attempt()))
+            if attempt.phase in (Phase.VOTES, Phase.UNMASK):
+                answer.insert(0, UploadsClosed(*attempt.closed_attempt()))
             self._deadline = now + self._agreement.deadlines.phase_seconds
             answer.append(Progress("phase", {"round": self._round, "phase": attempt.phase.value}))
         blamed = [peer for peer in attempt.blamed if peer not in self._out]
@@ -439,7 +439,7 @@ class AggregatorMachine:
             number = self._attempts[self._round]
             dispute = t.Disputed(round=self._round, attempt=number, accuser=accuser, accused=accused)
             answer.append(Record(self._transcript.append(dispute)))
-        again = not attempt.opened and self._attempts[self._round] < self._agreement.secure_sum.max_attempts
+        again = not attempt.binding and self._attempts[self._round] < self._agreement.secure_sum.max_attempts
         if not again or len(self._ready & self._joined) < self._parties.minimum:
             return answer + self._abandon(attempt.failure, blamed, now)
         failed = m.AttemptFailed(attempt.failure, final=False)

@@ -44,11 +44,11 @@ class Journal(Protocol):
     def last(self) -> tuple[int, int]:
         """The latest (round, attempt) that was begun, (0, 0) if none."""
 
-    def revealed(self, round_number: int) -> bool:
-        """Whether shares were revealed in any attempt of this round."""
+    def voted(self, round_number: int) -> bool:
+        """Whether we voted for survivors in any attempt of this round."""
 
     def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
-        """Note "begun", "used" (with the attempt's tag seed) or "revealed"."""
+        """Note "begun", "used" (with the attempt's tag seed) or "voted"."""
 
     def tag_seed(self, round_number: int, attempt: int) -> bytes:
         """The tag seed of an attempt, empty if this node does not know it."""
@@ -223,7 +223,7 @@ class NodeMachine:
             # Said again after a reconnect: our answer may be lost.
             return [] if self._vector is None else [self._send(m.Ready(), number, 0)]
         self._check(number > max(self._round, self._completed), f"went back to round {number}")
-        self._check(not self._journal.revealed(number), "opened a round again whose unmasking had begun")
+        self._check(not self._journal.voted(number), "opened a round again in which we have voted")
         self._check(not self._training, "opened a round while we train for another")
         if body.last_completed > self._completed:
             return self.start()  # We missed a sum; ask for it, and the round is opened to us again.
@@ -237,7 +237,7 @@ class NodeMachine:
         self._check(self._vector is not None, "opened an attempt before we were ready")
         self._check(attempt > self._attempt_number, "opened an old attempt again")
         self._check(attempt <= self._parties.agreement.secure_sum.max_attempts, "opened more attempts than agreed")
-        self._check(not self._journal.revealed(number), "asked for a second sum of a round whose unmasking had begun")
+        self._check(not self._journal.voted(number), "asked for a second sum of a round in which we have voted")
         self._check((number, attempt) > self._journal.last(), "opened an attempt again that we began before a restart")
         if self._vector is None:
             raise LocalProtocolError("no update to sum")

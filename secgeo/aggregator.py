@@ -72,7 +72,7 @@ class AggregatorProcess:
         opened = lines[0][0]
         if not isinstance(opened, StudyOpened) or opened.agreement_digest != self._study.agreement_digest.hex():
             raise ConfigError(f"{self._records} holds the records of another study; choose another folder")
-        return self._machine.resume(machine.Kept(lines, self._journal.attempts(), self._journal.unmasking()), now)
+        return self._machine.resume(machine.Kept(lines, self._journal.attempts(), self._journal.closed()), now)
 
     def run(self) -> None:
         """Listen until the study ends, or until SIGTERM or SIGINT.
@@ -118,8 +118,8 @@ class AggregatorProcess:
                     self._outboxes.setdefault(output.peer, deque()).append(output.data)
                 case machine.Begun():
                     self._journal.begun(output.round, output.attempt)
-                case machine.Unmasking():
-                    self._journal.keep_unmasking(output.state, output.masked)
+                case machine.UploadsClosed():
+                    self._journal.keep_closed(output.state, output.masked)
                 case machine.SumOpened():
                     write_sum(self._records, output.round, output.total)
                 case machine.Record():

@@ -1,11 +1,11 @@
 """What a node and an aggregator must remember across a crash: SQLite with a write-ahead log, synchronous=FULL.
 
-`NodeJournal` implements `protocols.study_node.Journal`: which attempts were begun, used or revealed, the tag seeds that check
+`NodeJournal` implements `protocols.study_node.Journal`: in which attempts it began, used seeds or voted, the tag seeds that check
 their sums, and every record that the aggregator has signed. It also keeps the update that waits to be summed and the
 model, so that no round is trained twice. Seeds of masks are never in it: they die with the process, and what they
 masked is never asked for again. Tag seeds are secret from the aggregator only. The folder is readable by its owner.
 
-`AggregatorJournal` keeps the numbers of attempts and the attempt whose unmasking has begun. It holds no secret.
+`AggregatorJournal` keeps the numbers of attempts and the attempt whose uploads are closed. It holds no secret.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from keys.errors import ConfigError
 from keys.files import write_public
 from protocols.encoding import Float64Vector, Uint32Vector
-from protocols.masked_aggregator import OpenedAttempt
+from protocols.masked_aggregator import ClosedAttempt
 from secgeo.records import LineFile
 
 Arrays = Mapping[str, NDArray[np.float32] | NDArray[np.float64]]
@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), comp
 
 _AGGREGATOR_TABLES = """
 CREATE TABLE IF NOT EXISTS attempts (round INTEGER PRIMARY KEY, attempt INTEGER) STRICT;
-CREATE TABLE IF NOT EXISTS unmasking (id INTEGER PRIMARY KEY CHECK (id = 1), state BLOB, masked TEXT) STRICT;
+CREATE TABLE IF NOT EXISTS closed (id INTEGER PRIMARY KEY CHECK (id = 1), state BLOB, masked TEXT) STRICT;
 """
 
 
@@ -110,9 +110,9 @@ class NodeJournal:
         ).fetchone()
         return (int(row[0]), int(row[1])) if row else (0, 0)
 
-    def revealed(self, round_number: int) -> bool:
-        """Whether shares were revealed in any attempt of this round."""
-        query = "SELECT 1 FROM attempts WHERE round = ? AND event = 'revealed'"
+    def voted(self, round_number: int) -> bool:
+        """Whether we voted for survivors in any attempt of this round."""
+        query = "SELECT 1 FROM attempts WHERE round = ? AND event = 'voted'"
         return self._database.execute(query, (round_number,)).fetchone() is not None
 
     def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
@@ -173,7 +173,7 @@ class NodeJournal:
 
 
 class AggregatorJournal:
-    """The journal of the aggregator in one study: `state.sqlite` and the masked sum of the attempt in unmasking."""
+    """The journal of the aggregator in one study: `state.sqlite` and the masked sum of the attempt whose uploads are closed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -187,23 +187,24 @@ class AggregatorJournal:
         """The number of the latest attempt of every round."""
         return {int(row[0]): int(row[1]) for row in self._database.execute("SELECT round, attempt FROM attempts")}
 
-    def keep_unmasking(self, state: OpenedAttempt, masked: Uint32Vector) -> None:
-        """Keep the attempt whose survivors are about to be told to unmask, instead of the one before."""
+    def keep_closed(self, state: ClosedAttempt, masked: Uint32Vector) -> None:
+        """Keep the attempt whose survivors are about to be asked for votes, instead of the one before."""
         name = f"masked-{state.round}-{state.attempt}.u32"
-        write_public(self._folder / name, masked.astype("<u4", copy=False).data)
+        if not (self._folder / name).exists():  # it is kept again with the votes, and the sum is the same
+            write_public(self._folder / name, masked.astype("<u4", copy=False).data)
         row = msgspec.msgpack.encode(state), name
-        self._database.execute("INSERT OR REPLACE INTO unmasking VALUES (1, ?, ?)", row)
+        self._database.execute("INSERT OR REPLACE INTO closed VALUES (1, ?, ?)", row)
         for old in self._folder.glob("masked-*.u32"):
             if old.name != name:
                 old.unlink()
 
-    def unmasking(self) -> tuple[OpenedAttempt, Uint32Vector] | None:
-        """What `keep_unmasking` kept last."""
-        row = self._database.execute("SELECT state, masked FROM unmasking").fetchone()
+    def closed(self) -> tuple[ClosedAttempt, Uint32Vector] | None:
+        """What `keep_closed` kept last."""
+        row = self._database.execute("SELECT state, masked FROM closed").fetchone()
         if row is None:
             return None
         masked = np.fromfile(self._folder / row[1], dtype="<u4").astype(np.uint32, copy=False)
-        return msgspec.msgpack.decode(row[0], type=OpenedAttempt), masked
+        return msgspec.msgpack.decode(row[0], type=ClosedAttempt), masked
 
     def close(self) -> None:
         """Close the database."""

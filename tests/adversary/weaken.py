@@ -112,9 +112,9 @@ def one_vote_one_revelation() -> Any:
     return replaced(MaskedNode, "receive", weak)
 
 
-def memory_of_revelations() -> Any:
-    """Nodes forget that they have revealed shares of a round."""
-    return replaced(MemoryJournal, "revealed", lambda self, number: False)
+def memory_of_votes() -> Any:
+    """Nodes forget that they have voted in a round."""
+    return replaced(MemoryJournal, "voted", lambda self, number: False)
 
 
 def self_masks() -> Any:

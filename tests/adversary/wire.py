@@ -21,7 +21,7 @@ from tests.keys.factory import AGGREGATOR
 from tests.protocols import network as memory
 from tests.protocols.network import Network
 
-PHASE_SECONDS = 1.5
+PHASE_SECONDS = 5.0
 PATIENCE_SECONDS = 30.0
 LIMITS = TransportLimits(
     handshake_seconds=2.0, connect_seconds=2.0, reconnect_min_seconds=0.05, reconnect_max_seconds=0.2
@@ -111,7 +111,7 @@ class WireNetwork(Network):
 def make_wire_network(*arguments: int, **settings: object) -> WireNetwork:
     """As `make_network`, with short deadlines."""
     plain = memory.make_network(*arguments, **settings)  # type: ignore[arg-type]
-    deadlines = Deadlines(5.0, PHASE_SECONDS, PHASE_SECONDS)
+    deadlines = Deadlines(10.0, PHASE_SECONDS, PHASE_SECONDS)
     agreement = read_agreement(write_agreement(msgspec.structs.replace(plain.agreement, deadlines=deadlines)))
     return WireNetwork(plain.consortium, agreement, plain.vectors, plain.size)
 

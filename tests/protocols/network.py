@@ -35,7 +35,7 @@ from protocols.agreement import (
     write_agreement,
 )
 from protocols.encoding import Float64Vector
-from protocols.masked_aggregator import OpenedAttempt
+from protocols.masked_aggregator import ClosedAttempt
 from protocols.masked_node import Parties
 from tests.keys.factory import AGGREGATOR, Consortium, make_consortium
 
@@ -83,8 +83,8 @@ class MemoryJournal:
     def last(self) -> tuple[int, int]:
         return max(((r, a) for r, a, _ in self.entries), default=(0, 0))
 
-    def revealed(self, round_number: int) -> bool:
-        return any(r == round_number and event == "revealed" for r, _, event in self.entries)
+    def voted(self, round_number: int) -> bool:
+        return any(r == round_number and event == "voted" for r, _, event in self.entries)
 
     def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
         self.entries.append((round_number, attempt, event))
@@ -144,7 +144,7 @@ class Network:
         self._queue: deque[tuple[str, str, bytes]] = deque()
         self._attempts: dict[int, int] = {}
         self._old_connections: set[str] = set()
-        self._unmasking: tuple[OpenedAttempt, np.ndarray] | None = None
+        self._closed: tuple[ClosedAttempt, np.ndarray] | None = None
         self.aggregator = self._new_aggregator()
         for member in self.agreement.members:
             name = member.node_id
@@ -180,7 +180,7 @@ class Network:
         self.aggregator = self._new_aggregator()
         lines = transcript.read_transcript(b"".join(self.lines), self.consortium.identities[AGGREGATOR].public_key)
         if lines:
-            kept = agg.Kept(lines, dict(self._attempts), self._unmasking)
+            kept = agg.Kept(lines, dict(self._attempts), self._closed)
             self._from_aggregator(self.aggregator.resume(kept, self.now))
         else:
             self._from_aggregator(self.aggregator.start(self.now))
@@ -274,8 +274,8 @@ class Network:
                     self.lines.append(output.line)
                 case agg.Begun():
                     self._attempts[output.round] = output.attempt
-                case agg.Unmasking():
-                    self._unmasking = output.state, output.masked.copy()
+                case agg.UploadsClosed():
+                    self._closed = output.state, output.masked.copy()
                 case agg.SumOpened():
                     self._totals[output.round] = output.total
                 case agg.Progress():

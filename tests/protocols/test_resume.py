@@ -124,8 +124,8 @@ def test_an_attempt_in_unmasking_is_completed_and_never_repeated() -> None:
     for at in range(1, crashing({}, rounds=1).done[AGGREGATOR] + 1):
         network = crashing({AGGREGATOR: {at}}, rounds=1)
         assert check(network) == {1}
-        reveals = {name: sum(e[2] == "revealed" for e in j.entries) for name, j in network.journals.items()}
+        reveals = {name: sum(e[2] == "voted" for e in j.entries) for name, j in network.journals.items()}
         assert set(reveals.values()) <= {0, 1}
         kinds += network.kinds
         assert network.aggregator.stage is Stage.ENDED
-    assert {"aggregator before Unmasking", "aggregator before SumOpened", "aggregator before Record"} <= set(kinds)
+    assert {"aggregator before UploadsClosed", "aggregator before SumOpened", "aggregator before Record"} <= set(kinds)

@@ -135,7 +135,7 @@ def test_a_restarted_node_never_masks_twice() -> None:
     network = make_network(4, rounds=2)
     network.run()
     name = "hospital-00"
-    for completed, number, fault in [(1, 2, "unmasking had begun"), (2, 2, "went back"), (2, 1, "went back")]:
+    for completed, number, fault in [(1, 2, "in which we have voted"), (2, 2, "went back"), (2, 1, "went back")]:
         again = node.NodeMachine(
             network.parties,
             network.consortium.identities[name],
@@ -234,7 +234,7 @@ def test_a_second_sum_of_a_round_is_refused_once_unmasking_began() -> None:
 def test_the_journal_refuses_a_second_sum_also_after_a_restart() -> None:
     network = make_network(4)
     machine = opened(network, "hospital-00")
-    network.journals["hospital-00"].entries.append((1, 0, "revealed"))
+    network.journals["hospital-00"].entries.append((1, 0, "voted"))
     with pytest.raises(RemoteProtocolError, match="second sum"):
         say(network, machine, 1, 1, m.AttemptOpen(tuple(names(4))))
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from keys.errors import ConfigError
-from protocols.masked_aggregator import OpenedAttempt
+from protocols.masked_aggregator import ClosedAttempt
 from secgeo.journal import AggregatorJournal, NodeJournal
 
 SEED = bytes(range(32))
-STATE = OpenedAttempt(
+STATE = ClosedAttempt(
     2,
     3,
     ("a", "b", "c"),
@@ -23,6 +23,7 @@ STATE = OpenedAttempt(
     {"a": {"b": (SEED, SEED)}},
     {},
     (("a", SEED),),
+    {"a": b"done"},
     {"a": b"vote"},
     {},
 )
@@ -35,11 +36,11 @@ def record(number: int, text: str = "x") -> bytes:
 def test_a_node_remembers_everything_after_a_crash(tmp_path: Path) -> None:
     """Nothing is closed: a killed process closes nothing either. Only the lock on the receipts must go."""
     first = NodeJournal(tmp_path)
-    assert (first.last(), first.revealed(1), first.progress(), first.update(1)) == ((0, 0), False, None, None)
+    assert (first.last(), first.voted(1), first.progress(), first.update(1)) == ((0, 0), False, None, None)
     first.record(1, 1, "begun")
     first.record(1, 1, "used", SEED)
     first.record(1, 2, "begun")
-    first.record(1, 2, "revealed")
+    first.record(1, 2, "voted")
     vector, model = np.arange(5.0), {"w": np.ones((2, 3), np.float32)}
     first.keep_update(2, vector, model)
     first.keep_receipt(1, record(1))
@@ -47,8 +48,8 @@ def test_a_node_remembers_everything_after_a_crash(tmp_path: Path) -> None:
 
     again = NodeJournal(tmp_path)
     assert again.last() == (1, 2)
-    assert again.revealed(1)
-    assert not again.revealed(2)
+    assert again.voted(1)
+    assert not again.voted(2)
     assert (again.tag_seed(1, 1), again.tag_seed(1, 2), again.tag_seed(2, 1)) == (SEED, b"", b"")
     assert np.array_equal(again.update(2), vector)  # type: ignore[arg-type]
     assert np.array_equal(again.trained_model()["w"], model["w"])
@@ -112,19 +113,19 @@ def test_no_secret_in_a_representation(tmp_path: Path) -> None:
     assert repr(SEED) not in repr(journal)
 
 
-def test_an_aggregator_remembers_attempts_and_the_attempt_in_unmasking(tmp_path: Path) -> None:
+def test_an_aggregator_remembers_attempts_and_the_attempt_in_closed(tmp_path: Path) -> None:
     first = AggregatorJournal(tmp_path)
-    assert (first.attempts(), first.unmasking()) == ({}, None)
+    assert (first.attempts(), first.closed()) == ({}, None)
     first.begun(1, 1)
     first.begun(1, 2)
     first.begun(2, 1)
-    first.keep_unmasking(msgspec.structs.replace(STATE, round=1), np.zeros(7, np.uint32))
+    first.keep_closed(msgspec.structs.replace(STATE, round=1), np.zeros(7, np.uint32))
     masked = np.arange(7, dtype=np.uint32)
-    first.keep_unmasking(STATE, masked)
+    first.keep_closed(STATE, masked)
 
     again = AggregatorJournal(tmp_path)
     assert again.attempts() == {1: 2, 2: 1}
-    kept = again.unmasking()
+    kept = again.closed()
     assert kept is not None
     assert kept[0] == STATE
     assert np.array_equal(kept[1], masked)
@@ -133,8 +134,8 @@ def test_an_aggregator_remembers_attempts_and_the_attempt_in_unmasking(tmp_path:
 
 def test_a_crash_between_the_masked_sum_and_its_entry_leaves_the_attempt_before(tmp_path: Path) -> None:
     journal = AggregatorJournal(tmp_path)
-    journal.keep_unmasking(STATE, np.zeros(7, np.uint32))
+    journal.keep_closed(STATE, np.zeros(7, np.uint32))
     (tmp_path / "masked-2-4.u32").write_bytes(bytes(28))  # written, but its entry was not
-    kept = AggregatorJournal(tmp_path).unmasking()
+    kept = AggregatorJournal(tmp_path).closed()
     assert kept is not None
     assert kept[0].attempt == 3
