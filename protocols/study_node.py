@@ -2,7 +2,7 @@
 
 Sans-IO: `receive` takes what the aggregator sent and gives outputs for the driver to carry out in order. The driver answers
 `Train` with `submit`. The node trusts nothing that the aggregator says: parameters come from the pinned agreement, identities
-from the roster, rounds only move forward, and a round whose unmasking began is never attempted again.
+from the roster, rounds only move forward, and a round in which it has voted is never attempted again.
 
 What the journal guarantees across crashes: an attempt that was begun is never begun again, because every (round, attempt)
 must be later than the last one journalled; seeds of masks live in memory only, so no mask is ever used twice. The tag seed
