@@ -87,7 +87,11 @@ class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def colluders_tolerated(self) -> int:
-        """How many members may collude with an aggregator that deviates, whatever the graph's order (docs/threat-model.md)."""
+        """How many colluders recover no secret from their shares, whatever the graph's order.
+
+        Against an aggregator that deviates 2 * threshold > members + colluders must hold besides (docs/threat-model.md);
+        with a sparse graph the rules see to that.
+        """
         return self.shares_needed - 1
 
 
