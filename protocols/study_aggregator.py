@@ -243,8 +243,10 @@ class AggregatorMachine:
                 return self._close_round(now)
 
     def stop(self, reason: str, now: float) -> list[Output]:
-        """End the study early, by the operator's wish."""
-        return [] if self.stage in (Stage.FAREWELL, Stage.ENDED) else self._end(reason, now)
+        """End the study early, by the operator's wish, and wait no longer for those who are away."""
+        answer = [] if self.stage in (Stage.FAREWELL, Stage.ENDED) else self._end(reason, now)
+        self._await_farewells(self._farewells_due & self._joined)
+        return answer
 
     # --- dispatch
 
@@ -331,13 +333,13 @@ class AggregatorMachine:
         if self.stage is not Stage.FAREWELL:
             raise RemoteProtocolError(peer, "said farewell before the end of the study")
         self._joined.discard(peer)
-        return self._farewell_of(peer)
-
-    def _farewell_of(self, peer: str) -> list[Output]:
-        self._farewells_due.discard(peer)
-        if not self._farewells_due:
-            self.stage = Stage.ENDED
+        self._await_farewells(self._farewells_due - {peer})
         return []
+
+    def _await_farewells(self, due: set[str]) -> None:
+        self._farewells_due = due
+        if not due:
+            self.stage = Stage.ENDED
 
     def _on_declined(self, peer: str, body: m.Declined, now: float) -> list[Output]:
         self._out[peer] = "declined"
@@ -359,8 +361,6 @@ class AggregatorMachine:
                 return self._begin_sum(now)
             case Stage.RECEIPTS:
                 return self._maybe_close(now)
-            case Stage.FAREWELL:
-                return self._farewell_of(peer)
             case _:
                 return []
 
@@ -370,7 +370,8 @@ class AggregatorMachine:
         self._ready.discard(peer)
         expelled = Progress("expelled", {"node": peer, "fault": fault})
         if self.stage is Stage.FAREWELL:
-            return [expelled, *self._lose(peer, now)]  # The transcript is closed.
+            self._await_farewells(self._farewells_due - {peer})
+            return [expelled]  # The transcript is closed.
         record = self._transcript.append(t.Misbehaved(round=self._round, node_id=peer, fault=fault[:500]))
         return [Record(record), expelled, *self._lose(peer, now)]
 
@@ -538,16 +539,16 @@ class AggregatorMachine:
         return [*answer, *self._next_round(now)]
 
     def _end(self, reason: str, now: float) -> list[Output]:
-        # A node that missed the last round may still be training for it, and hears this only afterwards.
+        # A node may still be training for a round that it missed, or be starting again after a crash: it too needs the sums.
         self.stage, self._deadline = Stage.FAREWELL, now + self._agreement.deadlines.train_seconds
-        self._end_reason, self._farewells_due = reason, set(self._joined)
-        if not self._joined:
-            self.stage = Stage.ENDED
+        self._end_reason = reason
+        self._await_farewells(self._joins.keys() - self._out.keys())
+        away = sorted(self._farewells_due - self._joined)
         closed = t.StudyClosed(rounds_completed=len(self._records), reason=reason)
         return [
             Record(self._transcript.append(closed)),
             *(self._send(name, m.StudyEnded(reason)) for name in sorted(self._joined)),
-            Progress("ended", {"reason": reason, "rounds_completed": len(self._records)}),
+            Progress("ended", {"reason": reason, "rounds_completed": len(self._records), "away": away}),
         ]
 
     # --- helpers

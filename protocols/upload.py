@@ -70,15 +70,14 @@ class MaskedUpload:
     def make(self, stop: int, finish: Finish) -> list[bytes]:
         """The messages of the next chunks, up to chunk `stop`; each chunk is made once."""
         made = spread(lambda index: self._make(index, finish), range(self.made, min(stop, self.chunks)))
-        self._tag = (self._tag + sum(chunk.part for chunk in made)) % TAG_PRIME
-        messages = []
+        tag = (self._tag + sum(chunk.part for chunk in made)) % TAG_PRIME
         for chunk in made:
             if not chunk.message:
-                self._add_limbs(chunk)
+                self._add_limbs(chunk, tag)
                 self._finish(chunk, finish)
-            self._digests.append(chunk.digest)
-            messages.append(chunk.message)
-        return messages
+        self._tag = tag
+        self._digests += [chunk.digest for chunk in made]
+        return [chunk.message for chunk in made]
 
     def _make(self, index: int, finish: Finish) -> _Chunk:
         """A chunk with its message, or without if it holds limbs of the tag, which has to be known first."""
@@ -93,8 +92,8 @@ class MaskedUpload:
             self._finish(chunk, finish)
         return chunk
 
-    def _add_limbs(self, chunk: _Chunk) -> None:
-        limbs = to_limbs(self._tag, self._fixed_point.value_bits)
+    def _add_limbs(self, chunk: _Chunk, tag: int) -> None:
+        limbs = to_limbs(tag, self._fixed_point.value_bits)
         start = chunk.index * self._chunk_values
         first = max(self._vector.size, start)
         place = chunk.masked[first - start :]

@@ -99,7 +99,8 @@ def _real(array: Any, kind: type[np.floating[Any]], source: str) -> NDArray[Any]
         found = np.asarray(array)
         if found.dtype.kind not in "biufO":
             raise TypeError
-        return found.astype(kind)
+        with np.errstate(over="ignore"):
+            return found.astype(kind)  # what is too large becomes infinite, and is refused
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{source}: features and labels must be real numbers; encode text and dates first") from None
 

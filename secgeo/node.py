@@ -257,17 +257,15 @@ class NodeProcess:
                 curve_public=self._identity.curve_public,
                 server_curve_public=self._server_key,
             ) as endpoint:
-                endpoint.wait_connected(deadlines.join_seconds)
+                if not self._wait_connected(endpoint):
+                    return
                 self._report("connected", {"address": self._config.aggregator_address})
                 self._carry(endpoint, self._machine.start())
                 heard, connections = time.monotonic(), endpoint.connections
                 while not self._machine.ended:
                     data = endpoint.receive(POLL_SECONDS)
-                    if data is None and endpoint.state != "connected":
-                        if self._machine.finished:
-                            self._report("ended", {"reason": "all rounds are done", "ledger": str(self.ledger_path)})
-                            return
-                        endpoint.wait_connected(deadlines.join_seconds)
+                    if data is None and endpoint.state != "connected" and not self._wait_connected(endpoint):
+                        return
                     if endpoint.connections != connections:
                         connections = endpoint.connections
                         self._report("reconnected", {"address": self._config.aggregator_address})
@@ -281,6 +279,17 @@ class NodeProcess:
             self._budget.claim(self._epsilon_after(self._budget.steps))
             self._budget.close()
             self._journal.close()
+
+    def _wait_connected(self, endpoint: NodeEndpoint) -> bool:
+        """Whether there is a connection; there need be none once every sum is here."""
+        try:
+            endpoint.wait_connected(self._study.agreement.deadlines.join_seconds)
+        except TransportError:
+            if not self._machine.finished:
+                raise
+            self._report("ended", {"reason": "all rounds are done", "ledger": str(self.ledger_path)})
+            return False
+        return True
 
     def _carry(self, endpoint: NodeEndpoint, outputs: list[machine.Output]) -> None:
         queue = deque(outputs)

@@ -16,6 +16,7 @@ from unittest import mock
 import msgspec
 
 from protocols.agreement import Deadlines, read_agreement, write_agreement
+from protocols.study_aggregator import Stage
 from secgeo.transport import AggregatorEndpoint, NodeEndpoint, TransportLimits
 from tests.keys.factory import AGGREGATOR
 from tests.protocols import network as memory
@@ -78,8 +79,9 @@ class WireNetwork(Network):
                 self._carry()
 
     def _over(self) -> bool:
-        waiting = [name for name, node in self.nodes.items() if name not in self.faults and not node.ended]
-        return self.aggregator.ended and (not waiting or time.monotonic() > self.now + 0.5)
+        if not any(name not in self.faults and not node.ended for name, node in self.nodes.items()):
+            return self.aggregator.stage in (Stage.FAREWELL, Stage.ENDED)  # who has left says no farewell
+        return self.aggregator.ended and time.monotonic() > self.now + 0.5
 
     def _carry(self) -> None:
         if not self.aggregator.ended:

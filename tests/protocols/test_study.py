@@ -149,7 +149,7 @@ def test_a_node_that_uploaded_and_is_known_to_be_gone_counts_but_is_not_waited_f
     network.run()
     check_outcome(network, names(4))
     assert check_sum(network, "hospital-01") == tuple(names(4))
-    assert network.now == 0.0
+    assert [event.fields["seconds"] for event in network.progress if event.event == "sum"] == [0.0]
 
 
 # --- repetitions
@@ -451,6 +451,47 @@ def test_an_operator_who_stops_the_study_sends_everybody_home() -> None:
     assert set(network.ended.values()) == {"stopped by the operator"}
     assert len(network.ended) == 4
     assert network.aggregator.stop("again", network.now) == []
+
+
+def leave_at_the_last_receipt(network: Network, victim: str) -> None:
+    """The victim crashes when the others have its last upload, and hears no more."""
+    gone: set[str] = set()
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        if sender == victim and body_type(data) == "UploadDone" and not gone:
+            gone.add(victim)
+            network._from_aggregator(network.aggregator.leave(victim, network.now))
+            return [data]
+        return [] if victim in (sender, recipient) and gone else [data]
+
+    network.tap = tap
+    network.start()
+    while network._queue:
+        network._deliver(*network._queue.popleft())
+    assert network.aggregator.stage is Stage.FAREWELL
+    assert set(network.ended) == set(names(4)) - {victim}
+    assert network.progress[-1].fields["away"] == [victim]
+    network.tap = lambda _sender, _recipient, data: [data]
+
+
+def test_a_node_that_starts_again_when_the_others_are_done_still_gets_the_sums() -> None:
+    network, victim = make_network(4, threshold=3), "hospital-00"
+    leave_at_the_last_receipt(network, victim)
+    network.restart_node(victim)
+    network.finish()
+    assert network.now == 0.0
+    assert check_sum(network, victim) == check_sum(network, "hospital-01")
+    assert network.ended[victim] == "all rounds are done"
+
+
+def test_a_node_that_does_not_come_back_is_waited_for_until_the_deadline_or_until_the_operator_says() -> None:
+    for stopped in (False, True):
+        network = make_network(4, threshold=3)
+        leave_at_the_last_receipt(network, "hospital-00")
+        if stopped:
+            assert network.aggregator.stop("stopped by the operator", network.now) == []
+        network.finish()
+        assert network.now == (0.0 if stopped else network.agreement.deadlines.train_seconds)
 
 
 def test_strangers_and_expelled_nodes_are_not_heard() -> None:

@@ -1,0 +1,279 @@
+"""Masked uploads: whatever the chunks and the pace, the same ring values, with the tag behind them and every mask in its place."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keys.errors import LocalProtocolError
+from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
+from protocols.messages import chunk_digest
+from protocols.prg import BLOCK_VALUES, MaskSet, keystream
+from protocols.sealing import AttemptId
+from protocols.tags import Tagger, from_limbs, limb_count, to_limbs
+from protocols.transcript import upload_digest
+from protocols.upload import MaskedUpload, coordinates
+
+TAGGER = Tagger(bytes(range(32)), AttemptId(bytes(32), 1, 1))
+KEYS = [bytes([index]) * 32 for index in range(5)]
+ENCODINGS = {
+    "32 bits": FixedPoint(value_bits=28, fraction_bits=16, ring_bits=32, n_max=15),
+    "24 bits": FixedPoint(value_bits=18, fraction_bits=10, ring_bits=24, n_max=60),
+    "20 bits": FixedPoint(value_bits=14, fraction_bits=8, ring_bits=20, n_max=60),
+}
+WIDE = ENCODINGS["32 bits"]
+
+
+def vector(size: int, seed: int = 0) -> Float64Vector:
+    return np.random.default_rng(seed).normal(scale=5.0, size=size)
+
+
+def masks(added: int = 2) -> MaskSet:
+    return MaskSet(KEYS[:added], KEYS[added:])
+
+
+def message(index: int, digest: bytes, data: memoryview) -> bytes:
+    """All that `finish` gets; the values hold only during the call."""
+    assert digest == chunk_digest(data)
+    return index.to_bytes(4) + digest + bytes(data)
+
+
+def ring_values(messages: list[bytes], total: int, chunk_values: int, fixed_point: FixedPoint) -> Uint32Vector:
+    sizes = [min(chunk_values, total - start) for start in range(0, total, chunk_values)]
+    assert [int.from_bytes(data[:4]) for data in messages] == list(range(len(sizes)))
+    parts = [unpack(data[36:], size, fixed_point.ring_bits) for data, size in zip(messages, sizes, strict=True)]
+    return np.concatenate(parts)
+
+
+def by_hand(fixed_point: FixedPoint, values: Float64Vector, mask: MaskSet | None) -> Uint32Vector:
+    """The upload as docs/protocol.md has it, in one piece."""
+    encoded = fixed_point.encode(values)
+    whole = np.concatenate([encoded, to_limbs(TAGGER.part(encoded), fixed_point.value_bits)])
+    if mask is not None:
+        mask.apply(whole)
+    return whole & np.uint32((1 << fixed_point.ring_bits) - 1)
+
+
+# --- what is uploaded
+
+
+@given(
+    st.sampled_from(sorted(ENCODINGS)),
+    st.one_of(st.integers(1, 9000), st.integers(1, 8).flatmap(lambda n: st.integers(1024 * n - 6, 1024 * n + 1))),
+    st.sampled_from([1024, 2048, 5120]),
+    st.lists(st.integers(0, 12), max_size=5),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_chunks_are_the_encoded_vector_its_tag_and_the_masks(
+    encoding: str, size: int, chunk_values: int, stops: list[int]
+) -> None:
+    """Also where the limbs begin a chunk, end one, or are cut in two by its border; and in whatever steps."""
+    fixed_point, values = ENCODINGS[encoding], vector(size, size)
+    upload = MaskedUpload(fixed_point, values, TAGGER, masks(), chunk_values)
+    total = coordinates(size, fixed_point)
+    assert total == size + limb_count(fixed_point.value_bits)
+    messages: list[bytes] = []
+    for stop in [*sorted(stops), upload.chunks]:
+        messages += upload.make(stop, message)
+        assert upload.made == len(messages) == max(len(messages), min(stop, upload.chunks))
+    assert np.array_equal(
+        ring_values(messages, total, chunk_values, fixed_point), by_hand(fixed_point, values, masks())
+    )
+    assert upload.digest == upload_digest(b"".join(data[4:36] for data in messages))
+    assert upload.make(upload.chunks + 3, message) == []
+
+
+@pytest.mark.parametrize("limbs_first", range(limb_count(WIDE.value_bits) + 1))
+def test_the_limbs_of_the_tag_wherever_a_chunk_ends(limbs_first: int) -> None:
+    """So many limbs stand in the chunk of the last values, the others in a chunk without values."""
+    size = 2048 - limbs_first
+    upload = MaskedUpload(WIDE, vector(size), TAGGER, masks(), 1024)
+    assert upload.chunks == (2 if limbs_first == limb_count(WIDE.value_bits) else 3)
+    for pace in (1, 3):
+        upload = MaskedUpload(WIDE, vector(size), TAGGER, masks(), 1024)
+        messages = [data for stop in range(pace, 4 + pace, pace) for data in upload.make(stop, message)]
+        got = ring_values(messages, coordinates(size, WIDE), 1024, WIDE)
+        assert np.array_equal(got, by_hand(WIDE, vector(size), masks()))
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+def test_the_sum_of_uploads_is_the_sum_and_carries_the_sum_of_the_tags(encoding: str) -> None:
+    """Three nodes, a mask for each pair: added by the first, subtracted by the second. Extreme values, so that limbs are full."""
+    fixed_point, size = ENCODINGS[encoding], 3000
+    pairs = {(0, 1): KEYS[0], (0, 2): KEYS[1], (1, 2): KEYS[2]}
+    vectors = [vector(size), np.full(size, 1e9), np.full(size, -1e9)]
+    total, mask = np.zeros(coordinates(size, fixed_point), np.uint32), np.uint32((1 << fixed_point.ring_bits) - 1)
+    for me, values in enumerate(vectors):
+        added = [key for (low, _), key in pairs.items() if low == me]
+        subtracted = [key for (_, high), key in pairs.items() if high == me]
+        upload = MaskedUpload(fixed_point, values, TAGGER, MaskSet(added, subtracted), 1024)
+        messages = upload.make(upload.chunks, message)
+        total = total + ring_values(messages, total.size, 1024, fixed_point) & mask
+    encoded = sum(fixed_point.encode(values).astype(np.uint64) for values in vectors)
+    assert np.array_equal(total[:size], encoded)
+    assert from_limbs(total[size:], fixed_point.value_bits) == TAGGER.part(total[:size])
+    changed = total[:size].copy()
+    changed[1500] ^= 1
+    assert from_limbs(total[size:], fixed_point.value_bits) != TAGGER.part(changed)
+
+
+def test_an_upload_shows_nothing_of_the_vector_and_other_masks_make_another() -> None:
+    """Under one key alone: no value stands at its place, limbs of the tag included, and differences are no small numbers."""
+    values = np.zeros(4096)
+    seen = []
+    for key in KEYS:
+        upload = MaskedUpload(WIDE, values, TAGGER, MaskSet([key], []), 1024)
+        seen.append(ring_values(upload.make(upload.chunks, message), coordinates(4096, WIDE), 1024, WIDE))
+    plain = by_hand(WIDE, values, None)
+    for index, one in enumerate(seen):
+        assert not (one == plain).any()
+        assert np.unique(one).size >= one.size - 2  # 4,099 of 2^32 values: two alike are one case in 500
+        for other in seen[:index]:
+            assert np.count_nonzero(one == other) <= 1
+    assert not np.array_equal(seen[0][:1024], seen[0][1024:2048])
+
+
+# --- how it is made
+
+
+def test_the_vector_is_not_changed_and_may_be_read_only() -> None:
+    values = vector(5000)
+    before = values.copy()
+    values.setflags(write=False)
+    upload = MaskedUpload(WIDE, values, TAGGER, masks(), 1024)
+    upload.make(upload.chunks, message)
+    assert np.array_equal(values, before)
+
+
+def test_an_error_in_a_chunk_is_raised_and_the_chunks_are_made_again_just_so() -> None:
+    """A second try with other masks or another tag under the same masks would give the difference away."""
+
+    def make(failing: int | None) -> list[bytes]:
+        upload = MaskedUpload(WIDE, vector(9000), TAGGER, masks(), 1024)
+        first = upload.make(2, message)
+
+        def finish(index: int, digest: bytes, data: memoryview) -> bytes:
+            if index == failing:
+                raise LocalProtocolError(f"chunk {index}")
+            return message(index, digest, data)
+
+        if failing is not None:
+            with pytest.raises(LocalProtocolError, match=f"chunk {failing}"):
+                upload.make(upload.chunks, finish)
+            assert upload.made == 2
+        return first + upload.make(upload.chunks, message)
+
+    assert make(5) == make(None)
+
+
+def test_a_chunk_with_limbs_that_fails_is_made_again_just_so() -> None:
+    """The tag must not have counted the values twice."""
+
+    def refuse(index: int, digest: bytes, data: memoryview) -> bytes:
+        if index == 2:
+            raise LocalProtocolError("no")
+        return message(index, digest, data)
+
+    upload = MaskedUpload(WIDE, vector(3000), TAGGER, masks(), 1024)
+    with pytest.raises(LocalProtocolError):
+        upload.make(3, refuse)
+    got = ring_values(upload.make(3, message), coordinates(3000, WIDE), 1024, WIDE)
+    assert np.array_equal(got, by_hand(WIDE, vector(3000), masks()))
+
+
+def test_each_chunk_is_finished_once_and_in_other_threads_too() -> None:
+    calls: list[int] = []
+    threads = set()
+
+    def finish(index: int, digest: bytes, data: memoryview) -> bytes:
+        calls.append(index)
+        threads.add(threading.get_ident())
+        return message(index, digest, data)
+
+    upload = MaskedUpload(WIDE, vector(30_000), TAGGER, masks(), 1024)
+    for stop in (3, 3, 2, 17, 99, 99):
+        upload.make(stop, finish)
+    assert sorted(calls) == list(range(upload.chunks))
+    assert threads - {threading.get_ident()}
+
+
+def test_memory_is_that_of_the_chunks_asked_for() -> None:
+    """The vector takes 32 MB, and 16 MB encoded; four chunks of 64 KiB and the cores' scratch take far less."""
+    values = np.zeros(4_000_000)
+    upload = MaskedUpload(WIDE, values, TAGGER, MaskSet(KEYS[:1], []), 16_384)
+    upload.make(4, lambda index, digest, data: b"m")
+    tracemalloc.start()
+    try:
+        while upload.made < 60:
+            upload.make(upload.made + 4, lambda index, digest, data: b"m")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+# --- masks at any place
+
+
+def applied(mask: MaskSet, size: int, start: int = 0) -> Uint32Vector:
+    values = np.zeros(size, np.uint32)
+    mask.apply(values, start)
+    return values
+
+
+WHOLE = applied(masks(3), 6000)
+
+
+@given(st.integers(0, 1499), st.integers(0, 6000))
+@settings(max_examples=100, deadline=None)
+def test_any_place_of_a_mask_is_reached_alone(block: int, size: int) -> None:
+    start = 4 * block
+    size = min(size, 6000 - start)
+    assert np.array_equal(applied(masks(3), size, start), WHOLE[start : start + size])
+
+
+@given(st.permutations(range(6)))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_the_blocks_does_not_matter(order: list[int]) -> None:
+    mask, values = masks(3), np.zeros(6000, np.uint32)
+    for index in order:
+        mask.apply(values[1000 * index : 1000 * (index + 1)], 1000 * index)
+    assert np.array_equal(values, WHOLE)
+
+
+@pytest.mark.parametrize("start", [0, 4, BLOCK_VALUES - 4, BLOCK_VALUES, 4 * (2**32 - 1), 4 * (2**64 - 2)])
+def test_a_mask_goes_on_across_its_inner_blocks_and_any_counter(start: int) -> None:
+    """2^32 counts is where a 32-bit counter would begin again, and 2^64 where a 64-bit one would."""
+    size = BLOCK_VALUES + 9
+    stream = np.frombuffer(keystream(KEYS[1], start, size), dtype="<u4")
+    assert np.array_equal(applied(MaskSet([KEYS[1]], []), size, start), stream)
+    later = np.frombuffer(keystream(KEYS[1], start + 8, size - 8), dtype="<u4")
+    assert np.array_equal(stream[8:], later)
+
+
+def test_signs_and_keys_of_masks() -> None:
+    one, two = applied(MaskSet(KEYS[:1], []), 100), applied(MaskSet(KEYS[1:2], []), 100)
+    assert np.array_equal(applied(MaskSet(KEYS[:1], KEYS[1:2]), 100), one - two)
+    assert np.array_equal(applied(MaskSet([], KEYS[:2]), 100), np.zeros(100, np.uint32) - one - two)
+    assert not applied(MaskSet(KEYS[:2], KEYS[1::-1]), 100).any()
+    assert not applied(MaskSet([], []), 100).any()
+    assert np.count_nonzero(one == two) == 0
+
+
+def test_keys_given_by_a_generator_mask_every_chunk() -> None:
+    """One that is used up by the first chunk would leave the others bare."""
+    mask = MaskSet((key for key in KEYS[:1]), (key for key in KEYS[1:]))
+    assert np.array_equal(applied(mask, 100), applied(mask, 100))
+    assert applied(mask, 100).any()
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 1025])
+def test_a_place_inside_a_cipher_block_is_refused(start: int) -> None:
+    for use in (lambda: keystream(KEYS[0], start, 4), lambda: applied(masks(), 4, start)):
+        with pytest.raises(LocalProtocolError, match="multiples of 4"):
+            use()
