@@ -166,11 +166,17 @@ def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) ->
             else:
                 done(_verify_ledger(path, member.node_id, study, records, digests, report))
         path = folder / RECEIPTS / f"{member.node_id}.jsonl"
+        due = [number for number, record in records.items() if member.node_id in {s.node_id for s in record.survivors}]
         if path.exists():
             with _checking(report, f"{RECEIPTS}/{path.name}") as done:
-                done(_verify_receipts(path, study, written))
-        elif any(survivor.node_id == member.node_id for record in records.values() for survivor in record.survivors):
-            report.warnings.append(f"{member.node_id} gave no receipts, so it may have been told another story")
+                shown = _verify_receipts(path, study, written)
+                due = [number for number in due if number not in shown]
+                done(f"receipts of {len(shown)} rounds, all as in the transcript")
+        if due:
+            rounds = ", ".join(map(str, due))
+            report.warnings.append(
+                f"{member.node_id} gave no receipt of its upload in round {rounds}: it may have been told another story"
+            )
     for kind in (LEDGERS, RECEIPTS):
         with _checking(report, kind):
             allowed = {f"{member.node_id}.jsonl" for member in study.agreement.members}
@@ -178,13 +184,15 @@ def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) ->
                 raise VerificationFailed(f"{kind}/{min(strangers)} belongs to no member")
 
 
-def _verify_receipts(path: Path, study: OpenStudy, transcript: Mapping[int, bytes]) -> str:
-    """Compare the records that a node was shown with those of the transcript: the aggregator has signed both."""
-    shown = read_public(path, FILE_LIMIT_BYTES).splitlines(keepends=True)
-    for line in shown:
+def _verify_receipts(path: Path, study: OpenStudy, transcript: Mapping[int, bytes]) -> set[int]:
+    """Compare the records that a node was shown with those of the transcript: the aggregator has signed both. Gives the rounds."""
+    rounds = set()
+    for line in read_public(path, FILE_LIMIT_BYTES).splitlines(keepends=True):
         record = read_line(line, study.roster.aggregator.public_key).body
         if not isinstance(record, RoundRecord):
             raise VerificationFailed(f"a {type(record).__name__} is no receipt")
+        if record.agreement_digest != study.agreement_digest.hex():
+            raise VerificationFailed("a receipt belongs to another agreement; collect those of this study only")
         written = transcript.get(record.round)
         if written is None:
             raise VerificationFailed(
@@ -196,7 +204,8 @@ def _verify_receipts(path: Path, study: OpenStudy, transcript: Mapping[int, byte
                 f"EQUIVOCATION: the aggregator has signed two records of round {record.round}: "
                 f"{_describe(record, line)} to this node, {_describe(other, written)} in the transcript"
             )
-    return f"{len(shown)} receipts, all as in the transcript"
+        rounds.add(record.round)
+    return rounds
 
 
 def _describe(record: Body, line: bytes) -> str:
