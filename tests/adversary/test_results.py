@@ -230,7 +230,7 @@ def test_an_audit_of_two_stories(tmp_path: Path) -> None:
         fingerprint = study.consortium.authority.fingerprint
         return records.verify_folder(folder, authority_fingerprint=fingerprint, now=NOW + timedelta(days=1))
 
-    with weaken.replaced(records, "_verify_receipts", lambda *_: "not compared"):
+    with weaken.replaced(records, "_verify_receipts", lambda *_: {1}):
         assert verify().ok
 
     failed = [check for check in verify().checks if not check.ok]
