@@ -1,0 +1,223 @@
+"""Sandboxes: the same results as in the process itself, and a crash, a hang or a flood in one costs one call and nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from protocols import bfv
+from protocols import ciphertexts as c
+from protocols.packing import DEGREE, PARAMETERS, choose
+from secgeo import sandbox as module
+from secgeo.sandbox import MAX_CIPHERTEXTS, Sandbox, SandboxLost
+
+PARAMETERS_HERE = PARAMETERS[0]
+
+
+@pytest.fixture(scope="module")
+def key() -> bytes:
+    return bfv.generate_key(PARAMETERS_HERE)
+
+
+@pytest.fixture(scope="module")
+def with_key(key: bytes) -> Iterator[Sandbox]:
+    with Sandbox(PARAMETERS_HERE, key) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def aggregator() -> Iterator[Sandbox]:
+    """One without the key, as the aggregator has it."""
+    with Sandbox(PARAMETERS_HERE, seconds=20.0) as sandbox:
+        yield sandbox
+
+
+def plain(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1 << 46, (count, DEGREE), dtype=np.uint64)
+
+
+def pid(sandbox: Sandbox) -> int:
+    assert sandbox._process is not None
+    assert sandbox._process.pid is not None
+    return sandbox._process.pid
+
+
+def test_everything_goes_as_in_the_process_itself(with_key: Sandbox, key: bytes) -> None:
+    packed, more = plain(3), plain(3, 1)
+    data = with_key.encrypt(packed)
+    words = with_key.expand(data).copy()
+    assert np.array_equal(words, bfv.Expander(PARAMETERS_HERE).expand(data))
+    assert np.array_equal(with_key.decrypt(words), packed)
+    added = with_key.add_plain(words, more).copy()
+    assert np.array_equal(bfv.Decryptor(PARAMETERS_HERE, key).decrypt(added), packed + more & np.uint64((1 << 46) - 1))
+    assert with_key.encrypt(plain(0)) == b""
+
+
+def test_a_sum_of_sixteen_members_by_sandboxes(with_key: Sandbox, aggregator: Sandbox) -> None:
+    packing = choose(16, 16)
+    vectors = np.random.default_rng(2).integers(0, 1 << 16, (16, 20_000), dtype=np.uint32)
+    total = np.zeros((3, 2, DEGREE), np.uint64)
+    for vector in vectors:
+        c.add(total, aggregator.expand(with_key.encrypt(packing.pack(vector))), PARAMETERS_HERE)
+    assert np.array_equal(packing.unpack(with_key.decrypt(total), 20_000), vectors.sum(axis=0))
+
+
+# --- what goes wrong inside
+
+
+def test_a_crash_costs_one_call(with_key: Sandbox, aggregator: Sandbox) -> None:
+    data = with_key.encrypt(plain(1))
+    before = aggregator.expand(data).copy()
+    for number in (signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT):
+        os.kill(pid(aggregator), number)
+        with pytest.raises(SandboxLost, match="ended"):
+            aggregator.expand(data)
+        assert np.array_equal(aggregator.expand(data), before)
+
+
+def test_a_crash_in_the_middle_of_a_call_costs_this_call(with_key: Sandbox, aggregator: Sandbox) -> None:
+    data = with_key.encrypt(plain(60))
+    aggregator.expand(data)
+    victim = pid(aggregator)
+    os.kill(victim, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (victim, signal.SIGSEGV)).start()
+    threading.Timer(0.4, os.kill, (victim, signal.SIGCONT)).start()
+    with pytest.raises(SandboxLost, match="ended"):
+        aggregator.expand(data)
+    assert len(aggregator.expand(data)) == 60
+
+
+def test_a_hang_ends_at_the_limit(with_key: Sandbox) -> None:
+    data = with_key.encrypt(plain(1))
+    with Sandbox(PARAMETERS_HERE, seconds=0.5) as sandbox:
+        sandbox.expand(data)
+        hung = pid(sandbox)
+        os.kill(hung, signal.SIGSTOP)
+        with pytest.raises(SandboxLost, match=r"no answer within 0\.5 s"):
+            sandbox.expand(data)
+        assert not Path(f"/proc/{hung}").exists()
+        assert len(sandbox.expand(data)) == 1
+
+
+def test_a_flood_of_memory_ends_at_the_limit(with_key: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = with_key.encrypt(plain(MAX_CIPHERTEXTS))
+    with Sandbox(PARAMETERS_HERE, memory_bytes=1 << 20) as sandbox, pytest.raises(SandboxLost):
+        sandbox.expand(data)
+    with Sandbox(PARAMETERS_HERE, memory_bytes=1 << 26) as sandbox:
+        assert len(sandbox.expand(data)) == MAX_CIPHERTEXTS
+
+
+class Liar:
+    """A taken process at the other end of the pipe."""
+
+    def __init__(self, reply: bytes) -> None:
+        self.reply = reply
+
+    def send_bytes(self, data: bytes) -> None:
+        pass
+
+    def poll(self, seconds: float) -> bool:
+        return True
+
+    def recv_bytes(self, size: int) -> bytes:
+        if len(self.reply) > size:
+            raise OSError("message too long")
+        return self.reply
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("reply", [b"", b"\0", bytes(100), b"\0\xff\xff\xff\xff", b"\7\0\0\0\0"])
+def test_an_answer_that_is_none_is_an_error_here(aggregator: Sandbox, reply: bytes) -> None:
+    aggregator._pipe = Liar(reply)  # type: ignore[assignment]
+    with pytest.raises((SandboxLost, c.FrameBroken)):
+        aggregator.expand(bytes(c.upload_bytes(PARAMETERS_HERE, 1)))
+
+
+# --- hostile bytes
+
+
+def test_ten_thousand_mutations_and_nothing_lost(with_key: Sandbox, aggregator: Sandbox) -> None:
+    """Every one gives words below q or is refused, by one process that outlives them all; then an honest sum is still exact."""
+    generator = random.Random(11)  # noqa: S311
+    packed = plain(1)
+    honest = with_key.encrypt(packed)
+    total = aggregator.expand(honest).copy()
+    first, refused = pid(aggregator), 0
+    for turn in range(10_000):
+        mutated = bytearray(honest)
+        match turn % 4:
+            case 0:
+                for _ in range(generator.randint(1, 16)):
+                    mutated[generator.randrange(len(mutated))] = generator.randrange(256)
+            case 1:
+                del mutated[generator.randrange(len(mutated)) :]
+            case 2:
+                mutated += generator.randbytes(generator.randrange(1, 200))
+            case 3:
+                place = generator.randrange(len(mutated) - 64)
+                mutated[place : place + 64] = generator.randbytes(64)
+        try:
+            words = aggregator.expand(bytes(mutated))
+        except c.FrameBroken:
+            refused += 1
+        else:
+            assert not words.size or int(words.max()) < PARAMETERS_HERE.prime
+    assert 4000 < refused < 9000
+    assert pid(aggregator) == first
+    c.add(total, aggregator.expand(honest), PARAMETERS_HERE)
+    assert np.array_equal(with_key.decrypt(total), packed * np.uint64(2) & np.uint64((1 << 46) - 1))
+
+
+def test_more_than_fits_is_refused_here(aggregator: Sandbox) -> None:
+    with pytest.raises(c.FrameBroken, match="the most is"):
+        aggregator.expand(bytes(c.upload_bytes(PARAMETERS_HERE, MAX_CIPHERTEXTS + 1)))
+
+
+# --- keys
+
+
+def test_the_key_is_in_no_argument_variable_or_text(with_key: Sandbox, key: bytes) -> None:
+    with_key.encrypt(plain(1))
+    for name in ("cmdline", "environ"):
+        content = Path(f"/proc/{pid(with_key)}/{name}").read_bytes()
+        assert key[:64] not in content
+        assert key[:32].hex().encode() not in content
+    assert repr(with_key) == "Sandbox(<redacted>)"
+
+
+def test_one_without_a_key_neither_encrypts_nor_decrypts(with_key: Sandbox, aggregator: Sandbox) -> None:
+    words = with_key.expand(with_key.encrypt(plain(1))).copy()
+    for call in (lambda: aggregator.decrypt(words), lambda: aggregator.encrypt(plain(1))):
+        with pytest.raises(SandboxLost):
+            call()
+
+
+def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_serve", sys.exit)
+    with Sandbox(PARAMETERS_HERE) as sandbox, pytest.raises(SandboxLost, match="did not start"):
+        sandbox.expand(b"")
+
+
+def test_nothing_is_left_behind() -> None:
+    program = (
+        "from secgeo.sandbox import Sandbox\n"
+        "from protocols.packing import PARAMETERS\n"
+        "if __name__ == '__main__':\n"
+        "    with Sandbox(PARAMETERS[0]) as sandbox:\n"
+        "        print(len(sandbox.expand(b'')), sandbox._space.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    count, name = done.stdout.split()
+    assert (count, done.stderr) == ("0", "")
+    assert not Path("/dev/shm", name.lstrip("/")).exists()  # noqa: S108
