@@ -20,7 +20,6 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,7 @@ MAX_CIPHERTEXTS = 64
 WHOLE_BYTES = 2 * 8 * DEGREE
 SPACE_BYTES = MAX_CIPHERTEXTS * (WHOLE_BYTES + 8 * DEGREE)
 REQUEST, REPLY = struct.Struct("<BII"), struct.Struct("<BI")
+DONE, REFUSED = 0, 1
 START_SECONDS = 60.0
 
 
@@ -73,21 +73,23 @@ class Sandbox:
 
     def encrypt(self, packed: Uint64Matrix) -> bytes:
         """See `Encryptor.encrypt`."""
-        return self._call(Task.ENCRYPT, len(packed), [packed]).tobytes()
+        size = upload_bytes(self._parameters, len(packed))
+        return self._call(Task.ENCRYPT, len(packed), [packed], size).tobytes()
 
     def decrypt(self, words: Words) -> Uint64Matrix:
         """See `Decryptor.decrypt`."""
-        return self._call(Task.DECRYPT, len(words), [words]).view(np.uint64).reshape(-1, DEGREE).copy()
+        found = self._call(Task.DECRYPT, len(words), [words], 8 * DEGREE * len(words))
+        return found.view(np.uint64).reshape(-1, DEGREE).copy()
 
     def expand(self, data: bytes | memoryview) -> Words:
         """See `Expander.expand`. The words are a view that holds until the next call."""
         count = len(data) // upload_bytes(self._parameters, 1)
-        found = self._call(Task.EXPAND, count, [np.frombuffer(data, np.uint8)])
+        found = self._call(Task.EXPAND, count, [np.frombuffer(data, np.uint8)], count * WHOLE_BYTES)
         return found.view(np.uint64).reshape(-1, 2, DEGREE)
 
     def add_plain(self, words: Words, packed: Uint64Matrix) -> Words:
         """See `Expander.add_plain`; gives the sums, a view that holds until the next call."""
-        found = self._call(Task.ADD_PLAIN, len(words), [words, packed])
+        found = self._call(Task.ADD_PLAIN, len(words), [words, packed], len(words) * WHOLE_BYTES)
         return found.view(np.uint64).reshape(-1, 2, DEGREE)
 
     def close(self) -> None:
@@ -108,8 +110,8 @@ class Sandbox:
     def __repr__(self) -> str:
         return "Sandbox(<redacted>)"
 
-    def _call(self, task: Task, count: int, given: Sequence[Octets]) -> Octets:
-        """The bytes ([m] uint8, a view until the next call) that the process answers.
+    def _call(self, task: Task, count: int, given: Sequence[Words | Octets], answer_bytes: int) -> Octets:
+        """What the process answers: `answer_bytes` bytes, a view until the next call.
 
         Raises:
             FrameBroken: what was given are no ciphertexts.
@@ -135,8 +137,11 @@ class Sandbox:
         except SandboxLost:
             self._stop()
             raise
-        if status != 0 or length > SPACE_BYTES:
+        if status == REFUSED:
             raise FrameBroken("these bytes are no ciphertexts of the agreed parameters")
+        if length != answer_bytes:
+            self._stop()
+            raise SandboxLost(f"it answered {length} bytes instead of {answer_bytes}")
         return space[:length]
 
     def _start(self) -> Connection:
@@ -186,10 +191,10 @@ def _serve(pipe: Connection, space_name: str, parameters: BfvParameters, memory_
         try:
             answer = work[Task(task)](count, octets[:size])
         except FrameBroken:
-            pipe.send_bytes(REPLY.pack(1, 0))
+            pipe.send_bytes(REPLY.pack(REFUSED, 0))
             continue
         octets[: answer.size] = answer
-        pipe.send_bytes(REPLY.pack(0, answer.size))
+        pipe.send_bytes(REPLY.pack(DONE, answer.size))
 
 
 def _workers(parameters: BfvParameters, key: bytes) -> dict[Task, Callable[[int, Octets], Octets]]:
