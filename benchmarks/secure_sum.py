@@ -33,6 +33,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import homomorphic  # noqa: E402
+
 from protocols import messages as m  # noqa: E402
 from protocols import study_aggregator as agg  # noqa: E402
 from protocols import study_node as node  # noqa: E402
@@ -426,9 +428,11 @@ def growth(values: int, counts: Sequence[int], plot: Path | None) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", choices=["masked"], default="masked")
+    parser.add_argument("--protocol", choices=["masked", "homomorphic"], default="masked")
     parser.add_argument("--values", type=int, default=1_000_000)
-    parser.add_argument("--neighbours", type=int, default=9)
+    parser.add_argument("--neighbours", type=int, default=9, help="of a node; `masked` only")
+    parser.add_argument("--value-bits", type=int, default=16, help="`homomorphic` only")
+    parser.add_argument("--nodes", type=int, default=16, help="`homomorphic` only")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--socket-values", type=int, default=10_000_000, help="for the round over sockets; 0: leave it out"
@@ -456,6 +460,10 @@ def main() -> None:
         summary.update({key: row[key] for key in keys if key in row})
 
     values, neighbours = arguments.values, arguments.neighbours
+    if arguments.protocol == "homomorphic":
+        for row in homomorphic.measure(values, arguments.value_bits, arguments.nodes, arguments.repeats):
+            show(row)
+        return
     show(node_upload(values, neighbours, flower, arguments.repeats), "flower_ratio", "flower_ratio_medians")
     show(one_mask(values), "mask_over_floor")
     sizes = bytes_per_value(values)

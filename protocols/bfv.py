@@ -27,7 +27,7 @@ import zstandard
 from tenseal import sealapi
 
 from keys.errors import ConfigError, LocalProtocolError
-from protocols.ciphertexts import SEED_BYTES, Words, pack_words, split_upload, unpack_words
+from protocols.ciphertexts import SEED_BYTES, Words, pack_words, unpack_upload, unpack_words
 from protocols.packing import DEGREE, BfvParameters, Uint64Matrix
 
 TENSEAL_VERSION = "0.3.18"
@@ -99,9 +99,7 @@ class Expander:
         Raises:
             FrameBroken: `data` is no whole number of ciphertexts, or holds a word that is not below q.
         """
-        halves, seeds = split_upload(data, self._seal.parameters)
-        words = np.empty((len(halves), 2, DEGREE), dtype=np.uint64)
-        words[:, 0] = halves
+        words, seeds = unpack_upload(data, self._seal.parameters)
         for seed, whole in zip(seeds, words, strict=True):
             self._template.write_end(seed)
             self._cipher.load(self._seal.context, self._template.path)

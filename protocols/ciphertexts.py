@@ -57,35 +57,41 @@ def unpack_words(data: bytes | memoryview, parameters: BfvParameters, halves: in
     """
     if len(data) != halves * half_bytes(parameters):
         raise FrameBroken(f"{len(data)} bytes are not {halves} halves of ciphertexts")
-    octets = np.frombuffer(data, dtype=np.uint8)
-    words = np.zeros((halves, DEGREE), dtype="<u8")
-    wide = words.view(np.uint8)
-    match parameters.prime_bits:
-        case 56:
-            wide.reshape(-1, 8)[:, :7] = octets.reshape(-1, 7)
-        case 60:
-            pairs, packed = wide.reshape(-1, 2, 8), octets.reshape(-1, 15)
-            pairs[:, 0, :7], pairs[:, 1, :7] = packed[:, :7], packed[:, 7:14]
-            pairs[:, 0, 7], pairs[:, 1, 7] = packed[:, 14] & 15, packed[:, 14] >> 4
-        case bits:
-            raise ConfigError(f"there is no framing for words of {bits} bits")
-    if words.size and int(words.max()) >= parameters.prime:
-        raise FrameBroken("a word is not below q")
+    words = np.empty((halves, DEGREE), dtype=np.uint64)
+    _unpack(np.frombuffer(bytes(data) + b"\0", dtype=np.uint8), half_bytes(parameters), words, parameters)
     return words
 
 
-def split_upload(data: bytes | memoryview, parameters: BfvParameters) -> tuple[Words, list[bytes]]:
-    """c0 [count, 4096] and the seeds of fresh ciphertexts.
+def unpack_upload(data: bytes | memoryview, parameters: BfvParameters) -> tuple[Words, list[bytes]]:
+    """Fresh ciphertexts as [count, 2, 4096] words, of which c1 is still to be filled in, and the seeds of c1.
 
     Raises:
         FrameBroken: not a whole number of ciphertexts, or a word that is not below q.
     """
-    size, half = upload_bytes(parameters, 1), half_bytes(parameters)
+    size = upload_bytes(parameters, 1)
     if len(data) % size:
         raise FrameBroken(f"{len(data)} bytes are no whole number of ciphertexts")
-    frames = np.frombuffer(data, dtype=np.uint8).reshape(-1, size)
-    words = unpack_words(frames[:, :half].tobytes(), parameters, len(frames))
-    return words, [frame.tobytes() for frame in frames[:, half:]]
+    words = np.empty((len(data) // size, 2, DEGREE), dtype=np.uint64)
+    _unpack(np.frombuffer(data, dtype=np.uint8), size, words[:, 0], parameters)
+    return words, [bytes(data[start - SEED_BYTES : start]) for start in range(size, len(data) + 1, size)]
+
+
+def _unpack(octets: NDArray[np.uint8], stride: int, words: Words, parameters: BfvParameters) -> None:
+    """The halves that begin at every `stride` bytes, with a byte behind the last, into [halves, 4096] words."""
+    match parameters.prime_bits:
+        case 56:
+            # Eight bytes at every seventh, with what they hold of the next word cut off.
+            overlapping: Words = np.ndarray(words.shape, "<u8", octets, 0, (stride, 7))
+            np.bitwise_and(overlapping, np.uint64((1 << 56) - 1), out=words)
+        case 60:
+            packed = np.ndarray((len(words), DEGREE // 2, 15), np.uint8, octets, 0, (stride, 15, 1))
+            pairs = words.view(np.uint8).reshape(-1, DEGREE // 2, 2, 8)
+            pairs[..., 0, :7], pairs[..., 1, :7] = packed[..., :7], packed[..., 7:14]
+            pairs[..., 0, 7], pairs[..., 1, 7] = packed[..., 14] & 15, packed[..., 14] >> 4
+        case bits:
+            raise ConfigError(f"there is no framing for words of {bits} bits")
+    if words.size and int(words.max()) >= parameters.prime:
+        raise FrameBroken("a word is not below q")
 
 
 def add(total: Words, words: Words, parameters: BfvParameters) -> None:

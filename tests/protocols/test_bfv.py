@@ -149,7 +149,8 @@ def test_two_encryptions_of_one_plaintext_have_nothing_in_common() -> None:
     parameters = PARAMETERS[0]
     encryptor = bfv.Encryptor(parameters, bfv.generate_key(parameters))
     packed = np.zeros((2, DEGREE), np.uint64)
-    halves, seeds = c.split_upload(encryptor.encrypt(packed) + encryptor.encrypt(packed), parameters)
+    words, seeds = c.unpack_upload(encryptor.encrypt(packed) + encryptor.encrypt(packed), parameters)
+    halves = words[:, 0]
     assert len(set(seeds)) == 4
     for index in range(4):
         assert abs(float(halves[index].mean()) / parameters.prime - 0.5) < 0.05

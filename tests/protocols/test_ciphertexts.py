@@ -62,10 +62,10 @@ def test_a_word_of_q_or_more_is_refused_wherever_it_stands(parameters: BfvParame
 @each
 def test_any_other_length_is_refused(parameters: BfvParameters) -> None:
     data = c.pack_words(words(parameters, 1), parameters) + bytes(c.SEED_BYTES)
-    assert len(c.split_upload(data * 2, parameters)[1]) == 2
+    assert len(c.unpack_upload(data * 2, parameters)[1]) == 2
     for length in (1, 63, 64, len(data) - 1, len(data) - 64, len(data) + 1, 2 * len(data) - 1):
         with pytest.raises(c.FrameBroken):
-            c.split_upload((data * 2)[:length], parameters)
+            c.unpack_upload((data * 2)[:length], parameters)
     for halves in (0, 2):
         with pytest.raises(c.FrameBroken):
             c.unpack_words(data[:-64], parameters, halves)
@@ -82,11 +82,11 @@ def test_random_changes_are_words_below_q_or_refused(parameters: BfvParameters) 
         if generator.random() < 0.3:
             del changed[generator.randrange(len(changed)) :]
         try:
-            halves, seeds = c.split_upload(bytes(changed), parameters)
+            found, seeds = c.unpack_upload(bytes(changed), parameters)
         except c.FrameBroken:
             continue
-        assert halves.size == 0 or int(halves.max()) < parameters.prime
-        assert [len(seed) for seed in seeds] == [64] * len(halves)
+        assert found.size == 0 or int(found[:, 0].max()) < parameters.prime
+        assert [len(seed) for seed in seeds] == [64] * len(found)
 
 
 @each
