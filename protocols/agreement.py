@@ -306,6 +306,7 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
 def _graph_rules(ring: SecureSum, n_max: int) -> list[tuple[str, bool]]:
     if ring.neighbours == 0:
         return [("share_threshold needs neighbours: in a complete graph threshold counts", ring.share_threshold == 0)]
+    least = (n_max + ring.share_threshold - 1) // 2 + 1
     return [
         (f"a sparse graph needs more than {COMPLETE_GRAPH_LIMIT} members", n_max > COMPLETE_GRAPH_LIMIT),
         (
@@ -314,8 +315,9 @@ def _graph_rules(ring: SecureSum, n_max: int) -> list[tuple[str, bool]]:
         ),
         ("share_threshold must be from 2 to neighbours", 2 <= ring.share_threshold <= ring.neighbours),
         (
-            "2 * threshold must be above members + share_threshold - 1, else colluders could have two survivor sets signed",
-            2 * ring.threshold > n_max + ring.share_threshold - 1,
+            f"threshold must be at least {least} with {n_max} members and a share_threshold of {ring.share_threshold}, "
+            "else colluders could have two survivor sets signed",
+            ring.threshold >= least,
         ),
     ]
 

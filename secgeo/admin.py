@@ -26,7 +26,7 @@ from keys.identity import Identity
 from keys.labels import Label
 from keys.roster import Roster, RosterEntry, add_entry, load_root, make_roster, read_roster, revoke
 from keys.signed import sign_document
-from protocols.agreement import Agreement, agreement_digest, read_agreement, write_agreement
+from protocols.agreement import Agreement, agreement_digest, read_agreement, sparse_graph, write_agreement
 from secgeo.console import emit, show
 from secgeo.records import write_manifest
 from secgeo.study import AGREEMENT, ANCHORS, ROOT, ROSTER
@@ -299,6 +299,8 @@ def agreement_show(path: Annotated[Path, typer.Argument(help="agreement.toml")],
         f"study {agreement.study.id}: {len(agreement.members)} members, {agreement.study.rounds} rounds\n  digest {digest}"
     )
     show(f"  {ring.protocol} sum, threshold {ring.threshold}, at least {ring.minimum_cohort} contributors")
+    if ring.neighbours:
+        show(f"  each shares masks with {ring.neighbours} others; {ring.share_threshold} of them recover a secret")
     show(
         f"  DP-SGD per {privacy.unit}: noise multiplier {privacy.noise_multiplier}, sample rate {privacy.sample_rate}, "
         f"{agreement.total_steps} steps, epsilon at most {privacy.epsilon_budget} at delta {privacy.delta}"
@@ -306,7 +308,7 @@ def agreement_show(path: Annotated[Path, typer.Argument(help="agreement.toml")],
 
 
 def complete(spec: dict[str, Any], roster: Roster, fingerprint: str, anchors: dict[str, np.ndarray]) -> Agreement:
-    """Fill a spec's roster pin, certificates, trunk digest and anchor digests in.
+    """Fill a spec's roster pin, certificates, trunk digest and anchor digests in, and the graph of masks if it names none.
 
     Raises:
         ConfigError: a modality has no anchors or anchors of another shape, views differ in length, or the result breaks a rule.
@@ -336,6 +338,9 @@ def complete(spec: dict[str, Any], roster: Roster, fingerprint: str, anchors: di
         raise ConfigError("all anchor views must show the same anchors in the same order; their lengths differ")
     for member in spec.get("members", ()):
         member["certificate_fingerprint"] = roster.entry(str(member.get("node_id"))).certificate_fingerprint
+    ring = spec.get("secure_sum", {})
+    if not ring.keys() & {"neighbours", "share_threshold"}:
+        ring["neighbours"], ring["share_threshold"] = sparse_graph(len(spec.get("members", ())))
     try:
         model = spec.setdefault("model", {}) | {"trunk_digest": "0" * 64}
         draft = msgspec.convert(spec | {"model": model}, Agreement, strict=True)
