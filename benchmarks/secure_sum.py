@@ -12,6 +12,7 @@ faster where they end in `_ratio`, and that we take longer than the floor where 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ from protocols.prg import MaskSet  # noqa: E402
 from protocols.sealing import AttemptId  # noqa: E402
 from protocols.transcript import TranscriptWriter, upload_digest  # noqa: E402
 from protocols.upload import coordinates  # noqa: E402
+from secgeo.journal import AggregatorJournal  # noqa: E402
 from secgeo.spool import DiskSpool  # noqa: E402
 from secgeo.transport import AggregatorEndpoint, NodeEndpoint  # noqa: E402
 from tests.keys.factory import AGGREGATOR, make_consortium  # noqa: E402
@@ -208,10 +210,10 @@ def bytes_per_value(values: int) -> Row:
 def aggregator_add(values: int, neighbours: int) -> Row:
     """What the aggregator does behind the decoder for each upload of an attempt, against one addition of cold memory."""
     study = make_study(neighbours + 1, values)
-    sources = [np.ones(values, np.uint32) for _ in range(4)]
+    sources = [np.ones(values, np.uint32) for _ in study.nodes]  # as many as uploads, or they would stay in the cache
     total = np.zeros(values, np.uint32)
-    turn = iter(range(10**6))
-    floor = best(lambda: np.add(total, sources[next(turn) % 4], out=total))
+    turn = itertools.cycle(sources)
+    floor = best(lambda: np.add(total, next(turn), out=total), repeats=3 * len(sources))
     spent = []
     for _ in range(5):
         attempt = Attempt(study, MemorySpool())
@@ -340,6 +342,7 @@ def _socket_round(study: Network, off: bool) -> tuple[float, Uint32Vector]:
             curve_public=aggregator.curve_public,
             allowed=members,
         )
+        journal = AggregatorJournal(Path(folder))
         machine = agg.AggregatorMachine(
             study.parties,
             aggregator,
@@ -354,6 +357,8 @@ def _socket_round(study: Network, off: bool) -> tuple[float, Uint32Vector]:
                 match output:
                     case agg.SendTo():
                         outboxes[output.peer].append(output.data)
+                    case agg.UploadsClosed():
+                        journal.keep_closed(output.state, output.masked)
                     case agg.SumOpened():
                         opened[output.round] = output.total
                     case agg.Progress():
@@ -374,6 +379,7 @@ def _socket_round(study: Network, off: bool) -> tuple[float, Uint32Vector]:
             assert process.is_alive() or machine.ended
         process.join()
         endpoint.close()
+        journal.close()
     return times["ended"] - times["round"], opened[1]
 
 

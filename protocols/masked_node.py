@@ -114,7 +114,8 @@ class MaskedNode:
         self._journal = journal
         self._coins = coins
         self._secrets = sealing.AttemptSecrets.fresh(coins)
-        self._share_key, self._pair_key = self._secrets.keys(attempt)
+        self._share_key, self._share_public = sealing.key_pair(self._secrets.share_master, attempt)
+        self._pair_key, self._pair_public = sealing.key_pair(self._secrets.pair_master, attempt)
         self._vector = vector
         self._cohort = frozenset(cohort)
         self._state = State.KEYS
@@ -153,8 +154,8 @@ class MaskedNode:
     def open(self) -> list[bytes]:
         """The first message: our signed round keys."""
         keys = m.RoundKeys(
-            sealing.public_key_bytes(self._secrets.share_master, self._attempt),
-            sealing.public_key_bytes(self._secrets.pair_master, self._attempt),
+            self._share_public,
+            self._pair_public,
             sealing.self_seed_commitment(self._secrets.self_seed, self._attempt, self._me),
             tags.commitment(self._secrets.tag_seed, self._attempt, self._me),
         )

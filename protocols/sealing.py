@@ -76,27 +76,29 @@ class AttemptSecrets:
         """Draw new secrets."""
         return cls(coins(SEED_BYTES), coins(SEED_BYTES), coins(SEED_BYTES), coins(SEED_BYTES))
 
-    def keys(self, attempt: AttemptId) -> tuple[MLKEM768X25519PrivateKey, MLKEM768X25519PrivateKey]:
-        """The share key and the pair key."""
-        return private_key(self.share_master, attempt), private_key(self.pair_master, attempt)
-
     def __reduce__(self) -> NoReturn:
         raise LocalProtocolError("attempt secrets are never pickled")
 
 
-def private_key(master: bytes, attempt: AttemptId) -> MLKEM768X25519PrivateKey:
-    """The HPKE private key that a 32-byte master gives in this attempt."""
+def key_pair(master: bytes, attempt: AttemptId) -> tuple[MLKEM768X25519PrivateKey, bytes]:
+    """The HPKE key pair that a 32-byte master gives in this attempt.
+
+    The public key is encoded: ML-KEM-768 encapsulation key, then X25519 public key (1,216 bytes).
+    """
     seed = _hkdf(master, attempt.bind(Label.PAIR_KEY), 96)
-    return MLKEM768X25519PrivateKey(
-        MLKEM768PrivateKey.from_seed_bytes(seed[:64]), X25519PrivateKey.from_private_bytes(seed[64:])
-    )
+    mlkem, x25519 = MLKEM768PrivateKey.from_seed_bytes(seed[:64]), X25519PrivateKey.from_private_bytes(seed[64:])
+    public = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
+    return MLKEM768X25519PrivateKey(mlkem, x25519), public
+
+
+def private_key(master: bytes, attempt: AttemptId) -> MLKEM768X25519PrivateKey:
+    """The private half of `key_pair`."""
+    return key_pair(master, attempt)[0]
 
 
 def public_key_bytes(master: bytes, attempt: AttemptId) -> bytes:
-    """The encoded HPKE public key of a master: ML-KEM-768 encapsulation key, then X25519 public key (1,216 bytes)."""
-    seed = _hkdf(master, attempt.bind(Label.PAIR_KEY), 96)
-    mlkem = MLKEM768PrivateKey.from_seed_bytes(seed[:64]).public_key().public_bytes_raw()
-    return mlkem + X25519PrivateKey.from_private_bytes(seed[64:]).public_key().public_bytes_raw()
+    """The public half of `key_pair`."""
+    return key_pair(master, attempt)[1]
 
 
 def seal(public: bytes, plaintext: bytes, info: bytes) -> bytes:
