@@ -342,9 +342,7 @@ class AggregatorMachine:
             self.stage = Stage.ENDED
 
     def _on_declined(self, peer: str, body: m.Declined, now: float) -> list[Output]:
-        self._out[peer] = "declined"
-        self._joined.discard(peer)
-        self._ready.discard(peer)
+        self._put_out(peer, "declined")
         return [Progress("declined", {"node": peer, "reason": body.reason}), *self._lose(peer, now)]
 
     def _on_ready(self, peer: str, now: float) -> list[Output]:
@@ -364,14 +362,19 @@ class AggregatorMachine:
             case _:
                 return []
 
-    def _expel(self, peer: str, fault: str, now: float) -> list[Output]:
-        self._out[peer] = fault
+    def _put_out(self, peer: str, why: str) -> None:
+        self._out[peer] = why
         self._joined.discard(peer)
         self._ready.discard(peer)
-        expelled = Progress("expelled", {"node": peer, "fault": fault})
         if self.stage is Stage.FAREWELL:
             self._await_farewells(self._farewells_due - {peer})
-            return [expelled]  # The transcript is closed.
+
+    def _expel(self, peer: str, fault: str, now: float) -> list[Output]:
+        closed = self.stage is Stage.FAREWELL
+        self._put_out(peer, fault)
+        expelled = Progress("expelled", {"node": peer, "fault": fault})
+        if closed:
+            return [expelled]  # Nothing is written behind the transcript's end.
         record = self._transcript.append(t.Misbehaved(round=self._round, node_id=peer, fault=fault[:500]))
         return [Record(record), expelled, *self._lose(peer, now)]
 

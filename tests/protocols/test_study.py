@@ -484,6 +484,16 @@ def test_a_node_that_starts_again_when_the_others_are_done_still_gets_the_sums()
     assert network.ended[victim] == "all rounds are done"
 
 
+@pytest.mark.parametrize("declines", [True, False])
+def test_a_node_that_declines_or_misbehaves_at_the_end_is_not_waited_for(declines: bool) -> None:
+    network, victim = make_network(4, threshold=3), "hospital-00"
+    leave_at_the_last_receipt(network, victim)
+    last_word = from_node(network, victim, m.Declined("the budget is spent")) if declines else b"rubbish"
+    network._from_aggregator(network.aggregator.receive(victim, last_word, network.now))
+    assert network.aggregator.ended
+    assert network.now == 0.0
+
+
 def test_a_node_that_does_not_come_back_is_waited_for_until_the_deadline_or_until_the_operator_says() -> None:
     for stopped in (False, True):
         network = make_network(4, threshold=3)
