@@ -33,6 +33,7 @@ from protocols.encoding import FixedPoint
 from protocols.ledger import DpSgdEvent, read_ledger, verify_ledger
 from protocols.transcript import (
     Body,
+    Misbehaved,
     Receipts,
     RoundRecord,
     aggregate_digest,
@@ -147,6 +148,11 @@ def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) ->
         done(f"{len(lines)} lines, {len(records)} rounds summed")
     if records is None:
         return
+    for body, _ in lines:
+        if isinstance(body, Misbehaved):
+            report.warnings.append(
+                f"the aggregator says that {body.node_id} misbehaved in round {body.round} ({body.fault}); no more than its word"
+            )
     if study.agreement.privacy.noise_multiplier == 0:
         report.warnings.append("no differential privacy: the agreement's noise multiplier is 0, so epsilon is infinite")
     signed = {body.round: len(body.countersignatures) for body, _ in lines if isinstance(body, Receipts)}

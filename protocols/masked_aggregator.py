@@ -365,7 +365,8 @@ class MaskedAggregator:
 
     def _on_complaint(self, accuser: str, body: m.Complaint) -> list[Send]:
         """Seeds that do not open, or a false complaint: nobody can tell without opening more, so both sit this round out."""
-        if body.accused == accuser or body.accused not in self._senders or accuser in self._digests:
+        sealed_to_it = set(self._graph.sources(accuser)) & set(self._senders)
+        if body.accused not in sealed_to_it or accuser in self._digests:
             raise RemoteProtocolError(accuser, f"complained about {body.accused} without ground")
         self.disputed = (accuser, body.accused)
         return self._fail(f"{accuser} cannot open what {body.accused} sealed to it")

@@ -30,7 +30,8 @@ from protocols.masked_aggregator import ClosedAttempt, MaskedAggregator, Phase, 
 from protocols.masked_node import Parties
 from protocols.sealing import AttemptId
 
-MAX_JOINS = 64
+MAX_REPEATED_JOINS = 64
+"""So often in a round a node may ask for the same again; each time costs us one sum."""
 """How often a node may come back within one study."""
 
 
@@ -149,6 +150,8 @@ class AggregatorMachine:
         self._deadline = 0.0
         self._end_reason = ""
         self._joins: Counter[str] = Counter()
+        self._asked_for: dict[str, int] = {}
+        self._taking_part: set[str] = set()
         self.stage = Stage.GATHER
 
     @property
@@ -184,6 +187,7 @@ class AggregatorMachine:
                     self._round, self._record_line = body.round, line
                     self._contributors = frozenset(survivor.node_id for survivor in body.survivors)
                     self._records[body.round] = line, ()
+                    self._taking_part |= set(body.cohort)
                     self._resume_at = Stage.RECEIPTS
                 case t.RoundAbandoned():
                     self._round, self._resume_at = body.round, Stage.TRAIN
@@ -243,8 +247,11 @@ class AggregatorMachine:
                 return self._close_round(now)
 
     def stop(self, reason: str, now: float) -> list[Output]:
-        """End the study early, by the operator's wish, and wait no longer for those who are away."""
-        answer = [] if self.stage in (Stage.FAREWELL, Stage.ENDED) else self._end(reason, now)
+        """End the study early, by the operator's wish: no longer wait for those who are away, nor long for the others."""
+        answer = self._record_receipts() if self.stage is Stage.RECEIPTS else []
+        if self.stage not in (Stage.FAREWELL, Stage.ENDED):
+            answer += self._end(reason, now)
+        self._deadline = min(self._deadline, now + self._agreement.deadlines.phase_seconds)
         self._await_farewells(self._farewells_due & self._joined)
         return answer
 
@@ -259,13 +266,13 @@ class AggregatorMachine:
                 return self._on_declined(peer, body, now)
             case m.Farewell():
                 return self._on_farewell(peer)
-        if self.stage is Stage.FAREWELL or (self.stage is Stage.GATHER and not isinstance(body, m.Receipt)):
+            case m.Receipt():
+                return self._on_receipt(peer, message.round, body, now)
+        if self.stage in (Stage.GATHER, Stage.FAREWELL):
             return []  # After a crash of ours a node may be ahead of us; it is asked again.
         here, there = (self._round, self._attempts.get(self._round, 0)), (message.round, message.attempt)
         match body:
             case m.Ready():
-                here, there = (self._round, 0), (message.round, 0)
-            case m.Receipt():
                 here, there = (self._round, 0), (message.round, 0)
         if there < here or peer not in self._joined:
             return []  # Late, or it was under way when the connection was given up.
@@ -274,29 +281,28 @@ class AggregatorMachine:
         match body:
             case m.Ready():
                 return self._on_ready(peer, now)
-            case m.Receipt():
-                return self._on_receipt(peer, body, now)
             case _ if self.stage is Stage.SUM and self._attempt is not None:
                 return self._carry(self._attempt.receive(peer, message, data), now)
             case _:
                 return []
 
     def _on_join(self, peer: str, body: m.Join, now: float) -> list[Output]:
+        if body.next_round > self._asked_for.get(peer, 0):
+            self._asked_for[peer], self._joins[peer] = body.next_round, 0
         self._joins[peer] += 1
-        if self._joins[peer] > MAX_JOINS:
-            raise RemoteProtocolError(
-                peer, f"joined more than {MAX_JOINS} times; each time costs us the sums it missed"
-            )
+        if self._joins[peer] > MAX_REPEATED_JOINS:
+            return []  # No fault: whose connection is cut again and again is not to blame for it.
         answer: list[Output] = []
         # Before the attempt goes on without it: a sum that this opens is sent to all who have joined, and is not stored yet.
         missed = [number for number in sorted(self._records) if number >= body.next_round]
         if peer not in self._joined:
             self._joined.add(peer)
+            self._taking_part.add(peer)
             answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
         elif self.stage is Stage.SUM and self._attempt is not None:
             answer += self._carry(self._attempt.rejoin(peer), now)
-        for completed in missed:
-            answer += self._missed_sum(peer, completed)
+        if missed:
+            answer += self._missed_sum(peer, missed[0])  # It asks for the next when it has applied this one.
         if self._collecting and body.next_round > self._round and peer not in self._receipts:
             answer.append(
                 self._send(peer, m.RoundResult(self._record_line), self._round, 0)
@@ -304,11 +310,13 @@ class AggregatorMachine:
         if self.stage is Stage.GATHER and len(self._joined) == len(self._agreement.members) - len(self._out):
             return answer + self._gathered(now)
         match self.stage:
-            case Stage.TRAIN:
+            case Stage.TRAIN if len(missed) <= 1:
+                self._ready.discard(peer)  # It may have forgotten in a crash that it was; it says so again.
                 answer.append(self._send(peer, m.RoundOpen(self._last_completed)))
             case Stage.FAREWELL:
                 self._farewells_due.add(peer)
-                answer.append(self._send(peer, m.StudyEnded(self._end_reason)))
+                if len(missed) <= 1:
+                    answer.append(self._send(peer, m.StudyEnded(self._end_reason)))
         return answer
 
     def _missed_sum(self, peer: str, number: int) -> list[Output]:
@@ -387,6 +395,7 @@ class AggregatorMachine:
             return self._end("too few hospitals are left", now)
         self._round += 1
         self._ready.clear()
+        self._joins.clear()
         self._received_bytes = self._sent_bytes = 0
         self._round_started = now
         self.stage, self._deadline = Stage.TRAIN, now + self._agreement.deadlines.train_seconds
@@ -508,15 +517,21 @@ class AggregatorMachine:
             messages.append(m.encode(self._identity, address, m.SumChunk(index, m.chunk_digest(data)), data))
         return [*messages, m.encode(self._identity, address, m.RoundResult(*self._records[number]))]
 
-    def _on_receipt(self, peer: str, body: m.Receipt, now: float) -> list[Output]:
-        if not self._collecting:
+    def _on_receipt(self, peer: str, number: int, body: m.Receipt, now: float) -> list[Output]:
+        if number > self._round:
+            raise RemoteProtocolError(peer, f"sent Receipt for round {number}, which is not open")
+        if number not in self._records or peer not in self._joined:
             return []
-        digest = t.line_digest(self._record_line)
-        statement = t.receipt_statement(self._parties.agreement_digest, self._round, digest)
+        line, before = self._records[number]
+        statement = t.receipt_statement(self._parties.agreement_digest, number, t.line_digest(line))
         try:
             verify_signature(self._parties.public_keys[peer], Label.RECEIPT, statement, body.signature)
         except VerificationFailed:
             raise RemoteProtocolError(peer, "countersigned another record than the one it was sent") from None
+        if number < self._round or not self._collecting:
+            # Too late for the transcript, but a node that took no part in that round may be waiting for it.
+            self._records[number] = line, tuple(sorted({**dict(before), peer: body.signature}.items()))
+            return []
         self._receipts[peer] = body.signature
         return self._maybe_close(now) if self.stage is Stage.RECEIPTS else []
 
@@ -525,6 +540,10 @@ class AggregatorMachine:
         return [] if waiting else self._close_round(now)
 
     def _close_round(self, now: float) -> list[Output]:
+        return [*self._record_receipts(), *self._next_round(now)]
+
+    def _record_receipts(self) -> list[Output]:
+        """Write down who has countersigned, and send the sum to those who took no part in it."""
         receipts = t.Receipts(
             round=self._round,
             record_digest=t.line_digest(self._record_line).hex(),
@@ -539,13 +558,13 @@ class AggregatorMachine:
         if others:
             messages = self._result(self._round, self._load_sum(self._round))
             answer += [self._post(name, data) for name in others for data in messages]
-        return [*answer, *self._next_round(now)]
+        return answer
 
     def _end(self, reason: str, now: float) -> list[Output]:
         # A node may still be training for a round that it missed, or be starting again after a crash: it too needs the sums.
         self.stage, self._deadline = Stage.FAREWELL, now + self._agreement.deadlines.train_seconds
         self._end_reason = reason
-        self._await_farewells(self._joins.keys() - self._out.keys())
+        self._await_farewells(self._taking_part - self._out.keys())
         away = sorted(self._farewells_due - self._joined)
         closed = t.StudyClosed(rounds_completed=len(self._records), reason=reason)
         return [

@@ -158,8 +158,10 @@ class NodeMachine:
         return self.start()
 
     def start(self) -> list[Output]:
-        """Say that we are here."""
-        return [self._send(m.Join(self._completed + 1), 0, 0)]
+        """Say that we are here, and countersign again what we applied last: the first time may be lost."""
+        line = self._journal.receipt(self._completed)
+        again = [self._countersign(self._completed, line)] if line else []
+        return [self._send(m.Join(self._completed + 1), 0, 0), *again]
 
     def submit(self, round_number: int, vector: Float64Vector) -> list[Output]:
         """Hand in the update of a round ([d] float64) after `Train`.
@@ -233,6 +235,8 @@ class NodeMachine:
         return [Train(number)]
 
     def _on_attempt(self, number: int, attempt: int, body: m.AttemptOpen) -> list[Output]:
+        if not self._round:
+            return []  # Meant for our life before a restart; the round is opened to us again when our joining has arrived.
         self._check(number == self._round, f"opened an attempt of round {number} during round {self._round}")
         self._check(self._vector is not None, "opened an attempt before we were ready")
         self._check(attempt > self._attempt_number, "opened an old attempt again")
@@ -309,12 +313,18 @@ class NodeMachine:
             t.aggregate_digest(total.astype("<u4", copy=False).data).hex() == record.aggregate_digest,
             "sent a sum that its record does not vouch for",
         )
-        self._check_tags(record, body, total)
+        if not self._check_tags(record, body, total):
+            return []  # Not yet. We ask again when the next round is opened.
         decoded = self._fixed_point.decode(total[: self._size], len(record.survivors))
+        caught_up = number == self._round
         self._completed, self._asked_again = number, 0
         self._attempt, self._vector = None, None
         contributors = tuple(survivor.node_id for survivor in record.survivors)
-        return [Summed(number, decoded, contributors, body.record), self._countersign(number, body.record)]
+        summed: list[Output] = [
+            Summed(number, decoded, contributors, body.record),
+            self._countersign(number, body.record),
+        ]
+        return summed if caught_up else [*summed, *self.start()]  # There may be more that we missed.
 
     def _read_record(self, number: int, line: bytes) -> t.RoundRecord:
         """Verify the record of a round, and keep it."""
@@ -342,20 +352,20 @@ class NodeMachine:
         )
         return record
 
-    def _check_tags(self, record: t.RoundRecord, body: m.RoundResult, total: Uint32Vector) -> None:
+    def _check_tags(self, record: t.RoundRecord, body: m.RoundResult, total: Uint32Vector) -> bool:
+        """Whether the sum is confirmed: by its tags, or for a node that has no tag seed by enough contributors."""
         seed = self._journal.tag_seed(record.round, record.attempt)
         if not seed:
             needed = self._parties.agreement.secure_sum.colluders_tolerated + 1
             statement = t.receipt_statement(self._parties.agreement_digest, record.round, t.line_digest(body.record))
             contributors = {survivor.node_id for survivor in record.survivors}
             signers = {name for name, _ in body.receipts} & contributors
-            self._check(len(signers) >= needed, f"sent a sum that fewer than {needed} contributors confirm")
             for name, signature in body.receipts:
                 try:
                     verify_signature(self._parties.public_keys[name], Label.RECEIPT, statement, signature)
                 except (KeyError, VerificationFailed):
                     raise RemoteProtocolError(m.AGGREGATOR, f"sent a receipt that {name} never signed") from None
-            return
+            return len(signers) >= needed
         tagger = tags.Tagger(seed, AttemptId(self._parties.agreement_digest, record.round, record.attempt))
         step = self._parties.agreement.secure_sum.chunk_values
         parts = spread(
@@ -367,6 +377,7 @@ class NodeMachine:
                 f"the sum of round {record.round} does not match its tags and was not applied: "
                 "the aggregator changed it, or a member sent a false tag; keep the receipts and ask for an audit"
             )
+        return True
 
     def _countersign(self, number: int, line: bytes) -> Send:
         statement = t.receipt_statement(self._parties.agreement_digest, number, t.line_digest(line))

@@ -274,8 +274,10 @@ def verify_transcript(
                 _verify_receipts(body, digests, agreement_digest, public_keys)
                 receipted.add(body.round)
             case Misbehaved():
-                if body.node_id not in public_keys:
-                    raise VerificationFailed(f"{body.node_id} is said to have misbehaved, but is no member")
+                if body.node_id not in public_keys or body.round > latest + 1:
+                    raise VerificationFailed(
+                        f"{body.node_id} is said to have misbehaved in round {body.round}, but is no member, or it was not open"
+                    )
             case Disputed():
                 if not {body.accuser, body.accused} <= public_keys.keys():
                     raise VerificationFailed("a dispute is recorded between parties that are no members")

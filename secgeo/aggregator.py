@@ -6,10 +6,11 @@ Started again after a crash, it reads its transcript and its journal and goes on
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sqlite3
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +19,10 @@ from keys.errors import ConfigError
 from keys.files import write_public
 from keys.identity import Identity
 from protocols import study_aggregator as machine
-from protocols.transcript import StudyOpened, TranscriptWriter, read_transcript
+from protocols.transcript import RoundRecord, StudyOpened, TranscriptWriter, read_transcript
 from secgeo.config import AggregatorConfig
 from secgeo.journal import AggregatorJournal
-from secgeo.records import TRANSCRIPT, LineFile, read_sum, write_sum
+from secgeo.records import TRANSCRIPT, LineFile, forget_sums, read_sum, write_sum
 from secgeo.spool import DiskSpool
 from secgeo.study import OpenStudy, open_study
 from secgeo.transport import AggregatorEndpoint
@@ -32,6 +33,8 @@ Report = Callable[[str, dict[str, object]], None]
 
 POLL_SECONDS = 0.2
 BUSY_POLL_SECONDS = 0.005
+OUTBOX_SUMS, OUTBOX_BYTES = 3, 64 << 20
+"""So much may wait for one peer: three sums, and the messages of an attempt."""
 
 
 class AggregatorProcess:
@@ -46,9 +49,12 @@ class AggregatorProcess:
         self._identity = identity
         self._stopping = False
         self._outboxes: dict[str, deque[bytes]] = {}
+        self._queued_bytes: Counter[str] = Counter()
         layout = Layout.from_agreement(self._study.agreement)
+        self._outbox_limit_bytes = OUTBOX_SUMS * 4 * layout.size + OUTBOX_BYTES
         self._records.mkdir(parents=True, exist_ok=True)
-        self._state = base / (config.state or f"{config.records}.state")
+        study = f"{self._study.agreement.study.id}-{self._study.agreement_digest.hex()[:16]}"
+        self._state = base / (config.state or f"{config.records}.state") / study
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._transcript = LineFile(self._records / TRANSCRIPT)
         self._journal = AggregatorJournal(self._state)
@@ -60,18 +66,22 @@ class AggregatorProcess:
             load_sum=lambda number: read_sum(self._records, number),
             spool=DiskSpool(self._state, 4 * layout.size),
         )
-        for name, document in self._study.documents.items():
-            write_public(self._records / name, document)
 
     def _begin(self) -> list[machine.Output]:
         """Open the study, or take it up where a crash has left it."""
         now, key = time.monotonic(), self._identity.public_key
         lines = read_transcript(b"".join(self._transcript.lines), key)
+        bodies = [body for body, _ in lines]
+        opened = bodies[0] if bodies else None
+        if bodies and not (
+            isinstance(opened, StudyOpened) and opened.agreement_digest == self._study.agreement_digest.hex()
+        ):
+            raise ConfigError(f"{self._records} holds the records of another study; choose another folder")
+        for name, document in self._study.documents.items():
+            write_public(self._records / name, document)
+        forget_sums(self._records, [body.round for body in bodies if isinstance(body, RoundRecord)])
         if not lines:
             return self._machine.start(now)
-        opened = lines[0][0]
-        if not isinstance(opened, StudyOpened) or opened.agreement_digest != self._study.agreement_digest.hex():
-            raise ConfigError(f"{self._records} holds the records of another study; choose another folder")
         return self._machine.resume(machine.Kept(lines, self._journal.attempts(), self._journal.closed()), now)
 
     def run(self) -> None:
@@ -116,6 +126,9 @@ class AggregatorProcess:
             match output:
                 case machine.SendTo():
                     self._outboxes.setdefault(output.peer, deque()).append(output.data)
+                    self._queued_bytes[output.peer] += len(output.data)
+                    if self._queued_bytes[output.peer] > self._outbox_limit_bytes:
+                        queue.extend(self._give_up(output.peer))  # It asks, and does not read.
                 case machine.Begun():
                     self._journal.begun(output.round, output.attempt)
                 case machine.UploadsClosed():
@@ -132,12 +145,23 @@ class AggregatorProcess:
         for peer in list(self._outboxes):
             outbox = self._outboxes[peer]
             while outbox and endpoint.send(peer, outbox[0]):
-                outbox.popleft()
-            if outbox and peer in endpoint.connected:
-                continue
-            del self._outboxes[peer]
-            if outbox:
-                self._carry(endpoint, self._machine.leave(peer, time.monotonic()))
+                self._queued_bytes[peer] -= len(outbox.popleft())
+            if not outbox:
+                del self._outboxes[peer]
+            elif peer not in endpoint.connected:
+                self._carry(endpoint, self._give_up(peer))
+
+    def _give_up(self, peer: str) -> list[machine.Output]:
+        """Forget what was to be sent to a peer that is gone, or that does not read."""
+        self._outboxes.pop(peer, None)
+        self._queued_bytes.pop(peer, None)
+        return self._machine.leave(peer, time.monotonic())
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system allows: a stranger that holds them open must leave some for files."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run_aggregator(config: AggregatorConfig, base: Path, passphrase: bytes | None, report: Report) -> None:
@@ -147,6 +171,7 @@ def run_aggregator(config: AggregatorConfig, base: Path, passphrase: bytes | Non
         SecGeoError: the first check that fails, before the port is opened; see `secgeo.study.open_study`.
     """
     try:
+        _raise_file_limit()
         identity = Identity.load(base / config.keys, passphrase)
         AggregatorProcess(config, base, identity, report).run()
     except (OSError, sqlite3.Error) as error:

@@ -19,7 +19,7 @@ import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -108,6 +108,14 @@ def write_sum(folder: Path, round_number: int, total: Uint32Vector) -> None:
 def read_sum(folder: Path, round_number: int) -> Uint32Vector:
     """Read back what `write_sum` kept."""
     return np.fromfile(sum_path(folder, round_number), dtype="<u4").astype(np.uint32, copy=False)
+
+
+def forget_sums(folder: Path, recorded: Collection[int]) -> None:
+    """Delete sums of rounds that were never recorded, and what a crash has left half written."""
+    keep = {sum_path(folder, number) for number in recorded}
+    for path in (folder / SUMS).glob("*"):
+        if path not in keep:
+            path.unlink()
 
 
 def list_files(folder: Path) -> tuple[str, ...]:

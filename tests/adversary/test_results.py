@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from audit import records
-from keys.errors import RemoteProtocolError, VerificationFailed
+from keys.errors import VerificationFailed
 from keys.labels import Label
 from protocols import messages as m
 from protocols.chain import line_digest
@@ -304,10 +304,10 @@ COLLUDERS = ("hospital-00", "hospital-01", "hospital-02")
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({}, "fewer than 4 contributors confirm"),
-        ({"colluders": COLLUDERS}, "fewer than 4 contributors confirm"),
-        ({"colluders": COLLUDERS, "repeat": True}, "fewer than 4 contributors confirm"),
-        ({"colluders": (*COLLUDERS, "hospital-05")}, "fewer than 4 contributors confirm"),
+        ({}, ""),
+        ({"colluders": COLLUDERS}, ""),
+        ({"colluders": COLLUDERS, "repeat": True}, ""),
+        ({"colluders": (*COLLUDERS, "hospital-05")}, ""),
         ({"colluders": COLLUDERS, "forged": ("hospital-03",)}, "a receipt that hospital-03 never signed"),
     ],
 )
@@ -316,6 +316,10 @@ def test_a_sum_for_a_latecomer_with_too_few_receipts(options: dict, fault: str) 
 
     network = feed_a_latecomer(nullcontext, **options)
     assert not network.sums["hospital-05"]
-    assert isinstance(network.faults["hospital-05"], RemoteProtocolError)
-    blamed(network, "hospital-05", fault)
+    if fault:
+        blamed(network, "hospital-05", fault)
+    else:
+        assert (
+            not network.faults
+        )  # too few may be the fault of a contributor that withholds its receipt, or has crashed
     assert check_sum(network, "hospital-00") == tuple(names(5))

@@ -170,16 +170,17 @@ def test_rounds_that_the_agreement_does_not_have_are_refused(number: int) -> Non
         network.nodes["hospital-00"].receive(opened)
 
 
-def test_a_node_that_joins_without_end_is_put_out() -> None:
-    network = make_network(4, threshold=3)
+def test_a_node_that_joins_without_end_is_not_to_blame_and_costs_nothing() -> None:
+    """A line that is cut all the time looks just like it."""
+    network = make_network(4, rounds=2, threshold=3)
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        return [data] * 100 if sender == "hospital-03" and body_type(data) == "Join" else [data]
+        return [data] * 1000 if sender == "hospital-03" and body_type(data) == "Join" else [data]
 
     network.tap = tap
     network.run()
-    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == ["hospital-03"]
-    assert check_sum(network, "hospital-00") == tuple(names(3))
+    assert not [p for p in network.progress if p.event == "expelled"]
+    assert check_sum(network, "hospital-00", 2) == tuple(names(4))
 
 
 def test_too_few_hospitals_end_the_study_in_good_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from types import SimpleNamespace
@@ -514,3 +515,185 @@ def test_strangers_and_expelled_nodes_are_not_heard() -> None:
     assert [o.fields["node"] for o in outputs if isinstance(o, agg.Progress)] == ["hospital-01"]
     assert machine.receive("hospital-01", from_node(network, "hospital-01", m.Join(1)), 0.0) == []
     assert [o.event for o in machine.receive("hospital-00", join, 0.0) if isinstance(o, agg.Progress)] == ["joined"]
+
+
+# --- cut lines, late receipts, and the end after a crash
+
+
+def run_until(network: Network, stage: Stage) -> None:
+    """Deliver what there is, and let time pass, until the aggregator waits in this stage with nothing under way."""
+    while network._queue or network.aggregator.stage is not stage:
+        assert not network.aggregator.ended
+        if network._queue:
+            network._deliver(*network._queue.popleft())
+        else:
+            network.pass_time()
+
+
+def test_a_line_that_is_cut_eighty_times_gets_nobody_expelled() -> None:
+    network, victim = make_network(4, size=100, rounds=40, threshold=3), "hospital-03"
+    cuts: Counter[int] = Counter()
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        if recipient == victim and body_type(data) == "RoundOpen" and cuts[network.aggregator._round] < 2:
+            cuts[network.aggregator._round] += 1
+            network.disconnect(victim)
+            return []
+        return [data]
+
+    network.tap = tap
+    network.run()
+    assert cuts.total() == 80
+    assert not [event for event in network.progress if event.event == "expelled"]
+    assert not network.faults
+    assert [summed.round for summed in network.sums[victim]] == list(range(1, 41))
+
+
+def test_one_join_brings_one_sum_however_many_were_missed() -> None:
+    network, late = make_network(4, size=100, rounds=9, threshold=3), "hospital-03"
+    network.start(absent=[late])
+    while network.aggregator._round < 9:
+        if network._queue:
+            network._deliver(*network._queue.popleft())
+        else:
+            network.pass_time()
+    for _ in range(3):
+        sends = network.aggregator.receive(late, from_node(network, late, m.Join(1)), network.now)
+        sent = [output.data for output in sends if isinstance(output, agg.SendTo)]
+        assert [body_type(data) for data in sent] == ["SumChunk", "RoundResult"]
+
+
+@pytest.mark.parametrize("away_until", [Stage.TRAIN, Stage.FAREWELL])
+def test_a_node_that_missed_many_sums_catches_up_one_by_one(away_until: Stage) -> None:
+    network, late = make_network(4, size=100, rounds=6, threshold=3), "hospital-03"
+    network._from_aggregator(network.aggregator.start(network.now))
+    for name in names(4):
+        network._from_node(name, network.nodes[name].start())
+    gone = True
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        if gone and late in (sender, recipient) and body_type(data) != "Join":
+            network._from_aggregator(network.aggregator.leave(late, network.now))
+            return []
+        return [data]
+
+    network.tap = tap
+    while network.aggregator._round < 5 or (
+        away_until is Stage.FAREWELL and network.aggregator.stage is not away_until
+    ):
+        if network._queue:
+            network._deliver(*network._queue.popleft())
+        else:
+            network.pass_time()
+    assert not network.sums[late]
+    gone = False
+    network.restart_node(late)
+    network.finish()
+    assert [summed.round for summed in network.sums[late]] == list(range(1, 7))
+    assert network.ended[late] == "all rounds are done"
+    check_outcome(network, names(4))
+
+
+def lose_before_the_upload(network: Network, late: str) -> list[str]:
+    """The connection of `late` breaks after its round keys: it is in no sum of this round, but there for the result."""
+    done: list[str] = []
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender == late and body_type(data) == "RoundKeys" and not done:
+            done.append(late)
+            network.disconnect(late)
+            return []
+        return [data]
+
+    network.tap = tap
+    return done
+
+
+def test_a_withheld_receipt_keeps_a_latecomer_waiting_and_no_more() -> None:
+    """It blames nobody, and gets the sum as soon as the receipt is there."""
+    network, late, silent = make_network(4, rounds=2, threshold=3), "hospital-01", "hospital-03"
+    lose_before_the_upload(network, late)
+    cut, withheld = network.tap, []
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        if sender == silent and body_type(data) == "Receipt" and not withheld:
+            withheld.append(data)
+            return []
+        return cut(sender, recipient, data)
+
+    network.tap = tap
+    network.start()
+    run_until(network, Stage.RECEIPTS)
+    network.pass_time()
+    while network._queue and network.aggregator._round == 2 and not network.sums[silent][1:]:
+        network._deliver(*network._queue.popleft())
+        if len(withheld) == 1 and network.aggregator.stage is Stage.TRAIN:
+            withheld.append(b"")
+            network.disconnect(silent)  # and it countersigns again when it is back
+    network.finish()
+    assert not network.faults
+    assert not [event for event in network.progress if event.event == "expelled"]
+    assert check_sum(network, silent, 1) == ("hospital-00", "hospital-02", "hospital-03")
+    if network.sums[late]:
+        assert check_sum(network, late, 1) == ("hospital-00", "hospital-02", "hospital-03")
+
+
+def test_a_stop_while_receipts_come_in_keeps_those_that_are_there() -> None:
+    network, silent = make_network(4, rounds=2, threshold=3), "hospital-03"
+    network.tap = lambda sender, _recipient, data: [] if sender == silent and body_type(data) == "Receipt" else [data]
+    network.start()
+    run_until(network, Stage.RECEIPTS)
+    network._from_aggregator(network.aggregator.stop("stopped by the operator", network.now))
+    network.finish()
+    bodies = [json.loads(line)["body"] for line in network.lines]
+    assert [body["type"] for body in bodies] == ["StudyOpened", "RoundRecord", "Receipts", "StudyClosed"]
+    assert [receipt["node_id"] for receipt in bodies[2]["countersignatures"]] == names(3)
+
+
+@pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.FAREWELL])
+def test_a_stop_waits_no_longer_than_a_phase_for_a_member_that_says_nothing(stage: Stage) -> None:
+    network, silent = make_network(4, rounds=2, threshold=3), "hospital-03"
+    network.tap = lambda sender, _recipient, data: (
+        []
+        if (sender == silent and body_type(data) == "Farewell") or (stage is Stage.TRAIN and body_type(data) == "Ready")
+        else [data]
+    )
+    network.start()
+    run_until(network, stage)
+    stopped = network.now
+    for _ in range(50):
+        network._from_aggregator(network.aggregator.stop("stopped by the operator", network.now))
+        while network._queue:
+            network._deliver(*network._queue.popleft())
+    assert not network.aggregator.ended
+    assert network.aggregator.deadline <= stopped + network.agreement.deadlines.phase_seconds
+    network.pass_time()
+    assert network.aggregator.ended
+
+
+def test_a_contributor_that_was_away_at_a_crash_of_the_aggregator_is_waited_for_at_the_end() -> None:
+    network, victim = make_network(4, threshold=3), "hospital-00"
+    leave_at_the_last_receipt(network, victim)
+    lines = len(network.lines)
+    network.lines[:] = network.lines[: lines - 1]  # it crashed before the closing line
+    others = {name: network.nodes.pop(name) for name in [victim]}
+    for machine in network.nodes.values():
+        machine.ended = False
+    network.restart_aggregator()
+    network.nodes |= others
+    while network._queue:
+        network._deliver(*network._queue.popleft())
+    network.pass_time()
+    while network._queue:
+        network._deliver(*network._queue.popleft())
+    assert network.aggregator.stage is Stage.FAREWELL
+    network.restart_node(victim)
+    network.finish()
+    assert check_sum(network, victim) == check_sum(network, "hospital-01")
+
+
+def test_an_attempt_that_was_opened_to_our_life_before_a_restart_is_not_answered() -> None:
+    network = make_network(4, threshold=3)
+    fresh = network.new_node("hospital-00")
+    assert fresh.receive(from_aggregator(network, m.AttemptOpen(tuple(names(4))), 1, 1)) == []
+    assert fresh.receive(from_aggregator(network, m.RoundOpen(0), 1)) == [node.Train(1)]
