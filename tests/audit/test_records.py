@@ -477,3 +477,14 @@ def test_the_two_accountants_order_and_compose_as_they_must() -> None:
     for extreme in (event(0.5, 0.15, 10), event(1.0, 0.3, 1000)):
         with pytest.raises(VerificationFailed, match="not recomputed"):
             budget.epsilon_pld([extreme], 1e-5)
+
+
+def test_who_is_said_to_have_misbehaved_is_a_warning_and_no_proof(study: Study, tmp_path: Path) -> None:
+    transcript = study.transcript(lambda bodies: bodies.insert(1, t.Misbehaved(1, study.names[2], "sent rubbish")))
+    folder = study.write(tmp_path / "study")
+    study.put(folder, transcript, {name: study.ledger(name, transcript) for name in study.names})
+    report = verify_folder(folder, authority_fingerprint=study.consortium.authority.fingerprint, now=NOW)
+    assert report.ok
+    assert report.warnings == [
+        f"the aggregator says that {study.names[2]} misbehaved in round 1 (sent rubbish); no more than its word"
+    ]

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keys.errors import ConfigError
+from protocols import messages as m
 from protocols.agreement import check_rules, sparse_graph
 from protocols.graph import DEALERS, MaskGraph
+from protocols.sealing import AttemptId
 from tests.keys.factory import AGGREGATOR, make_consortium
 from tests.protocols.network import body_type, make_agreement, make_network, names
 from tests.protocols.test_masked import check_sum
@@ -164,3 +166,21 @@ def test_rings_are_quotients_of_one_another() -> None:
         totals.append(network.sums["hospital-01"][0].total)
     assert np.array_equal(totals[0], totals[1])
     assert np.array_equal(totals[0], totals[2])
+
+
+def test_a_complaint_about_a_hospital_that_sealed_nothing_to_the_accuser_is_a_lie() -> None:
+    network, liar = make_network(20, size=1100, **SPARSE), "hospital-05"
+    accused: list[str] = []
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender == liar and body_type(data) == "MaskedChunk" and not accused:
+            graph = network.aggregator._attempt._graph  # type: ignore[union-attr]
+            accused.append(next(name for name in graph.order if name not in {liar, *graph.sources(liar)}))
+            attempt = AttemptId(network.digest, 1, 1)
+            return [m.encode(network.consortium.identities[liar], attempt, m.Complaint(accused[0]))]
+        return [data]
+
+    network.tap = tap
+    network.run()
+    assert [event.fields["node"] for event in network.progress if event.event == "expelled"] == [liar]
+    assert check_sum(network, accused[0]) == tuple(name for name in names(20) if name != liar)

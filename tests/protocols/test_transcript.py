@@ -149,6 +149,7 @@ LIES = {
     "more abandoned rounds than agreed": lambda s, b: b.insert(-1, t.RoundAbandoned(3, 1, "x", ())),
     "a round recorded and abandoned": lambda s, b: b.insert(2, t.RoundAbandoned(1, 1, "x", ())),
     "blaming a stranger": lambda s, b: b.__setitem__(slice(3, 5), [t.RoundAbandoned(2, 1, "x", ("stranger",))]),
+    "somebody misbehaved in a round that never was": lambda s, b: b.insert(1, t.Misbehaved(9, s.names[0], "x")),
     "a stranger misbehaved": lambda s, b: b.insert(1, t.Misbehaved(1, "stranger", "x")),
     "receipts of nothing": lambda s, b: b.insert(1, s.receipts(1, bytes(32))),
     "receipts of another record": lambda s, b: b.__setitem__(2, s.receipts(1, bytes(32))),

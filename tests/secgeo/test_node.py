@@ -17,7 +17,9 @@ from audit.records import verify_folder
 from keys.errors import BudgetExceeded, ConfigError, KeyFileError, SecGeoError, VerificationFailed
 from keys.identity import Identity
 from protocols.agreement import agreement_digest, read_agreement
-from secgeo.config import NodeConfig, read_config
+from protocols.transcript import StudyOpened, TranscriptWriter
+from secgeo.aggregator import run_aggregator
+from secgeo.config import AggregatorConfig, NodeConfig, read_config
 from secgeo.node import NodeProcess, run_node
 from secgeo.records import write_manifest
 from tests.keys.factory import AGGREGATOR, make_consortium
@@ -246,6 +248,22 @@ def test_the_verifier_never_imports_torch(site: Site) -> None:
     assert not json.loads(done.stdout)["ok"]
     assert " torch\n" not in done.stderr
     assert " torch." not in done.stderr
+
+
+def test_the_records_of_another_study_are_left_as_they_are(site: Site) -> None:
+    """The folder of the configuration holds an archive: nothing is written into it before that is noticed."""
+    site.write_config(AGGREGATOR)
+    records = site.base / AGGREGATOR / "records"
+    records.mkdir(parents=True)
+    other = StudyOpened("other", "0" * 64, "0" * 64, 1, 1)
+    (records / "transcript.jsonl").write_bytes(TranscriptWriter(site.consortium.identities[AGGREGATOR]).append(other))
+    (records / "agreement.toml").write_bytes(b"theirs")
+    before = {path.name: path.read_bytes() for path in records.iterdir()}
+    with pytest.raises(ConfigError, match="another study"):
+        run_aggregator(
+            read_config(site.config(AGGREGATOR), AggregatorConfig), site.base / AGGREGATOR, None, lambda *_: None
+        )
+    assert {path.name: path.read_bytes() for path in records.iterdir() if path.is_file()} == before
 
 
 def test_a_node_that_cannot_reach_the_aggregator_says_so(site: Site) -> None:

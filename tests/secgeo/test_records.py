@@ -16,7 +16,16 @@ from keys.labels import Label
 from keys.signed import verify_document
 from protocols import ledger as led
 from secgeo import records
-from secgeo.records import LineFile, file_digests, list_files, read_sum, sum_path, write_manifest, write_sum
+from secgeo.records import (
+    LineFile,
+    file_digests,
+    forget_sums,
+    list_files,
+    read_sum,
+    sum_path,
+    write_manifest,
+    write_sum,
+)
 from tests.audit.factory import Study, make_study
 
 
@@ -175,3 +184,13 @@ def test_number_and_size_of_files_are_bounded_before_any_is_read(
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ConfigError, match="too many"):
         list_files(tmp_path)
+
+
+def test_sums_of_no_record_and_half_written_ones_are_forgotten(tmp_path: Path) -> None:
+    """What a kill between the sum and its record leaves behind would make an honest study fail its audit."""
+    for number in (1, 2):
+        write_sum(tmp_path, number, np.arange(3, dtype=np.uint32))
+    (tmp_path / "sums" / ".round-0002.u32.abcd").write_bytes(b"half")
+    forget_sums(tmp_path, [1])
+    assert [path.name for path in (tmp_path / "sums").iterdir()] == ["round-0001.u32"]
+    forget_sums(tmp_path / "new", [])
