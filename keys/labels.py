@@ -27,6 +27,7 @@ class Label(bytes, Enum):
     COHORT = b"secgeo/cohort/v1\0"
     PAIR_KEY = b"secgeo/pair-key/v1\0"
     PAIR_CONTRIBUTION = b"secgeo/pair-contribution/v1\0"
+    CONTRIBUTION_DIGEST = b"secgeo/contribution-digest/v1\0"
     PAIR_SEED = b"secgeo/pair-seed/v1\0"
     SELF_SEED = b"secgeo/self-seed/v1\0"
     SELF_SEED_COMMITMENT = b"secgeo/self-seed-commitment/v1\0"

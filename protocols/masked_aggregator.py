@@ -95,7 +95,7 @@ class ClosedAttempt(msgspec.Struct, frozen=True):
     signed_keys: dict[str, bytes]
     senders: tuple[str, ...]
     share_digests: dict[str, dict[str, tuple[bytes, bytes]]]
-    seeds_to_lost: dict[str, dict[str, bytes]]
+    seeds_across: dict[str, dict[str, bytes]]
     survivors: tuple[tuple[str, bytes], ...]
     signed_uploads: dict[str, bytes]
     votes: dict[str, bytes]
@@ -357,6 +357,10 @@ class MaskedAggregator:
         self_digest, pair_digest = body.self_share_digest, body.pair_share_digest
         if {self_digest is not None, pair_digest is not None} != {linked}:
             raise RemoteProtocolError(peer, f"committed to other shares than those that {body.recipient} is to have")
+        if (body.contribution_digest is not None) != (linked and peer < body.recipient):
+            raise RemoteProtocolError(
+                peer, f"committed to a contribution that {body.recipient} is not to have, or to none"
+            )
         before = self._seeds[peer]
         self._once(peer, before.get(body.recipient, signed) != signed, f"two different seeds for {body.recipient}")
         before[body.recipient] = signed
@@ -490,7 +494,7 @@ class MaskedAggregator:
                     key = self._lost_pair_key(master, pair_key, name, survivor)
                 except sealing.SealBroken:
                     low = min(name, survivor)
-                    self.blamed[low] = f"{low}: sealed a contribution that does not open"
+                    self.blamed[low] = f"{low}: sealed a contribution that does not open, or is not its pair master's"
                     return self._fail(f"the pair seed of {name} and {survivor} cannot be recovered")
                 # The survivor's own mask is still in the total: the first of a pair added it, the second subtracted it.
                 (subtracted if survivor < name else added).append(key)
@@ -509,14 +513,15 @@ class MaskedAggregator:
     def _lost_pair_key(self, master: bytes, pair_key: MLKEM768X25519PrivateKey, lost: str, survivor: str) -> bytes:
         low, high = min(lost, survivor), max(lost, survivor)
         attempt, cohort = self._attempt, self._cohort_digest
+        # Its signature was checked when it came.
+        seeds = m.decode(self._seeds[low][high], low, self._parties.public_keys[low], attempt.agreement_digest).body
+        if not isinstance(seeds, m.SealedSeeds):
+            raise LocalProtocolError("unreachable")
         if lost == low:
             secret = sealing.contribution(master, attempt, cohort, low, high)
+            if seeds.contribution_digest != sealing.contribution_digest(secret, attempt, low, high):
+                raise sealing.SealBroken  # The survivor was given, and masked with, another one.
         else:
-            # Its signature was checked when it came.
-            key = self._parties.public_keys[low]
-            seeds = m.decode(self._seeds[low][high], low, key, attempt.agreement_digest).body
-            if not isinstance(seeds, m.SealedSeeds):
-                raise LocalProtocolError("unreachable")
             secret = open_contribution(pair_key, attempt, cohort, low, high, seeds)
         return sealing.pair_mask_key(secret, attempt, cohort, low, high)
 
@@ -553,8 +558,15 @@ class MaskedAggregator:
     def closed_attempt(self) -> tuple[ClosedAttempt, Uint32Vector]:
         """What must be durable before anybody is asked for a vote, and again, with the votes, before anybody unmasks."""
         alive = {name for name, _ in self._survivors}
-        lost = set(self._senders) - alive
-        seeds = {low: {high: data for high, data in sent.items() if high in lost} for low, sent in self._seeds.items()}
+        senders = set(self._senders)
+        # What the first node of each pair, of which one is lost, has sealed to the second.
+        across = {
+            low: {
+                high: data for high, data in sent.items() if low < high in senders and (low in alive) != (high in alive)
+            }
+            for low, sent in self._seeds.items()
+            if low in senders
+        }
         state = ClosedAttempt(
             self._attempt.round,
             self._attempt.attempt,
@@ -565,7 +577,7 @@ class MaskedAggregator:
                 owner: {holder: digests for holder, digests in dealt.items() if holder in alive}
                 for owner, dealt in self._share_digests.items()
             },
-            {low: sent for low, sent in seeds.items() if sent and low in alive},
+            {low: sent for low, sent in across.items() if sent},
             self._survivors,
             self._signed_uploads,
             self._votes,
@@ -590,7 +602,7 @@ class MaskedAggregator:
         resumed._senders, resumed._survivors = state.senders, state.survivors
         resumed._view = sealing.senders_view(attempt, resumed._cohort_digest, state.senders)
         resumed._share_digests = state.share_digests
-        resumed._seeds, resumed._votes, resumed.dropped = state.seeds_to_lost, dict(state.votes), dict(state.dropped)
+        resumed._seeds, resumed._votes, resumed.dropped = state.seeds_across, dict(state.votes), dict(state.dropped)
         resumed._digests, resumed._signed_uploads = dict(state.survivors), dict(state.signed_uploads)
         resumed._statement = survivor_statement(attempt, resumed._view, state.survivors)
         if total.size != resumed._total.size:

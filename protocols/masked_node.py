@@ -230,7 +230,7 @@ class MaskedNode:
     def _seal_for(self, peer: str, shares: Shares) -> m.SealedSeeds:
         keys = self._keys[peer]
         attempt, cohort = self._attempt, self._cohort_digest
-        sealed_contribution = b""
+        sealed_contribution, contribution_digest = b"", None
         try:
             sealed_shares = sealing.seal(
                 keys.share_public, msgspec.msgpack.encode(shares), sealing.shares_info(attempt, cohort, self._me, peer)
@@ -239,10 +239,11 @@ class MaskedNode:
                 own = sealing.contribution(self._secrets.pair_master, attempt, cohort, self._me, peer)
                 info = sealing.contribution_info(attempt, cohort, self._me, peer)
                 sealed_contribution = sealing.seal(keys.pair_public, own, info)
+                contribution_digest = sealing.contribution_digest(own, attempt, self._me, peer)
         except sealing.SealBroken:
             raise RemoteProtocolError(peer, "published round keys that are not valid keys") from None
         digests = share_digests(shares, attempt, self._me, peer)
-        return m.SealedSeeds(peer, cohort, sealed_shares, sealed_contribution, *digests)
+        return m.SealedSeeds(peer, cohort, sealed_shares, sealed_contribution, *digests, contribution_digest)
 
     # --- SEEDS: open what the others sealed, prepare the masks
 
@@ -470,9 +471,11 @@ def open_contribution(
     """Open the contribution that the pair's first node sealed to its second.
 
     Raises:
-        SealBroken: it does not open, or is not 32 bytes.
+        SealBroken: it does not open, is not 32 bytes, or is another one than the digest says.
     """
     opened = sealing.unseal(pair_key, seeds.contribution, sealing.contribution_info(attempt, cohort, low, high))
     if len(opened) != sealing.SEED_BYTES:
+        raise sealing.SealBroken
+    if seeds.contribution_digest != sealing.contribution_digest(opened, attempt, low, high):
         raise sealing.SealBroken
     return opened

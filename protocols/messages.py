@@ -82,7 +82,8 @@ class SealedSeeds(Body, frozen=True):
     """For one recipient: my shares, and the tag seed if I deal it, under its share key; if we are linked and I am the pair's
     first, my contribution under its pair key.
 
-    The digests of the shares are open: when the recipient reveals one, everybody can see that it is the one I dealt.
+    The digests are open: when the recipient reveals a share, or my pair master is recovered, it shows whether I dealt that share
+    and sealed that contribution.
     """
 
     recipient: Name
@@ -91,6 +92,7 @@ class SealedSeeds(Body, frozen=True):
     contribution: Sealed
     self_share_digest: Digest | None
     pair_share_digest: Digest | None
+    contribution_digest: Digest | None
 
 
 class Complaint(Body, frozen=True):

@@ -189,6 +189,11 @@ def share_digest(share: bytes, attempt: AttemptId, owner: str, holder: str) -> b
     return hashlib.sha256(attempt.bind(Label.SHARE_DIGEST, owner, holder, share)).digest()
 
 
+def contribution_digest(contribution_bytes: bytes, attempt: AttemptId, low: str, high: str) -> bytes:
+    """A commitment to what the first node of a pair contributes; hiding because a contribution has 256 bits of entropy."""
+    return hashlib.sha256(attempt.bind(Label.CONTRIBUTION_DIGEST, low, high, contribution_bytes)).digest()
+
+
 def same(left: bytes, right: bytes) -> bool:
     """Compare two byte strings in constant time."""
     return constant_time.bytes_eq(left, right)

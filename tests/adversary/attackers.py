@@ -203,14 +203,14 @@ class Impersonator(MaliciousAggregator):
             digests = share_digests(dealt, attempt, name, self.victim)
             shares = msgspec.msgpack.encode(dealt)
             info = sealing.shares_info(attempt, cohort, name, self.victim)
-            contribution = b""
+            contribution, contribution_digest = b"", None
             if name < self.victim:
                 secret = sealing.contribution(own.pair_master, attempt, cohort, name, self.victim)
                 pair_info = sealing.contribution_info(attempt, cohort, name, self.victim)
                 contribution = sealing.seal(theirs.pair_public, secret, pair_info)
-            seeds = m.SealedSeeds(
-                self.victim, cohort, sealing.seal(theirs.share_public, shares, info), contribution, *digests
-            )
+                contribution_digest = sealing.contribution_digest(secret, attempt, name, self.victim)
+            sealed_shares = sealing.seal(theirs.share_public, shares, info)
+            seeds = m.SealedSeeds(self.victim, cohort, sealed_shares, contribution, *digests, contribution_digest)
             sealed.append(m.encode(self.signers[name], attempt, seeds))
         self.say(self.victim, address, m.SeedSet(tuple(sorted([self.victim, *self.peers])), tuple(sealed)))
         self.say(self.victim, address, m.Credit(1000))

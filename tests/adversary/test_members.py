@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from keys.errors import RemoteProtocolError
+from keys.errors import RemoteProtocolError, VerificationFailed
 from protocols import messages as m
+from protocols import sealing
 from protocols.masked_aggregator import MaskedAggregator
 from protocols.masked_node import MaskedNode, Shares
 from protocols.transcript import upload_digest
@@ -245,6 +246,53 @@ def test_a_dealer_of_one_wrong_share_disputes_with_its_holder_only() -> None:
         network.run()
     assert not expelled(network)
     assert check_sum(network, "hospital-01") == ("hospital-01", "hospital-02", "hospital-04")
+
+
+def seal_contributions_of_no_master(guard: AbstractContextManager[None], *, own_digest: bool) -> Network:
+    """A member seals other contributions than those that its pair master gives, and is gone before it uploads."""
+    network = make_network(5, size=1500, rounds=2, threshold=3, minimum_cohort=3)
+
+    def seal_another(genuine: Any, self: MaskedNode, peer: str, shares: Shares) -> m.SealedSeeds:
+        dealt = genuine(self, peer, shares)
+        if self._attempt.round > 1:
+            return dealt
+        info = sealing.contribution_info(self._attempt, self._cohort_digest, self._me, peer)
+        other = sealing.seal(self._keys[peer].pair_public, bytes(32), info)
+        digest = sealing.contribution_digest(bytes(32), self._attempt, self._me, peer)
+        dealt = msgspec.structs.replace(dealt, contribution=other)
+        return dealt if own_digest else msgspec.structs.replace(dealt, contribution_digest=digest)
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if sender == LIAR and body_type(data) == "MaskedChunk" and network.aggregator._round == 1:
+            network._from_aggregator(network.aggregator.leave(LIAR, network.now))
+            return []
+        return [data]
+
+    network.tap = tap
+    with guard, behaving(lambda attempt: attempt._me == LIAR, _seal_for=seal_another):
+        network.run()
+    return network
+
+
+def test_contributions_of_no_pair_master_spoil_one_round_and_their_sender_is_named() -> None:
+    """Without the digest the sum would be garbage, and its record would show honest contributors only."""
+    no_guard = weaken.replaced(sealing, "contribution_digest", lambda *_: bytes(32))
+    network = seal_contributions_of_no_master(no_guard, own_digest=False)
+    assert {type(network.faults[name]) for name in left(LIAR)} == {VerificationFailed}
+
+    network = seal_contributions_of_no_master(nullcontext(), own_digest=False)
+    assert not network.faults
+    assert expelled(network) == [LIAR]
+    assert [summed.round for summed in network.sums["hospital-01"]] == [2]
+    assert check_sum(network, "hospital-01", 2) == left(LIAR)
+
+
+def test_contributions_that_do_not_fit_their_digest_are_disputed_before_anything_is_masked() -> None:
+    network = seal_contributions_of_no_master(nullcontext(), own_digest=True)
+    assert not network.faults
+    assert not expelled(network)
+    assert [line for line in network.lines if b'"Disputed"' in line]
+    assert len(check_sum(network, "hospital-04", 1)) == 3
 
 
 def lie_about_others(network: Network, liar: str) -> None:

@@ -280,7 +280,8 @@ def _sealed(data: bytes) -> None:
     private, public = sealing.private_key(master, attempt), sealing.public_key_bytes(master, attempt)
     shares = sealing.seal(public, data, sealing.shares_info(attempt, cohort, "a", "b"))
     contribution = sealing.seal(public, data, sealing.contribution_info(attempt, cohort, "a", "b"))
-    seeds = m.SealedSeeds("b", cohort, shares, contribution, None, None)
+    digest = sealing.contribution_digest(data, attempt, "a", "b")
+    seeds = m.SealedSeeds("b", cohort, shares, contribution, None, None, digest)
     try:
         opened = open_shares(private, attempt, cohort, "a", "b", seeds)
         require(

@@ -134,7 +134,9 @@ def seal_badly(network: Network, liar: str, victims: set[str]) -> None:
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
         envelope = head(data)
         if sender == liar and envelope[5][0] == "SealedSeeds" and envelope[5][1] in victims:
-            bad = m.SealedSeeds(envelope[5][1], envelope[5][2], bytes(1202), bytes(1168), bytes(32), bytes(32))
+            bad = m.SealedSeeds(
+                envelope[5][1], envelope[5][2], bytes(1202), bytes(1168), bytes(32), bytes(32), envelope[5][7]
+            )
             return [m.encode(identity, AttemptId(network.digest, envelope[2], envelope[3]), bad)]
         return [data]
 
@@ -328,7 +330,7 @@ def test_round_keys_of_another_attempt_are_refused() -> None:
         envelope = head(data)
         kind, attempt = envelope[5][0], envelope[3]
         if sender == liar.node_id and kind == "SealedSeeds" and attempt == 1 and envelope[5][1] == "hospital-03":
-            bad = m.SealedSeeds("hospital-03", envelope[5][2], bytes(1202), b"", bytes(32), bytes(32))
+            bad = m.SealedSeeds("hospital-03", envelope[5][2], bytes(1202), b"", bytes(32), bytes(32), envelope[5][7])
             return [m.encode(liar, AttemptId(network.digest, 1, 1), bad)]
         if kind == "RoundKeys" and attempt == 1:
             kept[sender] = data

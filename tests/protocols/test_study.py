@@ -258,7 +258,15 @@ def test_what_nodes_sent_in_an_earlier_attempt_is_ignored_in_the_next() -> None:
             first.append((sender, data))
             body = message.body
             if isinstance(body, m.SealedSeeds) and sender == liar.node_id and body.recipient == "hospital-04":
-                bad = m.SealedSeeds(body.recipient, body.cohort_digest, bytes(1202), bytes(1168), bytes(32), bytes(32))
+                bad = m.SealedSeeds(
+                    body.recipient,
+                    body.cohort_digest,
+                    bytes(1202),
+                    bytes(1168),
+                    bytes(32),
+                    bytes(32),
+                    body.contribution_digest,
+                )
                 return [m.encode(liar, AttemptId(network.digest, 1, 1), bad)]
         if message.attempt == 2 and not replayed:
             replayed = True

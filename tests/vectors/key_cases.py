@@ -145,6 +145,14 @@ def key_schedule(recorded: Recorded) -> Iterator[Case]:
         holder="hospital-01",
     )
     yield case(
+        "digest of a contribution",
+        "contribution_digest",
+        contribution=SECRET,
+        attempt=ATTEMPT,
+        low="hospital-00",
+        high="hospital-01",
+    )
+    yield case(
         "the same share from holder to owner",
         "share_digest",
         share=bytes([1]) + bytes(32),
@@ -260,7 +268,7 @@ def bodies() -> list[Any]:
         m.Ready(),
         m.Declined("my privacy budget is spent"),
         m.RoundKeys(public, public, H32, H32),
-        m.SealedSeeds("hospital-01", H32, b"sealed shares", b"sealed contribution", H32, H32),
+        m.SealedSeeds("hospital-01", H32, b"sealed shares", b"sealed contribution", H32, H32, H32),
         m.Complaint("hospital-01"),
         m.MaskedChunk(0, m.chunk_digest(TAIL)),
         m.UploadDone(H32, H32),
@@ -292,7 +300,9 @@ def messages() -> Iterator[Case]:
         "SealedSeeds of a dealer to a node that it is not linked to: no shares, nothing in the places of their digests",
         "read_message",
         **given,
-        data=m.encode(alice, AttemptId(*ATTEMPT), m.SealedSeeds("hospital-01", H32, b"sealed seed", b"", None, None)),
+        data=m.encode(
+            alice, AttemptId(*ATTEMPT), m.SealedSeeds("hospital-01", H32, b"sealed seed", b"", None, None, None)
+        ),
     )
     for why, data, change in _bad_messages(alice):
         yield refused("RemoteProtocolError", why, "read_message", **(given | {"data": data} | change))

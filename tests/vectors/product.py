@@ -175,6 +175,9 @@ OPERATIONS: dict[str, Any] = {
     "share_digest": lambda share, attempt, owner, holder: sealing.share_digest(
         share, AttemptId(*attempt), owner, holder
     ),
+    "contribution_digest": lambda contribution, attempt, low, high: sealing.contribution_digest(
+        contribution, AttemptId(*attempt), low, high
+    ),
     "keys_digest": sealing.keys_digest,
     "cohort_digest": lambda attempt, digests: sealing.cohort_digest(AttemptId(*attempt), digests),
     "senders_view": lambda attempt, cohort, senders: sealing.senders_view(AttemptId(*attempt), cohort, senders),

@@ -76,7 +76,7 @@ BODIES: dict[str, tuple[Any, ...]] = {
     "Ready": (),
     "Declined": (_reason,),
     "RoundKeys": (_key, _key, _digest, _digest),
-    "SealedSeeds": (_name, _digest, _binary(0, 2048), _binary(0, 2048), *2 * [lambda v: v is None or _digest(v)]),
+    "SealedSeeds": (_name, _digest, _binary(0, 2048), _binary(0, 2048), *3 * [lambda v: v is None or _digest(v)]),
     "Complaint": (_name,),
     "MaskedChunk": (_number, _digest),
     "UploadDone": (_digest, _digest),

@@ -132,6 +132,9 @@ OPERATIONS: dict[str, Any] = {
         bind(attempt, "self-seed-commitment", owner, self_seed)
     ),
     "tag_commitment": lambda seed, attempt, dealer: sha256(bind(attempt, "tag-commitment", dealer, seed)),
+    "contribution_digest": lambda contribution, attempt, low, high: sha256(
+        bind(attempt, "contribution-digest", low, high, contribution)
+    ),
     "share_digest": lambda share, attempt, owner, holder: sha256(bind(attempt, "share-digest", owner, holder, share)),
     "keys_digest": lambda signed_keys: sha256(signed_keys),
     "cohort_digest": cohort_digest,

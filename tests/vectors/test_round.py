@@ -99,6 +99,8 @@ def test_what_is_sealed() -> None:
                 plaintext = VECTOR["pairs"][f"{sender} {recipient}"]["contribution"]
             case _:
                 digests = [committed("share-digest", sender, recipient, share) for share in (own, pair)]
+                linked = VECTOR["pairs"].get(f"{sender} {recipient}")
+                digests.append(linked and committed("contribution-digest", sender, recipient, linked["contribution"]))
                 assert entry["fields_after_the_seals"] == digests
                 continue
         assert (entry["info"], entry["plaintext"]) == (info, plaintext)
