@@ -32,7 +32,6 @@ from protocols.sealing import AttemptId
 
 MAX_REPEATED_JOINS = 64
 """So often in a round a node may ask for the same again; each time costs us one sum."""
-"""How often a node may come back within one study."""
 
 
 class Stage(Enum):

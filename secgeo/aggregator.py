@@ -143,11 +143,11 @@ class AggregatorProcess:
     def _flush(self, endpoint: AggregatorEndpoint) -> None:
         """Send what the peers' queues take; what a full queue leaves behind is tried again, a lost peer's is dropped."""
         for peer in list(self._outboxes):
-            outbox = self._outboxes[peer]
+            outbox = self._outboxes.get(peer, deque())  # another one's leaving may have emptied it
             while outbox and endpoint.send(peer, outbox[0]):
                 self._queued_bytes[peer] -= len(outbox.popleft())
             if not outbox:
-                del self._outboxes[peer]
+                self._outboxes.pop(peer, None)
             elif peer not in endpoint.connected:
                 self._carry(endpoint, self._give_up(peer))
 

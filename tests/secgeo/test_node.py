@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,11 @@ from audit.records import verify_folder
 from keys.errors import BudgetExceeded, ConfigError, KeyFileError, SecGeoError, VerificationFailed
 from keys.identity import Identity
 from protocols.agreement import agreement_digest, read_agreement
+from protocols.messages import Join, encode
+from protocols.sealing import AttemptId
+from protocols.study_aggregator import SendTo
 from protocols.transcript import StudyOpened, TranscriptWriter
-from secgeo.aggregator import run_aggregator
+from secgeo.aggregator import AggregatorProcess, run_aggregator
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
 from secgeo.node import NodeProcess, run_node
 from secgeo.records import write_manifest
@@ -264,6 +268,22 @@ def test_the_records_of_another_study_are_left_as_they_are(site: Site) -> None:
             read_config(site.config(AGGREGATOR), AggregatorConfig), site.base / AGGREGATOR, None, lambda *_: None
         )
     assert {path.name: path.read_bytes() for path in records.iterdir() if path.is_file()} == before
+
+
+def test_who_asks_and_does_not_read_is_given_up_before_it_fills_the_memory(site: Site) -> None:
+    site.write_config(AGGREGATOR)
+    identity = site.consortium.identities[AGGREGATOR]
+    config = read_config(site.config(AGGREGATOR), AggregatorConfig)
+    process = AggregatorProcess(config, site.base / AGGREGATOR, identity, lambda *_: None)
+    process._machine.start(0.0)
+    join = encode(site.consortium.identities[NODE], AttemptId(bytes.fromhex(site.digest), 0, 0), Join(1))
+    process._machine.receive(NODE, join, 0.0)
+    endpoint = SimpleNamespace(connected={NODE})
+    for _ in range(1000):
+        process._carry(endpoint, [SendTo(NODE, bytes(1 << 20))])  # type: ignore[arg-type]
+        assert sum(map(len, process._outboxes.get(NODE, ()))) <= process._outbox_limit_bytes
+    assert process._outbox_limit_bytes < 100 << 20
+    assert process._machine.leave(NODE, 0.0) == []  # it has left already
 
 
 def test_a_node_that_cannot_reach_the_aggregator_says_so(site: Site) -> None:
