@@ -497,6 +497,7 @@ class AggregatorMachine:
         line = self._transcript.append(record)
         self._record_line, self._records[self._round] = line, (line, ())
         self._contributors = frozenset(name for name, _ in outcome.survivors)
+        self._taking_part |= set(outcome.cohort)
         self._receipts.clear()
         self.stage, self._deadline = Stage.RECEIPTS, now + self._agreement.deadlines.phase_seconds
         answer: list[Output] = [SumOpened(self._round, total), Record(line)]

@@ -17,6 +17,7 @@ from protocols import masked_node, shamir
 from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import study_node as node
+from protocols.masked_aggregator import Phase
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import Stage
 from tests.keys.factory import AGGREGATOR
@@ -705,3 +706,35 @@ def test_an_attempt_that_was_opened_to_our_life_before_a_restart_is_not_answered
     fresh = network.new_node("hospital-00")
     assert fresh.receive(from_aggregator(network, m.AttemptOpen(tuple(names(4))), 1, 1)) == []
     assert fresh.receive(from_aggregator(network, m.RoundOpen(0), 1)) == [node.Train(1)]
+
+
+def test_a_contributor_that_was_away_when_the_aggregator_crashed_in_the_unmasking_is_waited_for_too() -> None:
+    """No record tells of it yet; the kept attempt does."""
+    network, victim, gone = make_network(4, threshold=3), "hospital-00", False
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        nonlocal gone
+        if sender == victim and body_type(data) == "UploadDone":
+            gone = True
+            network._from_aggregator(network.aggregator.leave(victim, network.now))
+            return [data]
+        return [] if gone and victim in (sender, recipient) else [data]
+
+    network.tap = tap
+    network.start()
+    while network.aggregator._attempt_phase is not Phase.UNMASK:
+        network._deliver(*network._queue.popleft())
+    away = network.nodes.pop(victim)
+    network.restart_aggregator()
+    network.nodes[victim] = away
+    while network.aggregator.stage is not Stage.FAREWELL:
+        if network._queue:
+            network._deliver(*network._queue.popleft())
+        else:
+            network.pass_time()
+    assert network.progress[-1].fields["away"] == [victim]
+    gone = False
+    network.tap = lambda _sender, _recipient, data: [data]
+    network.restart_node(victim)
+    network.finish()
+    assert check_sum(network, victim) == tuple(names(4))
