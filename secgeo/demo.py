@@ -176,7 +176,7 @@ class _Site:
         del sections["model"]["trunk_digest"]
         n = len(self.names)
         rate = self.settings.privacy.sample_rate
-        threshold = max(2 * n // 3, n // 2 + 1)
+        threshold = max(2 * n // 3, (n + 1) // 2 + 1)
         return {
             "study": {
                 "id": self.study_id, "title": f"Demonstration on {self.split.name}",

@@ -737,4 +737,18 @@ def test_a_contributor_that_was_away_when_the_aggregator_crashed_in_the_unmaskin
     network.tap = lambda _sender, _recipient, data: [data]
     network.restart_node(victim)
     network.finish()
-    assert check_sum(network, victim) == tuple(names(4))
+    assert check_sum(network, victim) == check_sum(network, "hospital-01")
+
+
+def test_only_the_latest_applied_record_is_countersigned_again() -> None:
+    """An older one may be of a round that this node was made to take for lost: it has checked no sum of it."""
+    network = make_network(4, rounds=2, threshold=3)
+    network.tap = lambda sender, recipient, data: [] if body_type(data) == "StudyEnded" else [data]
+    network.start()
+    run_until(network, Stage.FAREWELL)
+    member = network.nodes["hospital-00"]
+    lines = {summed.round: summed.line for summed in network.sums["hospital-00"]}
+    assert member.receive(from_aggregator(network, m.RoundResult(lines[1]), 1)) == []
+    (again,) = member.receive(from_aggregator(network, m.RoundResult(lines[2]), 2))
+    assert isinstance(again, node.Send)
+    assert body_type(again.data) == "Receipt"
