@@ -373,7 +373,7 @@ class NodeMachine:
             lambda start: tagger.part(total[start : min(start + step, self._size)], start), range(0, self._size, step)
         )
         announced = tags.from_limbs(total[self._size :], self._fixed_point.value_bits)
-        if sum(parts) % tags.TAG_PRIME != announced:
+        if (sum(parts) + len(record.survivors) * tagger.pad) % tags.TAG_PRIME != announced:
             raise VerificationFailed(
                 f"the sum of round {record.round} does not match its tags and was not applied: "
                 "the aggregator changed it, or a member sent a false tag; keep the receipts and ask for an audit"

@@ -3,10 +3,11 @@
 The vector x, in rows of 1,024 values, is hashed in two steps that are both linear over the integers:
 
     v = X C          C: [1024, 5] uniform integers of 11 bits; exact in float64, since 2^32 * 2^11 * 1024 = 2^53
-    tag = <R, v>     R: one uniform integer of 61 bits for each entry of v, modulo the prime 2^61 - 1
+    tag = <R, v> + R0    R: one uniform integer of 61 bits for each entry of v, R0: another, modulo the prime 2^61 - 1
 
 Each node adds its tag to its vector, cut into limbs that cannot overflow the ring when all nodes' limbs are added, and masked
-like any other value. After the round the tag of the sum must equal the sum of the tags.
+like any other value. After the round <R, v> of the sum, with R0 for each contributor, must equal the sum of the tags. R0 hides <R, v>
+from the aggregator, which sees the sum of the tags; without it a multiple of the sum with the same multiple of the tags would pass.
 
 A sum changed by integers delta != 0, |delta_i| < 2^32, passes with probability below 2^-54: in a row that changed, each column
 of C makes the change of v vanish for at most one of the 2^11 values of one of its entries, so all five do with
@@ -65,10 +66,12 @@ class Tagger:
 
     def __init__(self, seed: bytes, attempt: AttemptId) -> None:
         info = attempt.bind(Label.TAG_KEY)
-        keys = HKDF(algorithm=hashes.SHA256(), length=64, salt=None, info=info).derive(seed)
+        keys = HKDF(algorithm=hashes.SHA256(), length=96, salt=None, info=info).derive(seed)
         columns = np.frombuffer(keystream(keys[:32], 0, ROW_VALUES * COLUMNS // 2), dtype="<u2")
         self._columns = (columns & ((1 << COLUMN_BITS) - 1)).reshape(ROW_VALUES, COLUMNS).astype(np.float64)
-        self._row_key = keys[32:]
+        self._row_key = keys[32:64]
+        self.pad = int.from_bytes(keys[64:]) % TAG_PRIME
+        """What every node adds to its tag."""
 
     def part(self, values: Uint32Vector, start: int = 0) -> int:
         """What [m] uint32 `values` at coordinate `start` (a multiple of 1,024) and following add to the tag."""

@@ -50,7 +50,7 @@ class MaskedUpload:
         self._total = coordinates(vector.size, fixed_point)
         self._chunk_values = chunk_values
         self._digests: list[bytes] = []
-        self._tag = 0
+        self._tag = tagger.pad
 
     @property
     def chunks(self) -> int:

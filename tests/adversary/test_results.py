@@ -118,6 +118,26 @@ def test_a_sum_that_is_cut_off_for_ever() -> None:
         blamed(network, name, "keeps sending incomplete sums")
 
 
+def double_everything(guard: AbstractContextManager[None]) -> Network:
+    """Twice the sum with twice the sums of the limbs, where that stays in the range of a sum: for values all below zero."""
+    network = make_network(4)
+    network.vectors = lambda name, _number: np.full(network.size, -5.0)  # type: ignore[assignment]
+    WrongSum(network, lambda total: total * np.uint32(2))
+    with guard:
+        network.run()
+    return network
+
+
+def test_a_multiple_of_the_sum_with_the_same_multiple_of_its_tags() -> None:
+    network = double_everything(weaken.pads_of_tags())
+    assert all(summed.total[0] > 0 for name in names(4) for summed in network.sums[name])
+    assert not network.faults
+
+    network = double_everything(nullcontext())
+    assert not any(network.sums.values())
+    assert {type(fault) for fault in network.faults.values()} == {VerificationFailed}
+
+
 def test_a_colluding_member_takes_the_detection_away_and_nothing_else() -> None:
     """As docs say: who has the tag seed can make tags fit. The signed record stays as proof for an audit."""
     network = make_network(4)

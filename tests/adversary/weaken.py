@@ -18,6 +18,7 @@ from protocols.masked_node import MaskedNode, Parties, State
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import AggregatorMachine
 from protocols.study_node import NodeMachine
+from protocols.tags import Tagger
 from tests.adversary.knowledge import peek
 from tests.protocols.network import MemoryJournal
 
@@ -156,6 +157,19 @@ class _NoDealers(MaskGraph):
 def sum_tags() -> Any:
     """Nodes do not compare a sum with its tags, nor count receipts."""
     return replaced(NodeMachine, "_check_tags", lambda *_: True)
+
+
+@contextmanager
+def pads_of_tags() -> Iterator[None]:
+    """Tags are a linear function of the vector, with nothing added."""
+    genuine = Tagger.__init__
+
+    def weak(self: Tagger, seed: bytes, attempt: AttemptId) -> None:
+        genuine(self, seed, attempt)
+        self.pad = 0
+
+    with replaced(Tagger, "__init__", weak):
+        yield
 
 
 @contextmanager

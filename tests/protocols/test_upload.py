@@ -15,7 +15,7 @@ from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.messages import chunk_digest
 from protocols.prg import BLOCK_VALUES, MaskSet, keystream
 from protocols.sealing import AttemptId
-from protocols.tags import Tagger, from_limbs, limb_count, to_limbs
+from protocols.tags import TAG_PRIME, Tagger, from_limbs, limb_count, to_limbs
 from protocols.transcript import upload_digest
 from protocols.upload import MaskedUpload, coordinates
 
@@ -53,7 +53,7 @@ def ring_values(messages: list[bytes], total: int, chunk_values: int, fixed_poin
 def by_hand(fixed_point: FixedPoint, values: Float64Vector, mask: MaskSet | None) -> Uint32Vector:
     """The upload as docs/protocol.md has it, in one piece."""
     encoded = fixed_point.encode(values)
-    whole = np.concatenate([encoded, to_limbs(TAGGER.part(encoded), fixed_point.value_bits)])
+    whole = np.concatenate([encoded, to_limbs((TAGGER.part(encoded) + TAGGER.pad) % TAG_PRIME, fixed_point.value_bits)])
     if mask is not None:
         mask.apply(whole)
     return whole & np.uint32((1 << fixed_point.ring_bits) - 1)
@@ -116,10 +116,10 @@ def test_the_sum_of_uploads_is_the_sum_and_carries_the_sum_of_the_tags(encoding:
         total = total + ring_values(messages, total.size, 1024, fixed_point) & mask
     encoded = sum(fixed_point.encode(values).astype(np.uint64) for values in vectors)
     assert np.array_equal(total[:size], encoded)
-    assert from_limbs(total[size:], fixed_point.value_bits) == TAGGER.part(total[:size])
+    assert from_limbs(total[size:], fixed_point.value_bits) == (TAGGER.part(total[:size]) + 3 * TAGGER.pad) % TAG_PRIME
     changed = total[:size].copy()
     changed[1500] ^= 1
-    assert from_limbs(total[size:], fixed_point.value_bits) != TAGGER.part(changed)
+    assert from_limbs(total[size:], fixed_point.value_bits) != (TAGGER.part(changed) + 3 * TAGGER.pad) % TAG_PRIME
 
 
 def test_an_upload_shows_nothing_of_the_vector_and_other_masks_make_another() -> None:

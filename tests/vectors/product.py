@@ -71,6 +71,7 @@ def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     return {
         "column_key": column_key,
         "row_key": tagger._row_key,
+        "pad": tagger.pad.to_bytes(8),
         "first_row_of_C": entries[0].tolist(),
         "last_row_of_C": entries[-1].tolist(),
         "first_row_of_R": [int(word).to_bytes(8) for word in row],
@@ -78,10 +79,17 @@ def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
 
 
 def _check_tag(
-    seed: bytes, attempt: Sequence[Any], total: Sequence[int], limbs_total: Sequence[int], value_bits: int
+    seed: bytes,
+    attempt: Sequence[Any],
+    total: Sequence[int],
+    limbs_total: Sequence[int],
+    value_bits: int,
+    contributors: int,
 ) -> bool:
     """As `NodeMachine` does with the sum that it is sent."""
-    if tags.Tagger(seed, AttemptId(*attempt)).part(_uint32(total)) != tags.from_limbs(_uint32(limbs_total), value_bits):
+    tagger = tags.Tagger(seed, AttemptId(*attempt))
+    expected = (tagger.part(_uint32(total)) + contributors * tagger.pad) % tags.TAG_PRIME
+    if expected != tags.from_limbs(_uint32(limbs_total), value_bits):
         raise VerificationFailed("the sum does not match its tags")
     return True
 
@@ -109,7 +117,7 @@ def _upload(
 
     upload.make(upload.chunks, finish)
     made = [chunks[index] for index in range(upload.chunks)]
-    tag = tagger.part(_uint32(encoded))
+    tag = (tagger.part(_uint32(encoded)) + tagger.pad) % tags.TAG_PRIME
     return {
         "tag": tag.to_bytes(8),
         "limbs": tags.to_limbs(tag, fixed_point.value_bits).tolist(),

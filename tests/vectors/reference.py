@@ -273,6 +273,11 @@ def tag_keys(seed: bytes, attempt: Sequence[Any]) -> tuple[bytes, bytes]:
     return keys[:32], keys[32:]
 
 
+def tag_pad(seed: bytes, attempt: Sequence[Any]) -> int:
+    """What each node adds to its tag."""
+    return int.from_bytes(hkdf(seed, bind(attempt, "tag-key"), 96)[64:]) % TAG_PRIME
+
+
 def tag(seed: bytes, attempt: Sequence[Any], values: Sequence[int], start: int = 0) -> int:
     """Sum over rows r and columns j of R[r, j] * (sum over i of values[1024 r + i] * C[i, j]), modulo 2^61 - 1."""
     column_key, row_key = tag_keys(seed, attempt)

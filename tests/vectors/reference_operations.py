@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.vectors.reference import (
     FIELD,
+    TAG_PRIME,
     FixedPoint,
     bind,
     cohort_digest,
@@ -30,6 +31,7 @@ from tests.vectors.reference import (
     tag,
     tag_keys,
     tag_of_limbs,
+    tag_pad,
     tolerates,
     unpack,
     unseal,
@@ -58,6 +60,7 @@ def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     return {
         "column_key": columns,
         "row_key": rows,
+        "pad": tag_pad(seed, attempt).to_bytes(8),
         "first_row_of_C": entries[:5],
         "last_row_of_C": entries[-5:],
         "first_row_of_R": [(word % 2**61).to_bytes(8) for word in words(keystream(rows, 0, 10), 8)],
@@ -65,9 +68,15 @@ def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
 
 
 def _check_tag(
-    seed: bytes, attempt: Sequence[Any], total: Sequence[int], limbs_total: Sequence[int], value_bits: int
+    seed: bytes,
+    attempt: Sequence[Any],
+    total: Sequence[int],
+    limbs_total: Sequence[int],
+    value_bits: int,
+    contributors: int,
 ) -> bool:
-    need(tag(seed, attempt, total) == tag_of_limbs(limbs_total, value_bits))
+    expected = tag(seed, attempt, total) + contributors * tag_pad(seed, attempt)
+    need(expected % TAG_PRIME == tag_of_limbs(limbs_total, value_bits))
     return True
 
 
@@ -81,7 +90,7 @@ def _upload(
     subtracted: Sequence[bytes],
 ) -> dict[str, Any]:
     value_bits, _, ring_bits, _ = encoding
-    number = tag(tag_seed, attempt, encoded)
+    number = (tag(tag_seed, attempt, encoded) + tag_pad(tag_seed, attempt)) % TAG_PRIME
     masked = mask([*encoded, *limbs(number, value_bits)], added, subtracted)
     chunks = [pack(masked[at : at + chunk_values], ring_bits) for at in range(0, len(masked), chunk_values)]
     digests = [sha256(chunk) for chunk in chunks]

@@ -49,12 +49,14 @@ def tags() -> Iterator[Case]:
         dealer="hospital-01",
     )
     vectors = [[1, 5_000_000, 2**24 - 1], [8_388_608, 8_388_609, 3], [77, 12_345_678, 9_999_999]]
-    parts = [reference.limbs(reference.tag(seed, ATTEMPT, vector), 24) for vector in vectors]
+    pad = reference.tag_pad(seed, ATTEMPT)
+    numbers = [(reference.tag(seed, ATTEMPT, vector) + pad) % reference.TAG_PRIME for vector in vectors]
+    parts = [reference.limbs(number, 24) for number in numbers]
     total, sums = (
         [sum(column) for column in zip(*vectors, strict=True)],
         [sum(column) for column in zip(*parts, strict=True)],
     )
-    ring = {**base, "value_bits": 24}
+    ring = {**base, "value_bits": 24, "contributors": 3}
     yield case(
         "the tag of a sum is the sum of the tags: three nodes", "check_tag", **ring, total=total, limbs_total=sums
     )
@@ -63,6 +65,7 @@ def tags() -> Iterator[Case]:
         ([total[1], total[0], total[2]], sums, "two values of the sum have changed places"),
         ([total[0] + 1, total[1] - 1, total[2]], sums, "one value up, one down"),
         (total, [sums[0] + 1, *sums[1:]], "a limb is one higher"),
+        ([2 * v for v in total], [2 * v for v in sums], "twice the sum with twice its tags"),
         (vectors[0], sums, "one node's vector instead of the sum"),
         ([t - v for t, v in zip(total, vectors[0], strict=True)], sums, "one node's vector is missing from the sum"),
     ):
@@ -74,6 +77,7 @@ def tags() -> Iterator[Case]:
         seed=seed,
         attempt=[DIGEST, 3, 3],
         value_bits=24,
+        contributors=3,
         total=total,
         limbs_total=sums,
     )

@@ -247,7 +247,8 @@ def _opened(master: bytes, run: Run, info: bytes, sealed: bytes) -> bytes:
 def _upload(run: Run, name: str) -> dict[str, Any]:
     fixed_point = FixedPoint.from_agreement(run.parties.agreement)
     encoded = fixed_point.encode(np.array(UPDATES[name]))
-    tag = tags.Tagger(_schedule(run)["tag_seed"], run.attempt).part(encoded)
+    tagger = tags.Tagger(_schedule(run)["tag_seed"], run.attempt)
+    tag = (tagger.part(encoded) + tagger.pad) % tags.TAG_PRIME
     chunk = run.sent[name]["MaskedChunk"][0]
     head_bytes = 4 + int.from_bytes(chunk[:4])
     return {
