@@ -166,7 +166,7 @@ class Buffers(Protocol):
 class _Seal:
     """A context, a file in memory, and the buffers."""
 
-    def __init__(self, parameters: BfvParameters, *, files_only: bool = False) -> None:
+    def __init__(self, parameters: BfvParameters) -> None:
         if parameters.security_bits not in SECURITY:
             raise ConfigError(f"{parameters.prime_bits} bits of q leave less than 128 bits of security")
         settings = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
@@ -180,7 +180,7 @@ class _Seal:
         self.parms_id = np.array(self.context.first_parms_id(), dtype="<u8").tobytes()
         self.file = _File()
         files = Files(self)
-        self.buffers: Buffers = Views() if not files_only and views_hold(self, files) else files
+        self.buffers: Buffers = Views() if views_hold(self, files) else files
 
     def cipher(self) -> Any:
         """A whole ciphertext of zeros, made here."""
