@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -17,6 +18,7 @@ from protocols import masked_node, shamir
 from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import study_node as node
+from protocols.agreement import Deadlines
 from protocols.masked_aggregator import Phase
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import Stage
@@ -661,7 +663,9 @@ def test_a_stop_while_receipts_come_in_keeps_those_that_are_there() -> None:
 
 @pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.FAREWELL])
 def test_a_stop_waits_no_longer_than_a_phase_for_a_member_that_says_nothing(stage: Stage) -> None:
-    network, silent = make_network(4, rounds=2, threshold=3), "hospital-03"
+    plain, silent = make_network(4, rounds=2, threshold=3), "hospital-03"
+    agreement = msgspec.structs.replace(plain.agreement, deadlines=Deadlines(10.0, 600.0, 10.0))
+    network = Network(plain.consortium, agreement, plain.vectors, plain.size)
     network.tap = lambda sender, _recipient, data: (
         []
         if (sender == silent and body_type(data) == "Farewell") or (stage is Stage.TRAIN and body_type(data) == "Ready")
@@ -752,3 +756,28 @@ def test_only_the_latest_applied_record_is_countersigned_again() -> None:
     (again,) = member.receive(from_aggregator(network, m.RoundResult(lines[2]), 2))
     assert isinstance(again, node.Send)
     assert body_type(again.data) == "Receipt"
+
+
+def test_a_node_that_joins_again_after_it_was_ready_is_waited_for_until_it_says_so_again() -> None:
+    """Its former life was ready. An attempt that began now would be opened to a process that knows nothing of the round."""
+    network, victim = make_network(4, threshold=3), "hospital-03"
+
+    def say_ready(name: str) -> None:
+        ready = from_node(network, name, m.Ready(), 1)
+        network._from_aggregator(network.aggregator.receive(name, ready, network.now))
+
+    network.tap = lambda _sender, _recipient, data: [] if body_type(data) == "Ready" else [data]
+    network.start()
+    while network._queue:
+        network._deliver(*network._queue.popleft())
+    say_ready(victim)
+    network.restart_node(victim)
+    while network._queue:
+        network._deliver(*network._queue.popleft())
+    for name in names(3):
+        say_ready(name)
+    assert network.aggregator.stage is Stage.TRAIN
+    network.tap = lambda _sender, _recipient, data: [data]
+    say_ready(victim)
+    network.finish()
+    assert check_sum(network, victim) == tuple(names(4))
