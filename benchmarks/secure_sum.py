@@ -72,7 +72,7 @@ def best(work: Callable[[], object], repeats: int = 9) -> float:
 def make_study(count: int, values: int, **secure_sum: object) -> Network:
     consortium = make_consortium(names(count))
     neighbours, share_threshold = sparse_graph(count)
-    threshold = max(count // 2 + 1, (count + share_threshold) // 2 + 1 if neighbours else 0)
+    threshold = max((count + 1) // 2 + 1, (count + share_threshold) // 2 + 1 if neighbours else 0)
     graph = {"neighbours": neighbours, "share_threshold": share_threshold} if neighbours else {}
     settings = {"threshold": threshold, "minimum_cohort": max(3, threshold), "chunk_values": CHUNK_VALUES}
     agreement = make_agreement(consortium, **(settings | graph | secure_sum))  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ def study_agreement(data: DemoData, epsilon: float, method: str) -> Agreement:
     agreement = Agreement(
         study=Study("unpaired", rounds, data.classes),
         roster=RosterPin(1, 1, "0" * 64, "0" * 64),
-        secure_sum=SecureSum("masked", minimum_cohort=3, threshold=hospitals // 2 + 1),
+        secure_sum=SecureSum("masked", minimum_cohort=3, threshold=(hospitals + 1) // 2 + 1),
         privacy=sections.privacy,
         training=training,
         precision=precision,

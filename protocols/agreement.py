@@ -85,15 +85,6 @@ class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
         """How many shares recover one node's secret."""
         return self.share_threshold or self.threshold
 
-    @property
-    def colluders_tolerated(self) -> int:
-        """How many colluders recover no secret from their shares, whatever the graph's order.
-
-        Against an aggregator that deviates 2 * threshold > members + colluders must hold besides (docs/threat-model.md);
-        with a sparse graph the rules see to that.
-        """
-        return self.shares_needed - 1
-
 
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """The DP-SGD parameters that every node uses, and the budget that no node may pass.
@@ -213,6 +204,16 @@ class Agreement(Struct, frozen=True, forbid_unknown_fields=True):
         raise ConfigError(f"study {self.study.id} has no modality {name!r}")
 
     @property
+    def colluders_tolerated(self) -> int:
+        """How many members may collude with an aggregator that deviates, wherever they stand in the graph (docs/adr/0013).
+
+        They recover no secret from their shares, and cannot have two survivor sets signed: each set needs `threshold` votes, the
+        colluders vote for both, and every honest member for one only.
+        """
+        ring = self.secure_sum
+        return min(ring.shares_needed - 1, 2 * ring.threshold - len(self.members) - 1)
+
+    @property
     def total_steps(self) -> int:
         """DP-SGD steps of the whole study at one node."""
         return self.study.rounds * self.training.steps_per_round
@@ -270,8 +271,8 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
             ring.fraction_bits < ring.value_bits,
         ),
         (
-            "threshold must be above half of the members, else two survivor sets could both be signed",
-            2 * ring.threshold > n_max,
+            f"threshold must be at least {(n_max + 1) // 2 + 1} with {n_max} members, else a colluder could have two survivor sets signed",
+            2 * ring.threshold > n_max + 1,
         ),
         (
             "threshold must not exceed minimum_cohort, else a permitted cohort could not recover a dropout",

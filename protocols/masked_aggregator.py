@@ -326,7 +326,7 @@ class MaskedAggregator:
         names = sorted(self._digests)
         if len(names) < self._parties.minimum:
             return self._fail("too few nodes uploaded")
-        if not self._graph.tolerates(names, self._parties.agreement.secure_sum.colluders_tolerated):
+        if not self._graph.tolerates(names, self._parties.agreement.colluders_tolerated):
             return self._fail("so many neighbours were lost that colluders could cut the others apart")
         self._survivors = tuple((name, self._digests[name]) for name in names)
         self._statement = survivor_statement(self._attempt, self._view, self._survivors)

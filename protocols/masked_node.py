@@ -339,7 +339,7 @@ class MaskedNode:
         self._check(names == sorted(set(names)), "sent a survivor set that is not sorted and distinct")
         self._check(self._senders.issuperset(names), "named a survivor who never distributed seeds")
         self._check(len(names) >= self._parties.minimum, "announced fewer survivors than the agreed minimum")
-        colluders = self._parties.agreement.secure_sum.colluders_tolerated
+        colluders = self._parties.agreement.colluders_tolerated
         self._check(self._graph.tolerates(names, colluders), "announced survivors that colluders could cut apart")
         digests = dict(body.survivors)
         digest = digests.get(self._me)

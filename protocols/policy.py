@@ -24,6 +24,7 @@ class LocalPolicy(Struct, frozen=True, forbid_unknown_fields=True):
     max_rounds: Annotated[int, Meta(ge=1)] = 1000
     min_cohort: Annotated[int, Meta(ge=MINIMUM_CONTRIBUTORS)] = MINIMUM_CONTRIBUTORS
     min_threshold: Annotated[int, Meta(ge=2)] = 2
+    min_colluders_tolerated: Annotated[int, Meta(ge=1)] = 1
     protocols: tuple[Literal["masked"], ...] = ("masked",)
 
 
@@ -74,6 +75,13 @@ def check_policy(agreement: Agreement, policy: LocalPolicy, *, epsilon: float) -
             ring.minimum_cohort >= policy.min_cohort,
         ),
         ("threshold", ring.threshold, "at least", policy.min_threshold, ring.threshold >= policy.min_threshold),
+        (
+            "colluders tolerated",
+            agreement.colluders_tolerated,
+            "at least",
+            policy.min_colluders_tolerated,
+            agreement.colluders_tolerated >= policy.min_colluders_tolerated,
+        ),
         ("protocol", ring.protocol, "one of", ", ".join(policy.protocols), ring.protocol in policy.protocols),
     ]
     broken = [

@@ -357,7 +357,7 @@ class NodeMachine:
         """Whether the sum is confirmed: by its tags, or for a node that has no tag seed by enough contributors."""
         seed = self._journal.tag_seed(record.round, record.attempt)
         if not seed:
-            needed = self._parties.agreement.secure_sum.colluders_tolerated + 1
+            needed = self._parties.agreement.colluders_tolerated + 1
             statement = t.receipt_statement(self._parties.agreement_digest, record.round, t.line_digest(body.record))
             contributors = {survivor.node_id for survivor in record.survivors}
             signers = {name for name, _ in body.receipts} & contributors

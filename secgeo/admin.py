@@ -298,7 +298,10 @@ def agreement_show(path: Annotated[Path, typer.Argument(help="agreement.toml")],
     show(
         f"study {agreement.study.id}: {len(agreement.members)} members, {agreement.study.rounds} rounds\n  digest {digest}"
     )
-    show(f"  {ring.protocol} sum, threshold {ring.threshold}, at least {ring.minimum_cohort} contributors")
+    show(
+        f"  {ring.protocol} sum, threshold {ring.threshold}, at least {ring.minimum_cohort} contributors, "
+        f"private although {agreement.colluders_tolerated} members collude with a malicious aggregator"
+    )
     if ring.neighbours:
         show(f"  each shares masks with {ring.neighbours} others; {ring.share_threshold} of them recover a secret")
     show(

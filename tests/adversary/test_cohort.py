@@ -41,7 +41,7 @@ def others_are_right(network: Network, without: set[str]) -> None:
 
 
 def substitute_keys(guard: AbstractContextManager[None]) -> Impersonator:
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     attack = Impersonator(network, VICTIM, [name for name in names(5) if name != VICTIM])
     with guard:
         network.run()
@@ -63,8 +63,8 @@ def test_substituted_round_keys() -> None:
 
 
 def invent_hospitals(weakened: bool) -> Impersonator:
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
-    attack = Impersonator(network, VICTIM, ["clinic-1", "clinic-2", "clinic-3"])
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
+    attack = Impersonator(network, VICTIM, ["clinic-1", "clinic-2", "clinic-3", "clinic-4"])
     cohort = m.AttemptOpen(tuple(sorted([VICTIM, *attack.peers])))
     attack.on("AttemptOpen")(lambda message, to: [(cohort, b"")] if to == VICTIM else keep(message))
     invented = {name: identity.public_key for name, identity in attack.signers.items()}
@@ -84,12 +84,12 @@ def test_invented_hospitals() -> None:
 
 # --- 3
 
-COLLUDERS = ("hospital-03", "hospital-04")
+COLLUDERS = ("hospital-03", "hospital-04", "hospital-05")
 
 
 def shrink(phase: str, guard: AbstractContextManager[None]) -> MaliciousAggregator:
-    """All five are agreed to be summed; the aggregator leaves out two, and so sums the victim with its colluders."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=5)
+    """All six are agreed to be summed; the aggregator leaves out two, and so sums the victim with its colluders."""
+    network = make_network(6, size=1500, threshold=4, minimum_cohort=6)
     attack = MaliciousAggregator(network, COLLUDERS)
     attack.loosen()
     left = {VICTIM, *COLLUDERS}
@@ -134,7 +134,7 @@ def test_a_shrunk_cohort(phase: str, fault: str) -> None:
 def replay_keys(guard: Callable[[], AbstractContextManager[None]]) -> tuple[MaliciousAggregator, bytes | None]:
     """A node is lost in round 1, so that its pair master is recovered; in round 2 the victim is shown its old keys."""
     lost, victim = "hospital-04", "hospital-00"
-    network = make_network(5, size=1500, rounds=2, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, rounds=2, threshold=4, minimum_cohort=4)
     attack = MaliciousAggregator(network)
     old: list[bytes] = []
     attack.hear("MaskedChunk", "UploadDone")(

@@ -39,7 +39,7 @@ def left(liar: str, count: int = 5) -> tuple[str, ...]:
 
 def upload_twice(guard: AbstractContextManager[None]) -> Network:
     """A whole second upload of other values, with a digest of its own, behind the first."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     liar, chunks = MaliciousNode(network, LIAR), []
 
     @liar.on("MaskedChunk")
@@ -78,7 +78,7 @@ STALLS += ["Receipt", "Farewell"]
 
 def stall(kind: str, guard: AbstractContextManager[None], *, forever: bool = False) -> Network:
     """A node keeps its connection and says nothing where this message is due, or nothing from then on."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     liar, silent = MaliciousNode(network, LIAR), False
 
     def nothing(message: m.Message, data: bytes) -> list[bytes]:
@@ -130,7 +130,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 
 def break_message(kind: str, how: str, sender: str, guard: AbstractContextManager[None]) -> Network:
     """The first message of a kind, from a node or to it, is broken."""
-    network, done = make_network(5, size=1500, threshold=3, minimum_cohort=3), []
+    network, done = make_network(5, size=1500, threshold=4, minimum_cohort=4), []
 
     def tap(source: str, recipient: str, data: bytes) -> list[bytes]:
         if done or source != sender or body_type(data) != kind or LIAR not in (source, recipient):
@@ -173,7 +173,7 @@ def test_broken_messages_of_the_aggregator(how: str, kind: str) -> None:
 
 def oversize(guard: AbstractContextManager[None]) -> tuple[Network, int]:
     """Eight mebibytes that claim to be the head of a message; gives how much of it was decoded."""
-    network, counter = make_network(5, size=1500, threshold=3, minimum_cohort=3), weaken.CountingDecoder()
+    network, counter = make_network(5, size=1500, threshold=4, minimum_cohort=4), weaken.CountingDecoder()
     liar = MaliciousNode(network, LIAR)
     liar.on("SealedSeeds")(lambda message, data: [(8 << 20).to_bytes(4) + bytes(8 << 20)])
     with guard, weaken.replaced(m, "_decoder", counter):
@@ -202,7 +202,7 @@ def test_an_oversized_message_of_the_aggregator() -> None:
 
 def test_a_member_whose_shares_fit_no_secret_spoils_one_round_and_is_named() -> None:
     """Nobody can see before the unmasking that shares are wrong; then the round cannot be repeated."""
-    network = make_network(5, size=1500, rounds=2, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, rounds=2, threshold=4, minimum_cohort=4)
 
     def deal_zeros(genuine: Any, self: MaskedNode, peer: str, shares: Shares) -> m.SealedSeeds:
         if shares.self_share is not None:
@@ -217,12 +217,12 @@ def test_a_member_whose_shares_fit_no_secret_spoils_one_round_and_is_named() -> 
 
 
 def test_false_complaints_cost_the_accuser_and_one_other_each_round() -> None:
-    network = make_network(5, size=1500, rounds=2, threshold=3, minimum_cohort=3)
+    network = make_network(6, size=1500, rounds=2, threshold=4, minimum_cohort=4)
     liar = MaliciousNode(network, LIAR)
     liar.on("MaskedChunk")(lambda message, data: [liar.sign(message, m.Complaint("hospital-04"))])
     network.run()
     for number in (1, 2):
-        assert check_sum(network, "hospital-01", number) == ("hospital-01", "hospital-02", "hospital-03")
+        assert check_sum(network, "hospital-01", number) == ("hospital-01", "hospital-02", "hospital-03", "hospital-05")
     disputes = [line for line in network.lines if b'"Disputed"' in line]
     assert len(disputes) == 2
     assert all(b'"accuser":"hospital-00","accused":"hospital-04"' in line for line in disputes)
@@ -233,7 +233,7 @@ def test_false_complaints_cost_the_accuser_and_one_other_each_round() -> None:
 
 def test_a_dealer_of_one_wrong_share_disputes_with_its_holder_only() -> None:
     """The holder sees it before anything is masked. Nobody else can tell who lies, so both sit the round out; none is expelled."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(6, size=1500, threshold=4, minimum_cohort=4)
 
     def deal_one_wrong(genuine: Any, self: MaskedNode, peer: str, shares: Shares) -> m.SealedSeeds:
         dealt = genuine(self, peer, shares)
@@ -245,12 +245,12 @@ def test_a_dealer_of_one_wrong_share_disputes_with_its_holder_only() -> None:
     with behaving(lambda attempt: attempt._me == LIAR, _seal_for=deal_one_wrong):
         network.run()
     assert not expelled(network)
-    assert check_sum(network, "hospital-01") == ("hospital-01", "hospital-02", "hospital-04")
+    assert check_sum(network, "hospital-01") == ("hospital-01", "hospital-02", "hospital-04", "hospital-05")
 
 
 def seal_contributions_of_no_master(guard: AbstractContextManager[None], *, own_digest: bool) -> Network:
     """A member seals other contributions than those that its pair master gives, and is gone before it uploads."""
-    network = make_network(5, size=1500, rounds=2, threshold=3, minimum_cohort=3)
+    network = make_network(6, size=1500, rounds=2, threshold=4, minimum_cohort=4)
 
     def seal_another(genuine: Any, self: MaskedNode, peer: str, shares: Shares) -> m.SealedSeeds:
         dealt = genuine(self, peer, shares)
@@ -278,13 +278,13 @@ def test_contributions_of_no_pair_master_spoil_one_round_and_their_sender_is_nam
     """Without the digest the sum would be garbage, and its record would show honest contributors only."""
     no_guard = weaken.replaced(sealing, "contribution_digest", lambda *_: bytes(32))
     network = seal_contributions_of_no_master(no_guard, own_digest=False)
-    assert {type(network.faults[name]) for name in left(LIAR)} == {VerificationFailed}
+    assert {type(network.faults[name]) for name in left(LIAR, 6)} == {VerificationFailed}
 
     network = seal_contributions_of_no_master(nullcontext(), own_digest=False)
     assert not network.faults
     assert expelled(network) == [LIAR]
     assert [summed.round for summed in network.sums["hospital-01"]] == [2]
-    assert check_sum(network, "hospital-01", 2) == left(LIAR)
+    assert check_sum(network, "hospital-01", 2) == left(LIAR, 6)
 
 
 def test_contributions_that_do_not_fit_their_digest_are_disputed_before_anything_is_masked() -> None:
@@ -292,7 +292,7 @@ def test_contributions_that_do_not_fit_their_digest_are_disputed_before_anything
     assert not network.faults
     assert not expelled(network)
     assert [line for line in network.lines if b'"Disputed"' in line]
-    assert len(check_sum(network, "hospital-04", 1)) == 3
+    assert len(check_sum(network, "hospital-04", 1)) == 4
 
 
 def lie_about_others(network: Network, liar: str) -> None:

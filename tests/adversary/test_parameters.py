@@ -137,7 +137,7 @@ BAD = "hospital-01"
 
 def submit(value: float, guard: AbstractContextManager[None]) -> Network:
     """One node's training comes to nothing good in one value."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     vectors = network.vectors
 
     def spoilt(name: str, number: int) -> np.ndarray:

@@ -298,7 +298,7 @@ def feed_a_latecomer(
     guard: Guard, colluders: tuple[str, ...] = (), forged: tuple[str, ...] = (), *, repeat: bool = False
 ) -> Network:
     """A node that took no part is sent a changed sum with a consistent record, and receipts of colluders for it."""
-    network, late = make_network(6, threshold=4, minimum_cohort=4), "hospital-05"
+    network, late = make_network(6, threshold=5, minimum_cohort=5), "hospital-05"
     attack = WrongSum(network, one_more, [late])
     MaliciousNode(network, late).on("Ready")(lambda message, data: [])
     genuine = attack._result

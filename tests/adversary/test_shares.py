@@ -47,7 +47,7 @@ def test_fewer_colluders_than_the_threshold_read_nothing(colluders: int, reads: 
 
 def ask_twice(guard: AbstractContextManager[None]) -> MaliciousAggregator:
     """Everyone reveals shares of the victim's self seed; then it is called lost, and they are asked for the pair shares."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     attack = MaliciousAggregator(network)
     first: dict[str, m.Survivors] = {}
     votes: dict[str, bytes] = {}
@@ -152,7 +152,7 @@ def test_survivors_without_enough_signatures() -> None:
 
 def sum_twice(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator, bool]:
     """After the sum of all five the aggregator opens one more attempt, without the victim, and subtracts."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     attack = MaliciousAggregator(network)
     second: list[PrivateAttempt] = []
 
@@ -190,7 +190,7 @@ def test_a_replayed_attempt_after_the_sum() -> None:
 
 def delay_the_upload(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator, bool]:
     """The aggregator holds the victim's upload back until its pair masks are revealed, and asks for its self seed after."""
-    network = make_network(5, size=1500, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     attack = MaliciousAggregator(network)
     attack.hear("MaskedChunk", "UploadDone")(lambda message, data: [] if message.sender == VICTIM else [data])
     uploads: dict[str, bytes] = {}

@@ -54,7 +54,7 @@ def everybody_but(liar: str, network: WireNetwork) -> None:
 
 
 def study(**settings: object) -> WireNetwork:
-    return make_wire_network(5, size=1500, threshold=3, minimum_cohort=3, **settings)
+    return make_wire_network(5, size=1500, threshold=4, minimum_cohort=4, **settings)
 
 
 # --- strangers

@@ -51,7 +51,7 @@ def make_agreement(
 ) -> Agreement:
     hospitals = [name for name in consortium.identities if name != AGGREGATOR]
     n = len(hospitals)
-    t = threshold or n // 2 + 1
+    t = threshold or (n + 1) // 2 + 1
     settings: dict[str, object] = {
         "minimum_cohort": max(3, t),
         "threshold": t,

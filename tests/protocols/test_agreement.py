@@ -18,6 +18,7 @@ from protocols.agreement import (
     write_agreement,
 )
 from tests.audit.factory import make_study
+from tests.protocols.network import make_network
 
 replace = msgspec.structs.replace
 AGREEMENT = make_study(count=5, rounds=4).agreement
@@ -37,8 +38,8 @@ def members(**fields: object) -> Agreement:
 BROKEN = {
     "no overflow": changed(secure_sum={"value_bits": 30}),
     "fraction_bits must be below value_bits": changed(secure_sum={"fraction_bits": 24, "value_bits": 24}),
-    "threshold must be above half": changed(secure_sum={"threshold": 2}),
-    "threshold must not exceed minimum_cohort": changed(secure_sum={"threshold": 4}),
+    "threshold must be at least 4 with 5 members": changed(secure_sum={"threshold": 3}),
+    "threshold must not exceed minimum_cohort": changed(secure_sum={"threshold": 5}),
     "minimum_cohort must not exceed": changed(secure_sum={"minimum_cohort": 6}),
     "distinct node ids": members(node_id=AGREEMENT.members[1].node_id),
     "distinct certificates": members(certificate_fingerprint=AGREEMENT.members[1].certificate_fingerprint),
@@ -242,3 +243,17 @@ def test_a_name_that_ends_in_a_newline_is_refused(field: str) -> None:
         content["members"][0]["node_id"] = "hospital\n"
     with pytest.raises(ConfigError):
         read_agreement(tomli_w.dumps(content).encode())
+
+
+@pytest.mark.parametrize(
+    ("members", "threshold", "tolerated"), [(3, 3, 2), (4, 3, 1), (5, 4, 2), (6, 4, 1), (6, 5, 3), (12, 8, 3)]
+)
+def test_how_many_may_collude_with_an_aggregator_that_deviates(members: int, threshold: int, tolerated: int) -> None:
+    """Two survivor sets cannot both be signed by `threshold` members, and no secret is recovered."""
+    study = make_network(members, threshold=threshold, minimum_cohort=threshold).agreement
+    assert study.colluders_tolerated == tolerated
+    honest = members - tolerated
+    assert honest + 2 * tolerated < 2 * threshold
+    assert tolerated < threshold
+    with pytest.raises(ConfigError, match="a colluder could have two survivor sets signed"):
+        make_network(members, threshold=(members + 1) // 2, minimum_cohort=3)

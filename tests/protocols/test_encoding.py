@@ -49,5 +49,5 @@ def test_the_least_and_the_greatest_sum_decode_and_one_beyond_does_not(contribut
 
 
 def test_the_agreement_fixes_the_encoding_for_all_its_members() -> None:
-    agreement = make_network(7, threshold=4).agreement
+    agreement = make_network(7, threshold=5).agreement
     assert FixedPoint.from_agreement(agreement) == FixedPoint(24, 16, 32, 7)

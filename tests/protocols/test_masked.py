@@ -157,7 +157,7 @@ def test_seeds_that_do_not_open_cost_the_two_who_dispute_the_round() -> None:
 
 
 def test_a_complaint_without_ground_expels_its_author() -> None:
-    network = make_network(5, threshold=3, minimum_cohort=3)
+    network = make_network(5, threshold=4, minimum_cohort=4)
     liar = network.consortium.identities["hospital-01"]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
@@ -174,7 +174,7 @@ def test_a_complaint_without_ground_expels_its_author() -> None:
 @pytest.mark.parametrize("victims", [set(), {"hospital-01", "hospital-03", "hospital-04"}])
 def test_no_secret_is_ever_on_the_wire_in_clear(victims: set[str]) -> None:
     """Also not where a node provokes complaints, which once disclosed keys that open other nodes' shares."""
-    network = make_network(5, threshold=3, minimum_cohort=3)
+    network = make_network(5, threshold=4, minimum_cohort=4)
     drawn: set[bytes] = set()
     opened: set[bytes] = set()
 
@@ -198,7 +198,7 @@ def test_no_secret_is_ever_on_the_wire_in_clear(victims: set[str]) -> None:
 
 
 def test_a_wrong_share_in_the_unmasking_does_not_spoil_the_sum_and_is_named() -> None:
-    network = make_network(5, threshold=3)
+    network = make_network(5, threshold=4)
     liar = network.consortium.identities["hospital-00"]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
@@ -322,7 +322,7 @@ def test_sums_that_never_come_whole_are_blamed_on_the_aggregator() -> None:
 
 def test_round_keys_of_another_attempt_are_refused() -> None:
     """The first attempt fails in the upload; in the second the aggregator replays a node's old keys."""
-    network = make_network(5, threshold=3, minimum_cohort=3)
+    network = make_network(6, threshold=4, minimum_cohort=4)
     liar, kept = network.consortium.identities["hospital-04"], {}
     aggregator = network.consortium.identities[AGGREGATOR]
 
@@ -349,7 +349,7 @@ def test_round_keys_of_another_attempt_are_refused() -> None:
 
 def test_seeds_for_somebody_else_or_under_other_keys_are_refused() -> None:
     """Two views of the round keys: the aggregator shows one node a cohort without hospital-03."""
-    network = make_network(5, threshold=3, minimum_cohort=3)
+    network = make_network(5, threshold=4, minimum_cohort=4)
     aggregator = network.consortium.identities[AGGREGATOR]
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
@@ -433,7 +433,7 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
     ],
 )
 def test_a_misbehaving_node_is_named_and_the_round_completes_without_it(kind: str, body: object) -> None:
-    network = make_network(5, threshold=3)
+    network = make_network(5, threshold=4)
     liar = network.consortium.identities["hospital-01"]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:

@@ -29,8 +29,9 @@ WEAKER = [
     ("sample rate", {"privacy": {"sample_rate": 0.9}}, {}, 1.0, "0.9"),
     ("clip norm", {"privacy": {"max_grad_norm": 1e6}}, {}, 1.0, "1000000.0"),
     ("rounds", {"study": {"rounds": 5000}}, {}, 1.0, "5000"),
-    ("minimum cohort", {}, {"min_cohort": 5}, 1.0, "3"),
-    ("threshold", {}, {"min_threshold": 4}, 1.0, "3"),
+    ("minimum cohort", {}, {"min_cohort": 5}, 1.0, "4"),
+    ("threshold", {}, {"min_threshold": 5}, 1.0, "4"),
+    ("colluders tolerated", {}, {"min_colluders_tolerated": 3}, 1.0, "2"),
     ("protocol", {}, {"protocols": ()}, 1.0, "masked"),
 ]
 
@@ -67,8 +68,9 @@ def test_a_limit_is_met_by_equality() -> None:
         max_sample_rate=privacy.sample_rate,
         max_grad_norm=privacy.max_grad_norm,
         max_rounds=4,
-        min_cohort=3,
-        min_threshold=3,
+        min_cohort=4,
+        min_threshold=4,
+        min_colluders_tolerated=2,
     )
     check_policy(AGREEMENT, policy, epsilon=3.0)
     with pytest.raises(ConfigError, match="epsilon"):

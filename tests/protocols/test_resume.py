@@ -62,7 +62,7 @@ class CrashingNetwork(Network):
 
 
 def crashing(crashes: dict[str, set[int]], rounds: int = 2, count: int = 4) -> CrashingNetwork:
-    plain = make_network(count, size=2500, rounds=rounds, threshold=3)
+    plain = make_network(count, size=2500, rounds=rounds)
     network = CrashingNetwork(plain.consortium, plain.agreement, lambda *_: np.zeros(2500), 2500)
     network.prepare(crashes)
     network.run()

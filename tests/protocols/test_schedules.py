@@ -35,7 +35,7 @@ def check_outcome(network: Network, honest: list[str]) -> None:
 @settings(max_examples=60, deadline=None)
 def test_random_loss_of_connections(seed: int, rate: float) -> None:
     """A node loses a message, and with it its connection: it joins again."""
-    network = make_network(5, size=2600, rounds=2, threshold=3, minimum_cohort=3)
+    network = make_network(5, size=2600, rounds=2, threshold=4, minimum_cohort=4)
     generator = random.Random(seed)  # noqa: S311
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
@@ -90,7 +90,7 @@ def test_a_repeated_message_changes_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone"])
 def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
-    network = make_network(5, threshold=3)
+    network = make_network(5, threshold=4)
     liar = network.consortium.identities["hospital-01"]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
@@ -190,7 +190,7 @@ def test_too_few_hospitals_end_the_study_in_good_order() -> None:
 
 
 def test_a_node_that_declines_leaves_the_others_to_go_on() -> None:
-    network = make_network(5, rounds=2, threshold=3)
+    network = make_network(5, rounds=2, threshold=4)
     leaver = network.nodes["hospital-04"]
     vectors = network.vectors
 
@@ -295,7 +295,7 @@ def test_an_aggregator_that_forgets_a_round_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["recipient", "view", "type", "stranger", "early survivors"])
 def test_what_is_relayed_wrongly_is_the_aggregators_fault(kind: str) -> None:
     """A colluding member signs whatever the aggregator wants; the node refuses all the same."""
-    network = make_network(5, threshold=3, minimum_cohort=3)
+    network = make_network(5, threshold=4, minimum_cohort=4)
     aggregator, colluder = network.consortium.identities[AGGREGATOR], network.consortium.identities["hospital-04"]
     victim = "hospital-00"
 

@@ -47,11 +47,11 @@ def each_uploads_once_per_attempt(network: Network) -> bool:
 # --- silence
 
 
-@given(st.dictionaries(st.sampled_from(names(5)), st.integers(0, 45), max_size=3), st.booleans())
+@given(st.dictionaries(st.sampled_from(names(6)), st.integers(0, 45), max_size=3), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_nodes_that_fall_silent_at_any_message_for_good(silent_after: dict[str, int], noticed: bool) -> None:
     """A crash after a node's n-th message; the transport may or may not tell the aggregator."""
-    network, sent = make_network(5, size=2600, rounds=2, threshold=3), Counter[str]()
+    network, sent = make_network(6, size=2600, rounds=2, threshold=4), Counter[str]()
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
         party = recipient if sender == AGGREGATOR else sender
@@ -66,10 +66,10 @@ def test_nodes_that_fall_silent_at_any_message_for_good(silent_after: dict[str, 
 
     network.tap = tap
     network.run()
-    check_outcome(network, names(5))
+    check_outcome(network, names(6))
     if len(silent_after) <= 2:
-        for name in set(names(5)) - silent_after.keys():
-            # Two may be lost and three remain; only an opened round is never tried again.
+        for name in set(names(6)) - silent_after.keys():
+            # Two may be lost and four remain; only an opened round is never tried again.
             assert len(network.sums[name]) + sum(lost.final for lost in network.lost[name]) == 2
 
 
@@ -287,7 +287,7 @@ def test_an_opened_round_that_fails_is_not_attempted_again_although_enough_are_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dealer shares another self seed than it committed to; that shows only after the others have revealed theirs."""
-    network, liar = make_network(5, size=2600, rounds=2, threshold=3), "hospital-01"
+    network, liar = make_network(5, size=2600, rounds=2, threshold=4), "hospital-01"
 
     def coins(count: int) -> bytes:
         return os.urandom(count)
@@ -311,7 +311,7 @@ def test_messages_of_the_future_are_the_senders_fault() -> None:
         (1, 9, m.UploadDone(bytes(32), bytes(32))),
         (2, 0, m.Receipt(bytes(64))),
     ]:
-        network, liar = make_network(5, threshold=3), "hospital-02"
+        network, liar = make_network(5, threshold=4), "hospital-02"
         future = from_node(network, liar, body, number, attempt)
         network.tap = lambda sender, _recipient, data, future=future, liar=liar: (
             [future] if sender == liar and body_type(data) == "Ready" else [data]
@@ -328,7 +328,7 @@ def test_messages_of_the_future_are_the_senders_fault() -> None:
 @example("Unmasking", True)
 @settings(max_examples=30, deadline=None)
 def test_a_node_that_crashes_and_comes_back_with_its_journal_never_masks_twice(kind: str, delivered: bool) -> None:
-    network, victim = make_network(5, size=2600, rounds=3, threshold=3), "hospital-03"
+    network, victim = make_network(5, size=2600, rounds=3, threshold=4), "hospital-03"
     uploads: list[bytes] = []
     crashed = stopped = False
 
@@ -517,7 +517,7 @@ def test_a_node_that_does_not_come_back_is_waited_for_until_the_deadline_or_unti
 
 
 def test_strangers_and_expelled_nodes_are_not_heard() -> None:
-    network = make_network(5, threshold=3)
+    network = make_network(5, threshold=4)
     machine = network.aggregator
     machine.start(0.0)
     join = from_node(network, "hospital-00", m.Join(1))
