@@ -119,7 +119,10 @@ Send = tuple[str, m.AnyBody]
 
 
 class MaskedAggregator:
-    """One attempt at the aggregator, over the members `cohort` and updates of `vector_size` values."""
+    """One attempt at the aggregator, over the members `cohort` and updates of `vector_size` values.
+
+    `last_record` is the digest of the record of the last sum, on which every member must build.
+    """
 
     def __init__(
         self,
@@ -128,8 +131,9 @@ class MaskedAggregator:
         cohort: Iterable[str],
         vector_size: int,
         spool: Spool,
+        last_record: bytes = m.NO_RECORD,
     ) -> None:
-        self._parties, self._attempt, self._spool = parties, attempt, spool
+        self._parties, self._attempt, self._spool, self._last_record = parties, attempt, spool, last_record
         self._cohort = tuple(sorted(cohort))
         self._active = set(self._cohort)
         ring = parties.agreement.secure_sum
@@ -218,6 +222,8 @@ class MaskedAggregator:
                 self._once(peer, peer in self._keys and self._signed_keys[peer] != signed, "two different round keys")
                 if not (sealing.is_public_key(body.share_public) and sealing.is_public_key(body.pair_public)):
                     raise RemoteProtocolError(peer, "published round keys that are not valid keys")
+                if body.last_record != self._last_record:
+                    raise RemoteProtocolError(peer, "builds on another sum than the last one that we signed")
                 self._keys[peer], self._signed_keys[peer] = body, signed
             case m.SealedSeeds():
                 self._on_seeds(peer, body, signed)

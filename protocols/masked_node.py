@@ -90,6 +90,7 @@ class MaskedNode:
         identity: our own keys.
         attempt: agreement digest, round and attempt number.
         cohort: whom the aggregator wants to sum; checked here.
+        last_record: digest of the record of the last sum that we applied, which all others must have applied too.
         vector: the update, [d] float64, finite; it is read while chunks are made and never written.
         coins: randomness, `os.urandom` outside tests.
         journal: called with "used" and the tag seed, or "voted" and nothing; durable when it returns.
@@ -108,10 +109,12 @@ class MaskedNode:
         *,
         coins: shamir.Coins,
         journal: Callable[[str, bytes], None],
+        last_record: bytes = m.NO_RECORD,
     ) -> None:
         self._parties, self._identity, self._attempt = parties, identity, attempt
         self._me = identity.node_id
         self._journal = journal
+        self._last_record = last_record
         self._coins = coins
         self._secrets = sealing.AttemptSecrets.fresh(coins)
         self._share_key, self._share_public = sealing.key_pair(self._secrets.share_master, attempt)
@@ -158,6 +161,7 @@ class MaskedNode:
             self._pair_public,
             sealing.self_seed_commitment(self._secrets.self_seed, self._attempt, self._me),
             tags.commitment(self._secrets.tag_seed, self._attempt, self._me),
+            self._last_record,
         )
         self._own_keys = self._sign(keys)
         return [self._own_keys]
@@ -211,6 +215,7 @@ class MaskedNode:
                 f"relayed other round keys of {relayed.sender} than it announced",
             )
             self._keys[relayed.sender] = relayed.body  # type: ignore[assignment]
+        self._check_last_records()
         recipients = self._graph.recipients(self._me)
         self._check(
             self._keys.keys() >= {*recipients, *self._graph.sources(self._me)}, "held back round keys that we need"
@@ -226,6 +231,14 @@ class MaskedNode:
         self._shares[self._me] = given[self._me]
         self._state = State.SEEDS
         return [self._sign(self._seal_for(name, given.get(name, Shares(None, None, dealt)))) for name in recipients]
+
+    def _check_last_records(self) -> None:
+        """All build on the same sum: nobody was told that a round was lost which others have applied."""
+        for name, keys in self._keys.items():
+            self._check(
+                sealing.same(keys.last_record, self._last_record),
+                f"told {name} another story about the last sum than us",
+            )
 
     def _seal_for(self, peer: str, shares: Shares) -> m.SealedSeeds:
         keys = self._keys[peer]

@@ -33,6 +33,9 @@ CHUNK_LIMIT_BYTES: Final = 1 << 20
 MESSAGE_LIMIT_BYTES: Final = CHUNK_LIMIT_BYTES + (1 << 16)
 """No message is larger: one chunk of at most 1 MiB and its head. The transport enforces the same bound."""
 
+NO_RECORD: Final = bytes(32)
+"""Stands for the digest of the last record before the first sum."""
+
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 PublicKey = Annotated[bytes, Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)]
@@ -70,12 +73,16 @@ class Declined(Body, frozen=True):
 
 
 class RoundKeys(Body, frozen=True):
-    """My fresh public keys of this attempt, and commitments to my self seed and to the tag seed that I would deal."""
+    """My fresh public keys of this attempt, commitments to my self seed and to the tag seed that I would deal, and what I build on.
+
+    `last_record` is the digest of the record of the last sum that I applied (`NO_RECORD`: none yet).
+    """
 
     share_public: PublicKey
     pair_public: PublicKey
     self_seed_commitment: Digest
     tag_commitment: Digest
+    last_record: Digest
 
 
 class SealedSeeds(Body, frozen=True):

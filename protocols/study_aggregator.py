@@ -413,7 +413,7 @@ class AggregatorMachine:
         self._attempts[self._round] = number
         self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
         attempt = AttemptId(self._parties.agreement_digest, self._round, number)
-        self._attempt = MaskedAggregator(self._parties, attempt, cohort, self._size, self._spool)
+        self._attempt = MaskedAggregator(self._parties, attempt, cohort, self._size, self._spool, self._last_record)
         self._attempt_phase = Phase.KEYS
         return [Begun(self._round, number), *self._carry(self._attempt.start(), now)]
 
@@ -583,6 +583,10 @@ class AggregatorMachine:
     @property
     def _last_completed(self) -> int:
         return max(self._records, default=0)
+
+    @property
+    def _last_record(self) -> bytes:
+        return t.line_digest(self._records[self._last_completed][0]) if self._records else m.NO_RECORD
 
     def _send(self, peer: str, body: m.AnyBody, number: int | None = None, attempt: int | None = None) -> SendTo:
         address = AttemptId(

@@ -35,7 +35,7 @@ from protocols.upload import coordinates
 from protocols.workers import spread
 
 MAX_REPEATS = 16
-"""How often a sum may arrive incomplete, each time after a lost connection, before the aggregator is blamed."""
+"""How often a sum may arrive incomplete over one connection before the aggregator is blamed."""
 
 
 class Journal(Protocol):
@@ -153,6 +153,7 @@ class NodeMachine:
 
     def rejoin(self) -> list[Output]:
         """After a lost connection: say that we are here, and leave an attempt in which our upload is not whole."""
+        self._asked_again = 0  # What a lost connection cuts short is nobody's fault.
         if self._attempt is not None and not self._attempt.uploaded:
             self._attempt, self._abandoned = None, (self._round, self._attempt_number)
         return self.start()
@@ -254,6 +255,7 @@ class NodeMachine:
             self._vector,
             coins=self._coins,
             journal=lambda event, tag_seed: self._journal.record(number, attempt, event, tag_seed),
+            last_record=self._last_record,
         )
         self._journal.record(number, attempt, "begun")
         return [Send(data) for data in self._attempt.open()]
@@ -385,6 +387,11 @@ class NodeMachine:
         return self._send(m.Receipt(self._identity.sign(Label.RECEIPT, statement)), number, 0)
 
     # --- helpers
+
+    @property
+    def _last_record(self) -> bytes:
+        line = self._journal.receipt(self._completed)
+        return t.line_digest(line) if line else m.NO_RECORD
 
     def _send(self, body: m.AnyBody, number: int, attempt: int) -> Send:
         return Send(m.encode(self._identity, AttemptId(self._parties.agreement_digest, number, attempt), body))

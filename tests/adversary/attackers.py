@@ -51,6 +51,11 @@ class LooseParties(Parties):
 class LooseAggregator(MaskedAggregator):
     """An attempt whose aggregator does not mind what only protects the nodes."""
 
+    def _dispatch(self, peer: str, message: m.Message, signed: bytes) -> list:
+        if isinstance(message.body, m.RoundKeys):
+            self._last_record = message.body.last_record
+        return super()._dispatch(peer, message, signed)
+
     def _on_upload_done(self, peer: str, body: m.UploadDone, signed: bytes) -> None:
         view, self._view = self._view, body.view
         try:
@@ -182,6 +187,7 @@ class Impersonator(MaliciousAggregator):
                 sealing.public_key_bytes(own.pair_master, attempt),
                 sealing.self_seed_commitment(own.self_seed, attempt, name),
                 node.tags.commitment(own.tag_seed, attempt, name),
+                message.body.last_record,
             )
             signed[name] = m.encode(self.signers[name], attempt, keys)
         digests = tuple((name, sealing.keys_digest(signed[name])) for name in sorted(signed))

@@ -348,3 +348,16 @@ def test_false_complaints_among_four_stop_rounds_and_expel_nobody() -> None:
     assert not expelled(network)
     assert not network.faults
     assert sum(b'"Disputed"' in line for line in network.lines) == 2
+
+
+def test_a_member_that_builds_on_another_sum_is_named_by_the_aggregator() -> None:
+    """Else it could have the others blame the aggregator for a story that it never told."""
+    network = make_network(5, size=1500)
+    liar = MaliciousNode(network, LIAR)
+    liar.on("RoundKeys")(
+        lambda message, data: [liar.sign(message, msgspec.structs.replace(message.body, last_record=bytes([1]) * 32))]
+    )
+    network.run()
+    assert expelled(network) == [LIAR]
+    assert not network.faults
+    assert check_sum(network, "hospital-01") == left(LIAR)

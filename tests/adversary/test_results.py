@@ -225,6 +225,42 @@ def tell_two_stories(guard: AbstractContextManager[None]) -> tuple[Network, set[
     return network, signed
 
 
+def fork_the_study(guard: AbstractContextManager[None]) -> Network:
+    """One node is told that round 1 was lost; the others apply its sum. Then all are asked to go on together."""
+    network, victim = make_network(4, rounds=2), "hospital-01"
+    attack = MaliciousAggregator(network)
+    attack.loosen()
+
+    @attack.on("SumChunk", "RoundResult")
+    def lost(message: m.Message, to: str) -> Bodies:
+        if (to, message.round) != (victim, 1):
+            return keep(message)
+        if isinstance(message.body, m.RoundResult):
+            attack.say(to, (1, 1), m.AttemptFailed("too few votes", final=True))
+        return []
+
+    @attack.on("RoundOpen")
+    def as_if_lost(message: m.Message, to: str) -> Bodies:
+        return [(m.RoundOpen(0), b"")] if (to, message.round) == (victim, 2) else keep(message)
+
+    with guard:
+        network.run()
+    return network
+
+
+def test_a_round_that_one_node_takes_for_lost_and_others_have_applied() -> None:
+    network = fork_the_study(weaken.last_records())
+    assert not network.faults
+    assert [summed.round for summed in network.sums["hospital-00"]] == [1, 2]
+    assert [summed.round for summed in network.sums["hospital-01"]] == [2]  # on top of another model
+
+    network = fork_the_study(nullcontext())
+    for name in names(4):
+        assert 2 not in [summed.round for summed in network.sums[name]]
+    blamed(network, "hospital-00", "told hospital-01 another story about the last sum than us")
+    blamed(network, "hospital-01", "told hospital-00 another story about the last sum than us")
+
+
 def test_a_node_that_sees_two_records_of_one_round() -> None:
     network, signed = tell_two_stories(weaken.memory_of_records())
     assert "hospital-01" not in network.faults

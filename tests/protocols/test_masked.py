@@ -239,7 +239,7 @@ def test_substituted_round_keys_are_refused() -> None:
     forged = m.encode(
         network.consortium.identities[AGGREGATOR],
         AttemptId(network.digest, 1, 1),
-        m.RoundKeys(bytes(1216), bytes(1216), bytes(32), bytes(32)),
+        m.RoundKeys(bytes(1216), bytes(1216), bytes(32), bytes(32), bytes(32)),
     )
     tamper(network, "KeySet", lambda body, _: m.KeySet(body.digests, (forged, *body.keys[1:])))
     network.run()
@@ -318,6 +318,25 @@ def test_sums_that_never_come_whole_are_blamed_on_the_aggregator() -> None:
     tamper(network, "SumChunk", lambda b, _: sum_chunk(b[0].index + 1, b[1]))
     network.run()
     assert {str(fault) for fault in network.faults.values()} == {"aggregator: keeps sending incomplete sums"}
+
+
+def test_sums_that_are_cut_short_with_their_connection_are_nobodys_fault() -> None:
+    """However often: only what comes incomplete over one connection counts."""
+    network, victim, cuts = make_network(4, size=100), "hospital-00", 0
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        nonlocal cuts
+        if (recipient, body_type(data)) != (victim, "SumChunk") or cuts == 40:
+            return [data]
+        cuts += 1
+        network._from_node(victim, network.nodes[victim].rejoin())
+        return []
+
+    network.tap = tap
+    network.run()
+    assert cuts == 40
+    assert not network.faults
+    assert check_sum(network, victim) == tuple(names(4))
 
 
 def test_round_keys_of_another_attempt_are_refused() -> None:
@@ -426,8 +445,8 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
         ("UploadDone", lambda b, _: m.UploadDone(b.digest, bytes(32))),
         ("UploadDone", lambda b, _: (b, b"tail")),
         ("RoundKeys", lambda b, _: m.UploadDone(bytes(32), bytes(32))),
-        ("RoundKeys", lambda b, _: m.RoundKeys(b"\xff" * 1216, b.pair_public, bytes(32), bytes(32))),
-        ("RoundKeys", lambda b, _: m.RoundKeys(b.share_public, b.pair_public[:1184] + bytes(32), *[bytes(32)] * 2)),
+        ("RoundKeys", lambda b, _: m.RoundKeys(b"\xff" * 1216, b.pair_public, *[bytes(32)] * 3)),
+        ("RoundKeys", lambda b, _: m.RoundKeys(b.share_public, b.pair_public[:1184] + bytes(32), *[bytes(32)] * 3)),
         ("SurvivorVote", lambda b, _: m.SurvivorVote(bytes(64))),
         ("Unmasking", lambda b, _: m.Unmasking((), ())),
     ],

@@ -23,7 +23,7 @@ BODIES = [
     m.Join(1),
     m.Ready(),
     m.Declined("the budget is spent"),
-    m.RoundKeys(KEY, KEY, H32, H32),
+    m.RoundKeys(KEY, KEY, H32, H32, H32),
     m.SealedSeeds("hospital-01", H32, b"sealed", b"", H32, None, None),
     m.Complaint("hospital-01"),
     m.MaskedChunk(0, m.chunk_digest(TAIL)),
@@ -166,7 +166,7 @@ NAME, FEW = "hospital-00", [["hospital-00", H32]]
         (["Declined", "a b"], ["Declined", "a\nb"]),
         (["UploadDone", H32, H32], ["UploadDone", H32 + b"\0", H32]),
         (["UploadDone", H32, H32], ["UploadDone", H32, bytes(31)]),
-        (["RoundKeys", KEY, KEY, H32, H32], ["RoundKeys", KEY, KEY[1:], H32, H32]),
+        (["RoundKeys", KEY, KEY, H32, H32, H32], ["RoundKeys", KEY, KEY[1:], H32, H32, H32]),
         (
             ["SealedSeeds", NAME, H32, bytes(2048), b"", None, None, None],
             ["SealedSeeds", NAME, H32, bytes(2049), b"", None, None, None],

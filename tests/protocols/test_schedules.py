@@ -98,8 +98,8 @@ def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
             return [data]
         message, tail = m.decode(data, liar.node_id, liar.public_key, network.digest), b""
         match message.body:
-            case m.RoundKeys(share, pair, _, tag):
-                other: m.AnyBody = m.RoundKeys(share, pair, bytes(32), tag)
+            case m.RoundKeys(share, pair, _, tag, last):
+                other: m.AnyBody = m.RoundKeys(share, pair, bytes(32), tag, last)
             case m.SealedSeeds():
                 other = msgspec.structs.replace(message.body, shares=bytes(1202))
             case m.MaskedChunk(index, _):

@@ -75,7 +75,7 @@ BODIES: dict[str, tuple[Any, ...]] = {
     "Join": (_number,),
     "Ready": (),
     "Declined": (_reason,),
-    "RoundKeys": (_key, _key, _digest, _digest),
+    "RoundKeys": (_key, _key, _digest, _digest, _digest),
     "SealedSeeds": (_name, _digest, _binary(0, 2048), _binary(0, 2048), *3 * [lambda v: v is None or _digest(v)]),
     "Complaint": (_name,),
     "MaskedChunk": (_number, _digest),

@@ -62,6 +62,7 @@ def test_agreement_and_round_keys() -> None:
             ref.public_key(node["pair_master"], ATTEMPT),
             committed("self-seed-commitment", name, node["self_seed"]),
             committed("tag-commitment", name, node["tag_seed"]),
+            bytes(32),
         ]
     digests = {name: ref.sha256(node["round_keys_message"]) for name, node in NODES.items()}
     assert digests == VECTOR["keys_digests"]
