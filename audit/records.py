@@ -41,7 +41,6 @@ from protocols.transcript import (
     read_transcript,
     verify_transcript,
 )
-from protocols.upload import coordinates
 from secgeo.records import LEDGERS, MANIFEST, RECEIPTS, SUMS, TRANSCRIPT, file_digests, list_files, sum_path
 from secgeo.study import AGREEMENT, DOCUMENTS, ROOT, OpenStudy, check_documents
 from secgeo.update import Layout
@@ -231,11 +230,11 @@ def _verify_sums(folder: Path, study: OpenStudy, records: Mapping[int, RoundReco
     for number, record in records.items():
         path = sum_path(folder, number)
         data, name = read_public(path, FILE_LIMIT_BYTES), f"{SUMS}/{path.name}"
-        if len(data) != 4 * coordinates(size, fixed_point):
+        if len(data) != 4 * size:
             raise VerificationFailed(f"{name} has another size than agreed")
         if aggregate_digest(data).hex() != record.aggregate_digest:
             raise VerificationFailed(f"{name} is not the sum that was recorded")
-        fixed_point.decode(np.frombuffer(data, dtype="<u4")[:size], len(record.survivors))
+        fixed_point.decode(np.frombuffer(data, dtype="<u4"), len(record.survivors))
     return f"{len(records)} sums of {size} values"
 
 

@@ -47,7 +47,6 @@ from protocols.masked_node import MaskedNode  # noqa: E402
 from protocols.prg import MaskSet  # noqa: E402
 from protocols.sealing import AttemptId  # noqa: E402
 from protocols.transcript import TranscriptWriter, upload_digest  # noqa: E402
-from protocols.upload import coordinates  # noqa: E402
 from secgeo.journal import AggregatorJournal  # noqa: E402
 from secgeo.spool import DiskSpool  # noqa: E402
 from secgeo.transport import AggregatorEndpoint, NodeEndpoint  # noqa: E402
@@ -190,7 +189,6 @@ def bytes_per_value(values: int) -> Row:
     row: Row = {"part": "upload bytes"}
     for ring_bits in (32, 24, 20):
         study = make_study(10, values, ring_bits=ring_bits, value_bits=16, fraction_bits=13)
-        size = coordinates(values, FixedPoint.from_agreement(study.agreement))
         sent = 0
 
         class Counting(MemorySpool):
@@ -201,7 +199,7 @@ def bytes_per_value(values: int) -> Row:
         attempt = Attempt(study, Counting(), frozenset(names(1)))
         attempt.run()
         assert sent == sum(
-            packed_bytes(min(CHUNK_VALUES, size - start), ring_bits) for start in range(0, size, CHUNK_VALUES)
+            packed_bytes(min(CHUNK_VALUES, values - start), ring_bits) for start in range(0, values, CHUNK_VALUES)
         )
         row[f"ring_{ring_bits}"] = round(sent / values, 4)
     return row
@@ -246,7 +244,7 @@ def aggregator_memory(values: int, counts: tuple[int, ...] = (4, 16, 48)) -> Row
                     digests[name] += body.digest
                     aggregator.receive(name, m.Message(name, 1, 1, body, data), b"")
             for name in study.nodes:
-                done = m.UploadDone(upload_digest(digests[name]), aggregator._view)
+                done = m.UploadDone(upload_digest(digests[name], 0), aggregator._view, 0)
                 aggregator.receive(name, m.Message(name, 1, 1, done), b"")
             peak = aggregator._total.nbytes + tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()

@@ -29,12 +29,11 @@ from keys.identity import verify_signature
 from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir
-from protocols.encoding import FixedPoint, Uint32Vector, packed_bytes, unpack
+from protocols.encoding import Uint32Vector, packed_bytes, unpack
 from protocols.graph import MaskGraph
 from protocols.masked_node import Parties, open_contribution
-from protocols.prg import BLOCK_VALUES, MaskSet
+from protocols.prg import BLOCK_VALUES, TAG_PRIME, MaskSet
 from protocols.transcript import survivor_statement, upload_digest
-from protocols.upload import coordinates
 from protocols.workers import spread
 
 CREDIT_CHUNKS = 4
@@ -100,13 +99,15 @@ class ClosedAttempt(msgspec.Struct, frozen=True):
     signed_uploads: dict[str, bytes]
     votes: dict[str, bytes]
     dropped: dict[str, str]
+    masked_tag: int
 
 
 @dataclass(frozen=True, slots=True)
 class SumOutcome:
-    """A finished attempt: the sum with the sums of the tags' limbs behind it, its contributors, and the evidence."""
+    """A finished attempt: the sum ([d] uint32) and the sum of its tags, its contributors, and the evidence."""
 
     total: Uint32Vector = field(repr=False)
+    tag: int
     cohort: tuple[str, ...]
     view: bytes
     survivors: tuple[tuple[str, bytes], ...]
@@ -138,7 +139,8 @@ class MaskedAggregator:
         self._active = set(self._cohort)
         ring = parties.agreement.secure_sum
         self._ring_bits, self._chunk_values = ring.ring_bits, ring.chunk_values
-        self._total = np.zeros(coordinates(vector_size, FixedPoint.from_agreement(parties.agreement)), dtype=np.uint32)
+        self._total = np.zeros(vector_size, dtype=np.uint32)
+        self._tag = 0
         self._chunk_count = -(-self._total.size // self._chunk_values)
         self._signed_keys: dict[str, bytes] = {}
         self._keys: dict[str, m.RoundKeys] = {}
@@ -414,7 +416,7 @@ class MaskedAggregator:
                 self._active.discard(peer)
                 self.dropped.setdefault(peer, self.phase.value)
                 return
-            if body.digest != upload_digest(b"".join(upload.digests)):
+            if body.digest != upload_digest(b"".join(upload.digests), body.tag):
                 raise RemoteProtocolError(peer, "sent a digest that is not that of its upload")
             if body.view != self._view:
                 raise RemoteProtocolError(peer, "masked for other senders of seeds than it was told")
@@ -424,6 +426,7 @@ class MaskedAggregator:
                 np.add(part, unpack(data, count, self._ring_bits), out=part)
         finally:
             self._spool.discard(peer)
+        self._tag = (self._tag + body.tag) % TAG_PRIME
         self._digests[peer], self._signed_uploads[peer] = body.digest, signed
 
     def _forget_uploads(self) -> None:
@@ -508,11 +511,12 @@ class MaskedAggregator:
         spread(
             lambda start: masks.apply(total[start : start + BLOCK_VALUES], start), range(0, total.size, BLOCK_VALUES)
         )
+        self._tag = masks.apply_to_tag(self._tag)
         if self._ring_bits < 32:
             self._total &= np.uint32((1 << self._ring_bits) - 1)
         self.phase = Phase.DONE
         self.outcome = SumOutcome(
-            self._total, self._cohort, self._view, self._survivors, dict(self._votes), dict(self.dropped)
+            self._total, self._tag, self._cohort, self._view, self._survivors, dict(self._votes), dict(self.dropped)
         )
         return []
 
@@ -588,6 +592,7 @@ class MaskedAggregator:
             self._signed_uploads,
             self._votes,
             self.dropped,
+            self._tag,
         )
         return state, self._total
 
@@ -613,7 +618,7 @@ class MaskedAggregator:
         resumed._statement = survivor_statement(attempt, resumed._view, state.survivors)
         if total.size != resumed._total.size:
             raise LocalProtocolError(f"the saved attempt holds a sum of {total.size} values")
-        resumed._total[:] = total
+        resumed._total[:], resumed._tag = total, state.masked_tag
         resumed._active = set(state.votes) or resumed._digests.keys() - state.dropped.keys()
         resumed.phase, resumed.binding = Phase.UNMASK if state.votes else Phase.VOTES, True
         return resumed

@@ -342,7 +342,7 @@ class MaskedNode:
         )
         if upload.made == upload.chunks:
             self._digest, self._upload = upload.digest, None
-            answer.append(self._sign(m.UploadDone(self._digest, self._view)))
+            answer.append(self._sign(m.UploadDone(self._digest, self._view, upload.tag)))
         return answer
 
     # --- survivors: one vote, then one revelation
@@ -377,11 +377,12 @@ class MaskedNode:
         uploads = {}
         for data in signed:
             relayed = self._open_relayed(data, m.UploadDone)
-            uploads[relayed.sender] = relayed.body
+            if isinstance(relayed.body, m.UploadDone):  # _open_relayed has checked the type already
+                uploads[relayed.sender] = relayed.body.digest, relayed.body.view
         for name in self._graph.neighbours(self._me):
             if name in digests:
                 self._check(
-                    uploads.get(name) == m.UploadDone(digests[name], self._view),
+                    uploads.get(name) == (digests[name], self._view),
                     f"announced an upload that {name} did not sign, or that it masked for other senders of seeds",
                 )
 

@@ -22,6 +22,7 @@ from keys.errors import RemoteProtocolError, VerificationFailed
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols.agreement import MAXIMUM_MEMBERS, Name
+from protocols.prg import TAG_PRIME
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
 from protocols.shamir import SHARE_BYTES
 
@@ -38,6 +39,7 @@ NO_RECORD: Final = bytes(32)
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
+MaskedTag = Annotated[int, Meta(ge=0, lt=TAG_PRIME)]
 PublicKey = Annotated[bytes, Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)]
 Share = Annotated[bytes, Meta(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
 Sealed = Annotated[bytes, Meta(max_length=2048)]
@@ -116,10 +118,11 @@ class MaskedChunk(Body, frozen=True):
 
 
 class UploadDone(Body, frozen=True):
-    """All chunks are sent: `digest` is over the digests of all of them, masked with seeds of the senders in `view`."""
+    """All chunks are sent: `digest` is over the digests of all of them and the masked tag, masked with seeds of the senders in `view`."""
 
     digest: Digest
     view: Digest
+    tag: MaskedTag
 
 
 class SurvivorVote(Body, frozen=True):

@@ -1,6 +1,7 @@
 """The mask generator: AES-256 in counter mode, keyed once per (pair, round, attempt, purpose).
 
-Masks are the keystream read as little-endian uint32, added modulo 2^32. Each key comes from HKDF over a fresh seed with a
+The first block of a keystream masks the tag, in the tag's own field; from the second on it is read as little-endian uint32, which
+mask the values modulo 2^32. Each key comes from HKDF over a fresh seed with a
 label and the attempt's context (`protocols.sealing`), and makes exactly one mask, so counting from zero is safe. The
 counter makes every place of a mask reachable, so that blocks are masked in any order and on all cores.
 """
@@ -14,6 +15,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 
 from keys.errors import LocalProtocolError
 from protocols.encoding import Uint32Vector
+
+TAG_PRIME = (1 << 61) - 1
+"""The field of tags (`protocols.tags`): 128 bits of keystream are uniform in it but for 2^-67."""
 
 BLOCK_VALUES = 1 << 18
 """Values per pass: 256 KiB of keystream stays in the cache while it is added."""
@@ -45,8 +49,8 @@ class MaskSet:
 
     def apply(self, values: Uint32Vector, start: int = 0) -> None:
         """Mask [m] uint32 `values` in place, modulo 2^32, as coordinates `start` (a multiple of 4) and following."""
-        added = [_stream(key, start) for key in self._added]
-        subtracted = [_stream(key, start) for key in self._subtracted]
+        added = [_stream(key, start + VALUES_PER_COUNT) for key in self._added]
+        subtracted = [_stream(key, start + VALUES_PER_COUNT) for key in self._subtracted]
         buffer = bytearray(4 * min(values.size, BLOCK_VALUES))
         whole = np.frombuffer(buffer, dtype="<u4")
         for first in range(0, values.size, BLOCK_VALUES):
@@ -58,3 +62,12 @@ class MaskSet:
             for stream in subtracted:
                 stream.update_into(zeros, buffer)
                 np.subtract(block, mask, out=block)
+
+    def apply_to_tag(self, tag: int) -> int:
+        """A tag with its masks, modulo `TAG_PRIME`."""
+        added, subtracted = (sum(map(_tag_mask, keys)) for keys in (self._added, self._subtracted))
+        return (tag + added - subtracted) % TAG_PRIME
+
+
+def _tag_mask(key: bytes) -> int:
+    return int.from_bytes(keystream(key, 0, VALUES_PER_COUNT), "little")

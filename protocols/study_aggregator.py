@@ -78,7 +78,7 @@ class UploadsClosed:
 
 @dataclass(frozen=True, slots=True)
 class SumOpened:
-    """Keep this round's sum with its tags ([d + limbs] uint32): its digest is in the record that follows."""
+    """Keep this round's sum ([d] uint32): its digest is in the record that follows."""
 
     round: int
     total: Uint32Vector = field(repr=False)
@@ -114,7 +114,7 @@ class AggregatorMachine:
         identity: the aggregator's own identity, as in the roster.
         vector_size: values per update, d.
         transcript: the writer that makes signed, chained lines.
-        load_sum: gives back the sum of a completed round ([d + limbs] uint32), for nodes that missed it.
+        load_sum: gives back the sum of a completed round ([d] uint32), for nodes that missed it.
         spool: keeps unfinished uploads.
     """
 
@@ -490,6 +490,7 @@ class AggregatorMachine:
             ),
             dropped=tuple(t.Dropped(node_id=name, phase=phase) for name, phase in sorted(outcome.dropped.items())),
             aggregate_digest=t.aggregate_digest(total.data).hex(),
+            aggregate_tag=outcome.tag.to_bytes(8).hex(),
             upload_bytes=self._received_bytes,
             download_bytes=self._sent_bytes,
             seconds=round(now - self._round_started, 6),

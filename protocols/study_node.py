@@ -29,9 +29,9 @@ from protocols import tags
 from protocols import transcript as t
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, packed_bytes, unpack
 from protocols.masked_node import MaskedNode, Parties, State
+from protocols.prg import TAG_PRIME
 from protocols.sealing import AttemptId
 from protocols.shamir import Coins
-from protocols.upload import coordinates
 from protocols.workers import spread
 
 MAX_REPEATS = 16
@@ -132,7 +132,6 @@ class NodeMachine:
         self._aggregator_name, self._aggregator_key = aggregator
         self._coins, self._journal = coins, journal
         self._fixed_point = FixedPoint.from_agreement(parties.agreement)
-        self._coordinates = coordinates(vector_size, self._fixed_point)
         self._round = 0
         self._completed = completed
         self._vector: Float64Vector | None = None
@@ -288,7 +287,7 @@ class NodeMachine:
     def _on_sum_chunk(self, number: int, body: m.SumChunk, data: memoryview) -> list[Output]:
         if number != self._sum_round or body.index == 0:  # a sum is sent again from its start after a reconnect
             self._sum_round, self._sum_chunks = number, 0
-            self._sum = np.zeros(self._coordinates, dtype=np.uint32)
+            self._sum = np.zeros(self._size, dtype=np.uint32)
         if body.index != self._sum_chunks:
             return []  # Chunks were lost with a connection; the result will find the sum too short, and ask again.
         ring = self._parties.agreement.secure_sum
@@ -301,7 +300,7 @@ class NodeMachine:
         return []
 
     def _on_result(self, number: int, body: m.RoundResult) -> list[Output]:
-        chunks = -(-self._coordinates // self._parties.agreement.secure_sum.chunk_values)
+        chunks = -(-self._size // self._parties.agreement.secure_sum.chunk_values)
         total, whole = self._sum, number == self._sum_round and self._sum_chunks == chunks
         self._sum, self._sum_round, self._sum_chunks = np.zeros(0, dtype=np.uint32), 0, 0
         record = self._read_record(number, body.record)
@@ -318,7 +317,7 @@ class NodeMachine:
         )
         if not self._check_tags(record, body, total):
             return []  # Not yet. We ask again when the next round is opened.
-        decoded = self._fixed_point.decode(total[: self._size], len(record.survivors))
+        decoded = self._fixed_point.decode(total, len(record.survivors))
         caught_up = number == self._round
         self._completed, self._asked_again = number, 0
         self._attempt, self._vector = None, None
@@ -371,11 +370,9 @@ class NodeMachine:
             return len(signers) >= needed
         tagger = tags.Tagger(seed, AttemptId(self._parties.agreement_digest, record.round, record.attempt))
         step = self._parties.agreement.secure_sum.chunk_values
-        parts = spread(
-            lambda start: tagger.part(total[start : min(start + step, self._size)], start), range(0, self._size, step)
-        )
-        announced = tags.from_limbs(total[self._size :], self._fixed_point.value_bits)
-        if (sum(parts) + len(record.survivors) * tagger.pad) % tags.TAG_PRIME != announced:
+        parts = spread(lambda start: tagger.part(total[start : start + step], start), range(0, self._size, step))
+        expected = (sum(parts) + len(record.survivors) * tagger.pad) % TAG_PRIME
+        if record.aggregate_tag != expected.to_bytes(8).hex():
             raise VerificationFailed(
                 f"the sum of round {record.round} does not match its tags and was not applied: "
                 "the aggregator changed it, or a member sent a false tag; keep the receipts and ask for an audit"

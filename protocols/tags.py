@@ -5,9 +5,9 @@ The vector x, in rows of 1,024 values, is hashed in two steps that are both line
     v = X C          C: [1024, 5] uniform integers of 11 bits; exact in float64, since 2^32 * 2^11 * 1024 = 2^53
     tag = <R, v> + R0    R: one uniform integer of 61 bits for each entry of v, R0: another, modulo the prime 2^61 - 1
 
-Each node adds its tag to its vector, cut into limbs that cannot overflow the ring when all nodes' limbs are added, and masked
-like any other value. After the round <R, v> of the sum, with R0 for each contributor, must equal the sum of the tags. R0 hides <R, v>
-from the aggregator, which sees the sum of the tags; without it a multiple of the sum with the same multiple of the tags would pass.
+Each node sends its tag masked in that field, by the same seeds as its vector, so that only the sum of the tags opens. After the round
+<R, v> of the sum, with R0 for each contributor, must equal it. R0 hides <R, v> from the aggregator, which sees the sum of the tags; without
+it a multiple of the sum with the same multiple of the tags would pass.
 
 A sum changed by integers delta != 0, |delta_i| < 2^32, passes with probability below 2^-54: in a row that changed, each column
 of C makes the change of v vanish for at most one of the 2^11 values of one of its entries, so all five do with
@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from keys.labels import Label
 from protocols.encoding import Uint32Vector
-from protocols.prg import keystream
+from protocols.prg import TAG_PRIME, keystream
 from protocols.sealing import AttemptId
 
 ROW_VALUES = 1024
@@ -36,24 +36,6 @@ COLUMNS = 5
 COLUMN_BITS = 11
 BLOCK_ROWS = 64
 ROW_STRIDE = 12
-TAG_BITS = 61
-TAG_PRIME = (1 << TAG_BITS) - 1
-
-
-def limb_count(value_bits: int) -> int:
-    """How many ring values a tag takes."""
-    return -(-TAG_BITS // value_bits)
-
-
-def to_limbs(tag: int, value_bits: int) -> Uint32Vector:
-    """A tag as [limb_count] uint32 values below 2^value_bits, the lowest bits first."""
-    mask = (1 << value_bits) - 1
-    return np.array([tag >> shift & mask for shift in range(0, TAG_BITS, value_bits)], dtype=np.uint32)
-
-
-def from_limbs(limbs: Uint32Vector, value_bits: int) -> int:
-    """The sum of tags, modulo the prime, that sums of their limbs ([limb_count] uint32) stand for."""
-    return sum(int(limb) << value_bits * place for place, limb in enumerate(limbs)) % TAG_PRIME
 
 
 def commitment(seed: bytes, attempt: AttemptId, dealer: str) -> bytes:

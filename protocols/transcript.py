@@ -67,7 +67,8 @@ class StudyOpened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
 
 class RoundRecord(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """One opened sum. Bytes count messages as the aggregator received and sent them in this round so far."""
+    """One opened sum, with the sum of its tags (hexadecimal, big-endian), which only members can check. Bytes
+    count messages as the aggregator received and sent them in this round so far."""
 
     agreement_digest: Hex32
     roster_epoch: Number
@@ -80,6 +81,7 @@ class RoundRecord(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     survivors: Annotated[tuple[Survivor, ...], Meta(max_length=MAXIMUM_MEMBERS)]
     dropped: Annotated[tuple[Dropped, ...], Meta(max_length=MAXIMUM_MEMBERS)]
     aggregate_digest: Hex32
+    aggregate_tag: Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
     upload_bytes: Number
     download_bytes: Number
     seconds: Annotated[float, Meta(ge=0.0)]
@@ -168,9 +170,9 @@ def receipt_statement(agreement_digest: bytes, round_number: int, record_digest:
     return msgspec.msgpack.encode((agreement_digest, round_number, record_digest))
 
 
-def upload_digest(chunk_digests: bytes) -> bytes:
-    """SHA-256 of a masked upload: over the SHA-256 digests of its packed chunks, in order."""
-    return hashlib.sha256(Label.UPLOAD + chunk_digests).digest()
+def upload_digest(chunk_digests: bytes, tag: int) -> bytes:
+    """SHA-256 of a masked upload: over the SHA-256 digests of its packed chunks, in order, and its masked tag (8 bytes, big-endian)."""
+    return hashlib.sha256(Label.UPLOAD + chunk_digests + tag.to_bytes(8)).digest()
 
 
 def aggregate_digest(total: bytes | bytearray | memoryview) -> bytes:

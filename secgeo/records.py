@@ -100,7 +100,7 @@ def sum_path(folder: Path, round_number: int) -> Path:
 
 
 def write_sum(folder: Path, round_number: int, total: Uint32Vector) -> None:
-    """Keep a round's sum with its tags ([d + limbs] uint32)."""
+    """Keep a round's sum ([d] uint32)."""
     sum_path(folder, round_number).parent.mkdir(parents=True, exist_ok=True)
     write_public(sum_path(folder, round_number), total.astype("<u4", copy=False).data)
 

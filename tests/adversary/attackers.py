@@ -23,7 +23,8 @@ from protocols.encoding import Uint32Vector, pack
 from protocols.graph import MaskGraph
 from protocols.masked_aggregator import MaskedAggregator, SumOutcome
 from protocols.masked_node import MaskedNode, Parties, Shares, share_digests
-from protocols.transcript import aggregate_digest
+from protocols.prg import TAG_PRIME
+from protocols.transcript import aggregate_digest, read_line
 from tests.adversary.knowledge import Address, Knowledge, peek
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import MemorySpool, Network
@@ -273,10 +274,14 @@ class WrongSum(MaliciousAggregator):
     """Announces another sum than it opened, with a record that it signs anew, so that the digests fit."""
 
     def __init__(
-        self, network: Network, change: Callable[[Uint32Vector], Uint32Vector], victims: Sequence[str] | None = None
+        self,
+        network: Network,
+        change: Callable[[Uint32Vector], Uint32Vector],
+        victims: Sequence[str] | None = None,
+        retag: Callable[[int], int] = lambda tag: tag,
     ) -> None:
         super().__init__(network)
-        self._change, self._victims = change, victims
+        self._change, self._victims, self._retag = change, victims, retag
         self.receipts: tuple[tuple[str, bytes], ...] | None = None
         """Receipts to send with it, instead of those that the machine has."""
         self.on("SumChunk")(lambda message, to: [] if self._lies_to(to) else keep(message))
@@ -289,7 +294,9 @@ class WrongSum(MaliciousAggregator):
         """The record's line with the digest of the changed sum, and that sum."""
         total = self._change(self.network._totals[number].copy())
         digest = aggregate_digest(total.astype("<u4", copy=False).data).hex()
-        return resign(self.identity, line, aggregate_digest=digest), total
+        tag = int(read_line(line, self.identity.public_key).body.aggregate_tag, 16)  # type: ignore[union-attr]
+        forged = f"{self._retag(tag) % TAG_PRIME:016x}"
+        return resign(self.identity, line, aggregate_digest=digest, aggregate_tag=forged), total
 
     def _result(self, message: m.Message, to: str) -> Bodies:
         if not self._lies_to(to):

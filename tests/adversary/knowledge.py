@@ -21,7 +21,6 @@ from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.graph import MaskGraph
 from protocols.masked_node import open_contribution, open_shares
 from protocols.prg import MaskSet
-from protocols.upload import coordinates
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network
 
@@ -195,7 +194,7 @@ class Knowledge:
     def _upload(self, name: str, address: Address) -> Uint32Vector | None:
         ring = self._network.agreement.secure_sum
         chunks = self.attempts[address].chunks[name]
-        total = coordinates(self._network.size, FixedPoint.from_agreement(self._network.agreement))
+        total = self._network.size
         sizes = [min(ring.chunk_values, total - start) for start in range(0, total, ring.chunk_values)]
         if sorted(chunks) != list(range(len(sizes))):
             return None

@@ -51,7 +51,7 @@ def upload_twice(guard: AbstractContextManager[None]) -> Network:
     @liar.on("UploadDone")
     def again(message: m.Message, data: bytes) -> list[bytes]:
         digests = b"".join(head(chunk)[5][2] for chunk in chunks)
-        done = m.UploadDone(upload_digest(digests), message.body.view)
+        done = m.UploadDone(upload_digest(digests, message.body.tag), message.body.view, message.body.tag)
         return [data, *chunks, liar.sign(message, done)]
 
     with guard:

@@ -16,7 +16,9 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols.chain import line_digest
 from protocols.encoding import Uint32Vector
-from protocols.tags import Tagger, from_limbs, to_limbs
+from protocols.prg import TAG_PRIME
+from protocols.sealing import AttemptId
+from protocols.tags import Tagger
 from protocols.transcript import receipt_statement
 from secgeo.records import RECEIPTS
 from tests.adversary import weaken
@@ -57,12 +59,12 @@ def chunks_exchanged(total: Uint32Vector) -> Uint32Vector:
 
 
 def cut_short(total: Uint32Vector) -> Uint32Vector:
-    total[2048:-4] = total[2048]
+    total[2048:] = total[2048]
     return total
 
 
 def of_another_round(total: Uint32Vector) -> Uint32Vector:
-    total[:-4] = np.random.default_rng(1).integers(1 << 24, 1 << 25, total.size - 4)
+    total[:] = np.random.default_rng(1).integers(1 << 24, 1 << 25, total.size)
     return total
 
 
@@ -87,6 +89,36 @@ def test_a_changed_sum_with_a_consistent_signed_record(change: Callable[[Uint32V
         assert isinstance(network.faults[name], VerificationFailed)
         assert "does not match its tags" in str(network.faults[name])
         assert network.journals[name].receipts  # the signed lie is kept
+
+
+def test_another_sum_of_tags_alone() -> None:
+    network = make_network(4)
+    WrongSum(network, lambda total: total, retag=lambda tag: tag + 1)
+    network.run()
+    assert not any(network.sums.values())
+    assert all("does not match its tags" in str(network.faults[name]) for name in names(4))
+
+
+def test_the_opened_tag_is_that_of_the_sum_and_tells_nothing_else() -> None:
+    """Which a member can compute from the sum itself: no carries, nothing of how the sum divides."""
+    network = make_network(4, size=1500)
+    attack = MaliciousAggregator(network)
+    seeds: list[bytes] = []
+
+    @attack.on("RoundResult")
+    def look(message: m.Message, to: str) -> Bodies:
+        seeds.append(network.journals[to].tag_seed(1, 1))
+        tagger = Tagger(seeds[0], AttemptId(network.digest, 1, 1))
+        total = network._totals[1]
+        parts = (tagger.part(total[start : start + 1024], start) for start in (0, 1024))
+        expected_tag = (sum(parts) + 4 * tagger.pad) % TAG_PRIME
+        assert f'"aggregate_tag":"{expected_tag:016x}"'.encode() in message.body.record
+        assert total.size == network.size  # nothing is opened but the values
+        return keep(message)
+
+    network.run()
+    assert len(set(seeds)) == 1
+    assert len(seeds) == 4
 
 
 def test_a_sum_that_is_cut_off_for_ever() -> None:
@@ -119,10 +151,10 @@ def test_a_sum_that_is_cut_off_for_ever() -> None:
 
 
 def double_everything(guard: AbstractContextManager[None]) -> Network:
-    """Twice the sum with twice the sums of the limbs, where that stays in the range of a sum: for values all below zero."""
+    """Twice the sum with twice the sum of the tags, where that stays in the range of a sum: for values all below zero."""
     network = make_network(4)
     network.vectors = lambda name, _number: np.full(network.size, -5.0)  # type: ignore[assignment]
-    WrongSum(network, lambda total: total * np.uint32(2))
+    WrongSum(network, lambda total: total * np.uint32(2), retag=lambda tag: 2 * tag)
     with guard:
         network.run()
     return network
@@ -142,20 +174,13 @@ def test_a_colluding_member_takes_the_detection_away_and_nothing_else() -> None:
     """As docs say: who has the tag seed can make tags fit. The signed record stays as proof for an audit."""
     network = make_network(4)
 
-    def with_tags(total: Uint32Vector) -> Uint32Vector:
-        seed = network.journals["hospital-03"].tag_seed(1, 1)
-        tagger = Tagger(seed, network.nodes["hospital-03"]._attempt._attempt)  # type: ignore[union-attr]
-        values, bits = total[: network.size], network.agreement.secure_sum.value_bits
+    def difference() -> int:
+        """What the change adds to the tag."""
+        attempt = network.nodes["hospital-03"]._attempt
+        tagger = Tagger(network.journals["hospital-03"].tag_seed(1, 1), attempt._attempt)  # type: ignore[union-attr]
+        return tagger.part(one_more(np.zeros(network.size, np.uint32)))
 
-        def tag(of: Uint32Vector) -> int:
-            return sum(tagger.part(of[start : start + 1024], start) for start in range(0, of.size, 1024))
-
-        rest = from_limbs(total[network.size :], bits) - tag(values)
-        one_more(total)
-        total[network.size :] = to_limbs((tag(total[: network.size]) + rest) % ((1 << 61) - 1), bits)
-        return total
-
-    WrongSum(network, with_tags)
+    WrongSum(network, one_more, retag=lambda tag: tag + difference())
     network.run()
     assert wrong(network, "hospital-00")
     assert not network.faults

@@ -21,9 +21,7 @@ from protocols import ledger as led
 from protocols import transcript as t
 from protocols.agreement import Agreement, Anchors, Model, agreement_digest, write_agreement
 from protocols.chain import GENESIS, line_digest
-from protocols.encoding import FixedPoint
 from protocols.sealing import AttemptId
-from protocols.upload import coordinates
 from secgeo.records import LEDGERS, RECEIPTS, TRANSCRIPT, sum_path, write_manifest, write_sum
 from secgeo.update import Layout
 from tests.keys.factory import AGGREGATOR, NOW, Consortium, make_consortium
@@ -71,7 +69,7 @@ class Study:
     # --- transcript
 
     def total(self, number: int) -> np.ndarray:
-        size = coordinates(Layout.from_agreement(self.agreement).size, FixedPoint.from_agreement(self.agreement))
+        size = Layout.from_agreement(self.agreement).size
         return np.random.default_rng(number).integers(0, 1 << 24, size, dtype=np.uint32)
 
     def opened(self) -> t.StudyOpened:
@@ -91,7 +89,7 @@ class Study:
         """The record of a round; `voters` (all survivors by default) really sign this very survivor set."""
         alive = list(self.names if survivors is None else survivors)
         everyone = tuple(sorted({*self.names, *alive}) if cohort is None else cohort)
-        uploads = [(name, t.upload_digest(f"{name}/{number}".encode())) for name in alive]
+        uploads = [(name, t.upload_digest(f"{name}/{number}".encode(), number)) for name in alive]
         view = bytes([number]) * 32
         statement = t.survivor_statement(AttemptId(self.digest, number, attempt), view, uploads)
         voting = alive if voters is None else voters
@@ -112,6 +110,7 @@ class Study:
             survivors=tuple(t.Survivor(name, digest.hex(), votes.get(name, "")) for name, digest in uploads),
             dropped=tuple(t.Dropped(name, "upload") for name in everyone if name not in alive),
             aggregate_digest=t.aggregate_digest(self.total(number).tobytes()).hex(),
+            aggregate_tag=f"{number:016x}",
             upload_bytes=1000,
             download_bytes=2000,
             seconds=0.25,

@@ -10,6 +10,7 @@ from keys.errors import RemoteProtocolError
 from protocols import messages as m
 from protocols import transcript
 from protocols.encoding import FixedPoint
+from protocols.prg import TAG_PRIME
 from protocols.sealing import AttemptId, keys_digest
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, head, make_network, names
@@ -37,7 +38,7 @@ def test_sum_equals_the_float64_reference_within_the_quantisation_bound(count: i
 
 
 @pytest.mark.parametrize("size", [1, 1021, 1022, 1023, 1024, 1025, 2048])
-def test_tag_limbs_in_the_last_chunk_across_chunks_or_in_one_of_their_own(size: int) -> None:
+def test_vectors_that_end_before_at_or_behind_the_end_of_a_chunk(size: int) -> None:
     network = make_network(3, size=size)
     network.run()
     for name in names(3):
@@ -441,10 +442,11 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
         ("MaskedChunk", lambda b, tail: (m.MaskedChunk(b.index, m.chunk_digest(tail + b"1234")), tail + b"1234")),
         ("MaskedChunk", lambda b, tail: (b, tail + b"1234")),
         ("MaskedChunk", lambda b, tail: (m.MaskedChunk(b.index + 99, b.digest), tail)),
-        ("UploadDone", lambda b, _: m.UploadDone(bytes(32), b.view)),
-        ("UploadDone", lambda b, _: m.UploadDone(b.digest, bytes(32))),
+        ("UploadDone", lambda b, _: m.UploadDone(bytes(32), b.view, b.tag)),
+        ("UploadDone", lambda b, _: m.UploadDone(b.digest, bytes(32), b.tag)),
+        ("UploadDone", lambda b, _: m.UploadDone(b.digest, b.view, (b.tag + 1) % TAG_PRIME)),
         ("UploadDone", lambda b, _: (b, b"tail")),
-        ("RoundKeys", lambda b, _: m.UploadDone(bytes(32), bytes(32))),
+        ("RoundKeys", lambda b, _: m.UploadDone(bytes(32), bytes(32), 0)),
         ("RoundKeys", lambda b, _: m.RoundKeys(b"\xff" * 1216, b.pair_public, *[bytes(32)] * 3)),
         ("RoundKeys", lambda b, _: m.RoundKeys(b.share_public, b.pair_public[:1184] + bytes(32), *[bytes(32)] * 3)),
         ("SurvivorVote", lambda b, _: m.SurvivorVote(bytes(64))),

@@ -81,7 +81,7 @@ def test_a_mask_is_the_aes_256_ctr_keystream_and_comes_off_again(size: int) -> N
     values = np.arange(size, dtype=np.uint32) * np.uint32(2654435761)
     masked = values.copy()
     prg.MaskSet([key], []).apply(masked)
-    blocks = b"".join(counter.to_bytes(16) for counter in range(-(-4 * size // 16)))
+    blocks = b"".join(counter.to_bytes(16) for counter in range(1, 1 - -4 * size // 16))
     encryptor = Cipher(algorithms.AES256(key), modes.ECB()).encryptor()  # noqa: S305 - counter mode by definition
     keystream = np.frombuffer(encryptor.update(blocks)[: 4 * size], dtype="<u4")
     assert np.array_equal(masked - values, keystream)

@@ -105,8 +105,8 @@ def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
             case m.MaskedChunk(index, _):
                 tail = bytes(len(message.tail))
                 other = m.MaskedChunk(index, m.chunk_digest(tail))
-            case m.UploadDone(_, view):
-                other = m.UploadDone(bytes(32), view)
+            case m.UploadDone(_, view, tag):
+                other = m.UploadDone(bytes(32), view, tag)
         return [data, m.encode(liar, AttemptId(network.digest, message.round, message.attempt), other, tail)]
 
     network.tap = tap

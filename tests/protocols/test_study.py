@@ -308,7 +308,7 @@ def test_an_opened_round_that_fails_is_not_attempted_again_although_enough_are_l
 def test_messages_of_the_future_are_the_senders_fault() -> None:
     for number, attempt, body in [
         (2, 0, m.Ready()),
-        (1, 9, m.UploadDone(bytes(32), bytes(32))),
+        (1, 9, m.UploadDone(bytes(32), bytes(32), 0)),
         (2, 0, m.Receipt(bytes(64))),
     ]:
         network, liar = make_network(5, threshold=4), "hospital-02"

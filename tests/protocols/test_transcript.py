@@ -246,4 +246,5 @@ def test_statements_are_unambiguous() -> None:
         t.survivor_statement(AttemptId(b"\1" * 32, 1, 1), digest, [("a", digest), ("b", digest)]),
     }
     assert len(statements) == 8
-    assert t.upload_digest(b"x") != t.aggregate_digest(b"x")
+    assert t.upload_digest(b"x", 0) != t.aggregate_digest(b"x" + bytes(8))
+    assert t.upload_digest(b"x", 0) != t.upload_digest(b"x", 1)

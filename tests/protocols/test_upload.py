@@ -1,4 +1,4 @@
-"""Masked uploads: whatever the chunks and the pace, the same ring values, with the tag behind them and every mask in its place."""
+"""Masked uploads: whatever the chunks and the pace, the same ring values, the tag beside them, and every mask in its place."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from keys.errors import LocalProtocolError
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.messages import chunk_digest
-from protocols.prg import BLOCK_VALUES, MaskSet, keystream
+from protocols.prg import BLOCK_VALUES, TAG_PRIME, MaskSet, keystream
 from protocols.sealing import AttemptId
-from protocols.tags import TAG_PRIME, Tagger, from_limbs, limb_count, to_limbs
+from protocols.tags import Tagger
 from protocols.transcript import upload_digest
-from protocols.upload import MaskedUpload, coordinates
+from protocols.upload import MaskedUpload
 
 TAGGER = Tagger(bytes(range(32)), AttemptId(bytes(32), 1, 1))
 KEYS = [bytes([index]) * 32 for index in range(5)]
@@ -53,10 +53,16 @@ def ring_values(messages: list[bytes], total: int, chunk_values: int, fixed_poin
 def by_hand(fixed_point: FixedPoint, values: Float64Vector, mask: MaskSet | None) -> Uint32Vector:
     """The upload as docs/protocol.md has it, in one piece."""
     encoded = fixed_point.encode(values)
-    whole = np.concatenate([encoded, to_limbs((TAGGER.part(encoded) + TAGGER.pad) % TAG_PRIME, fixed_point.value_bits)])
     if mask is not None:
-        mask.apply(whole)
-    return whole & np.uint32((1 << fixed_point.ring_bits) - 1)
+        mask.apply(encoded)
+    return encoded & np.uint32((1 << fixed_point.ring_bits) - 1)
+
+
+def masked_tag(fixed_point: FixedPoint, values: Float64Vector, added: list[bytes], subtracted: list[bytes]) -> int:
+    """The tag with the first 16 bytes of each key's stream, in the field of tags."""
+    first = [int.from_bytes(keystream(key, 0, 4), "little") for key in (*added, *subtracted)]
+    tag = TAGGER.part(fixed_point.encode(values)) + TAGGER.pad
+    return (tag + sum(first[: len(added)]) - sum(first[len(added) :])) % TAG_PRIME
 
 
 # --- what is uploaded
@@ -72,67 +78,54 @@ def by_hand(fixed_point: FixedPoint, values: Float64Vector, mask: MaskSet | None
 def test_the_chunks_are_the_encoded_vector_its_tag_and_the_masks(
     encoding: str, size: int, chunk_values: int, stops: list[int]
 ) -> None:
-    """Also where the limbs begin a chunk, end one, or are cut in two by its border; and in whatever steps."""
+    """Also where the vector ends with a chunk, or one value before or behind; and in whatever steps."""
     fixed_point, values = ENCODINGS[encoding], vector(size, size)
     upload = MaskedUpload(fixed_point, values, TAGGER, masks(), chunk_values)
-    total = coordinates(size, fixed_point)
-    assert total == size + limb_count(fixed_point.value_bits)
     messages: list[bytes] = []
     for stop in [*sorted(stops), upload.chunks]:
         messages += upload.make(stop, message)
         assert upload.made == len(messages) == max(len(messages), min(stop, upload.chunks))
-    assert np.array_equal(
-        ring_values(messages, total, chunk_values, fixed_point), by_hand(fixed_point, values, masks())
-    )
-    assert upload.digest == upload_digest(b"".join(data[4:36] for data in messages))
+    assert np.array_equal(ring_values(messages, size, chunk_values, fixed_point), by_hand(fixed_point, values, masks()))
+    assert upload.tag == masked_tag(fixed_point, values, KEYS[:2], KEYS[2:])
+    assert upload.digest == upload_digest(b"".join(data[4:36] for data in messages), upload.tag)
     assert upload.make(upload.chunks + 3, message) == []
-
-
-@pytest.mark.parametrize("limbs_first", range(limb_count(WIDE.value_bits) + 1))
-def test_the_limbs_of_the_tag_wherever_a_chunk_ends(limbs_first: int) -> None:
-    """So many limbs stand in the chunk of the last values, the others in a chunk without values."""
-    size = 2048 - limbs_first
-    upload = MaskedUpload(WIDE, vector(size), TAGGER, masks(), 1024)
-    assert upload.chunks == (2 if limbs_first == limb_count(WIDE.value_bits) else 3)
-    for pace in (1, 3):
-        upload = MaskedUpload(WIDE, vector(size), TAGGER, masks(), 1024)
-        messages = [data for stop in range(pace, 4 + pace, pace) for data in upload.make(stop, message)]
-        got = ring_values(messages, coordinates(size, WIDE), 1024, WIDE)
-        assert np.array_equal(got, by_hand(WIDE, vector(size), masks()))
 
 
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 def test_the_sum_of_uploads_is_the_sum_and_carries_the_sum_of_the_tags(encoding: str) -> None:
-    """Three nodes, a mask for each pair: added by the first, subtracted by the second. Extreme values, so that limbs are full."""
+    """Three nodes, a mask for each pair: added by the first, subtracted by the second. Extreme values too."""
     fixed_point, size = ENCODINGS[encoding], 3000
     pairs = {(0, 1): KEYS[0], (0, 2): KEYS[1], (1, 2): KEYS[2]}
     vectors = [vector(size), np.full(size, 1e9), np.full(size, -1e9)]
-    total, mask = np.zeros(coordinates(size, fixed_point), np.uint32), np.uint32((1 << fixed_point.ring_bits) - 1)
+    total, mask = np.zeros(size, np.uint32), np.uint32((1 << fixed_point.ring_bits) - 1)
+    tag = 0
     for me, values in enumerate(vectors):
         added = [key for (low, _), key in pairs.items() if low == me]
         subtracted = [key for (_, high), key in pairs.items() if high == me]
         upload = MaskedUpload(fixed_point, values, TAGGER, MaskSet(added, subtracted), 1024)
         messages = upload.make(upload.chunks, message)
+        tag = (tag + upload.tag) % TAG_PRIME
         total = total + ring_values(messages, total.size, 1024, fixed_point) & mask
     encoded = sum(fixed_point.encode(values).astype(np.uint64) for values in vectors)
-    assert np.array_equal(total[:size], encoded)
-    assert from_limbs(total[size:], fixed_point.value_bits) == (TAGGER.part(total[:size]) + 3 * TAGGER.pad) % TAG_PRIME
-    changed = total[:size].copy()
-    changed[1500] ^= 1
-    assert from_limbs(total[size:], fixed_point.value_bits) != (TAGGER.part(changed) + 3 * TAGGER.pad) % TAG_PRIME
+    assert np.array_equal(total, encoded)
+    assert tag == (TAGGER.part(total) + 3 * TAGGER.pad) % TAG_PRIME
+    total[1500] ^= 1
+    assert tag != (TAGGER.part(total) + 3 * TAGGER.pad) % TAG_PRIME
 
 
 def test_an_upload_shows_nothing_of_the_vector_and_other_masks_make_another() -> None:
-    """Under one key alone: no value stands at its place, limbs of the tag included, and differences are no small numbers."""
+    """Under one key alone: no value stands at its place, nor the tag, and differences are no small numbers."""
     values = np.zeros(4096)
-    seen = []
+    seen, tags = [], {(TAGGER.part(WIDE.encode(values)) + TAGGER.pad) % TAG_PRIME}
     for key in KEYS:
         upload = MaskedUpload(WIDE, values, TAGGER, MaskSet([key], []), 1024)
-        seen.append(ring_values(upload.make(upload.chunks, message), coordinates(4096, WIDE), 1024, WIDE))
+        seen.append(ring_values(upload.make(upload.chunks, message), 4096, 1024, WIDE))
+        tags.add(upload.tag)
+    assert len(tags) == 1 + len(KEYS)
     plain = by_hand(WIDE, values, None)
     for index, one in enumerate(seen):
         assert not (one == plain).any()
-        assert np.unique(one).size >= one.size - 2  # 4,099 of 2^32 values: two alike are one case in 500
+        assert np.unique(one).size >= one.size - 2  # 4,096 of 2^32 values: two alike are one case in 500
         for other in seen[:index]:
             assert np.count_nonzero(one == other) <= 1
     assert not np.array_equal(seen[0][:1024], seen[0][1024:2048])
@@ -171,7 +164,7 @@ def test_an_error_in_a_chunk_is_raised_and_the_chunks_are_made_again_just_so() -
     assert make(5) == make(None)
 
 
-def test_a_chunk_with_limbs_that_fails_is_made_again_just_so() -> None:
+def test_a_last_chunk_that_fails_is_made_again_just_so() -> None:
     """The tag must not have counted the values twice."""
 
     def refuse(index: int, digest: bytes, data: memoryview) -> bytes:
@@ -182,8 +175,9 @@ def test_a_chunk_with_limbs_that_fails_is_made_again_just_so() -> None:
     upload = MaskedUpload(WIDE, vector(3000), TAGGER, masks(), 1024)
     with pytest.raises(LocalProtocolError):
         upload.make(3, refuse)
-    got = ring_values(upload.make(3, message), coordinates(3000, WIDE), 1024, WIDE)
+    got = ring_values(upload.make(3, message), 3000, 1024, WIDE)
     assert np.array_equal(got, by_hand(WIDE, vector(3000), masks()))
+    assert upload.tag == masked_tag(WIDE, vector(3000), KEYS[:2], KEYS[2:])
 
 
 def test_each_chunk_is_finished_once_and_in_other_threads_too() -> None:
@@ -250,9 +244,9 @@ def test_the_order_of_the_blocks_does_not_matter(order: list[int]) -> None:
 def test_a_mask_goes_on_across_its_inner_blocks_and_any_counter(start: int) -> None:
     """2^32 counts is where a 32-bit counter would begin again, and 2^64 where a 64-bit one would."""
     size = BLOCK_VALUES + 9
-    stream = np.frombuffer(keystream(KEYS[1], start, size), dtype="<u4")
+    stream = np.frombuffer(keystream(KEYS[1], start + 4, size), dtype="<u4")  # the first block masks the tag
     assert np.array_equal(applied(MaskSet([KEYS[1]], []), size, start), stream)
-    later = np.frombuffer(keystream(KEYS[1], start + 8, size - 8), dtype="<u4")
+    later = np.frombuffer(keystream(KEYS[1], start + 12, size - 8), dtype="<u4")
     assert np.array_equal(stream[8:], later)
 
 

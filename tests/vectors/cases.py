@@ -163,7 +163,7 @@ def prg() -> Iterator[Case]:
             "LocalProtocolError", f"value {start} does not begin a block", "keystream", key=first, start=start, count=4
         )
     yield case(
-        "a mask over zeros is the keystream, read as little-endian words of 32 bits",
+        "a mask over zeros is the keystream from its second block on, read as little-endian words of 32 bits",
         "mask",
         values=[0] * 5,
         added=[first],
@@ -190,6 +190,10 @@ def prg() -> Iterator[Case]:
     yield case(
         "values 4 to 6 of a longer vector", "mask", values=[7, 8, 9], added=[first, second], subtracted=[third], start=4
     )
+    number = (2**61 - 2).to_bytes(8)
+    yield case("the first block masks the tag", "mask_tag", tag=bytes(8), added=[first], subtracted=[])
+    yield case("two masks on the tag, one off", "mask_tag", tag=number, added=[first, second], subtracted=[third])
+    yield case("the same key on and off leaves the tag", "mask_tag", tag=number, added=[first], subtracted=[first])
     yield refused(
         "LocalProtocolError",
         "a vector is not masked from within a block",

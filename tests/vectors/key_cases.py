@@ -183,8 +183,9 @@ def key_schedule(recorded: Recorded) -> Iterator[Case]:
     survivors = [[name, digest] for name, digest in digests.items()]
     yield case("what a survivor signs", "survivor_statement", attempt=ATTEMPT, view=COHORT, survivors=survivors)
     yield case("what a node countersigns", "receipt_statement", agreement_digest=DIGEST, round=3, record_digest=COHORT)
-    yield case("digest of an upload of two chunks", "upload_digest", chunks=[b"\1\2\3\4", b"\5\6\7\10"])
-    yield case("the same bytes in one chunk", "upload_digest", chunks=[b"\1\2\3\4\5\6\7\10"])
+    yield case("digest of an upload of two chunks", "upload_digest", chunks=[b"\1\2\3\4", b"\5\6\7\10"], tag=bytes(8))
+    yield case("the same bytes in one chunk", "upload_digest", chunks=[b"\1\2\3\4\5\6\7\10"], tag=bytes(8))
+    yield case("the same chunk with another tag", "upload_digest", chunks=[b"\1\2\3\4\5\6\7\10"], tag=bytes([1] * 8))
     yield case(
         "digest of a sum: little-endian words of 32 bits, whatever the ring",
         "aggregate_digest",
@@ -271,7 +272,7 @@ def bodies() -> list[Any]:
         m.SealedSeeds("hospital-01", H32, b"sealed shares", b"sealed contribution", H32, H32, H32),
         m.Complaint("hospital-01"),
         m.MaskedChunk(0, m.chunk_digest(TAIL)),
-        m.UploadDone(H32, H32),
+        m.UploadDone(H32, H32, 2**61 - 2),
         m.SurvivorVote(H64),
         m.Unmasking((("hospital-01", SHARE),), (("hospital-02", SHARE),)),
         m.Receipt(H64),
@@ -360,7 +361,8 @@ def _bad_messages(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         (["join", 1], "a type that there is not"),
         (["Join", "1"], "text where a number is due"),
         (["AttemptFailed", "x", 1], "a number where true or false is due"),
-        (["UploadDone", H32, H32[1:]], "a digest of 31 bytes"),
+        (["UploadDone", H32, H32[1:], 0], "a digest of 31 bytes"),
+        (["UploadDone", H32, H32, 2**61 - 1], "a tag that is no field element"),
         (["SurvivorVote", H32], "a signature of 32 bytes"),
         (["Unmasking", [["hospital-01", SHARE[1:]]], []], "a share of 32 bytes"),
         (["Unmasking", [["hospital-01", SHARE, 0]], []], "a triple where a pair is due"),

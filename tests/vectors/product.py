@@ -16,7 +16,7 @@ from protocols import messages, sealing, shamir, tags, transcript
 from protocols.agreement import agreement_digest
 from protocols.encoding import FixedPoint, pack, unpack
 from protocols.graph import MaskGraph
-from protocols.prg import MaskSet, keystream
+from protocols.prg import TAG_PRIME, MaskSet, keystream
 from protocols.sealing import AttemptId
 from protocols.upload import MaskedUpload
 
@@ -67,7 +67,7 @@ def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     tagger = tags.Tagger(seed, AttemptId(*attempt))
     column_key = sealing._hkdf(seed, AttemptId(*attempt).bind(Label.TAG_KEY), 64)[:32]
     entries = tagger._columns.astype(int)
-    row = np.frombuffer(keystream(tagger._row_key, 0, 2 * tags.COLUMNS), dtype="<u8") & np.uint64(tags.TAG_PRIME)
+    row = np.frombuffer(keystream(tagger._row_key, 0, 2 * tags.COLUMNS), dtype="<u8") & np.uint64(TAG_PRIME)
     return {
         "column_key": column_key,
         "row_key": tagger._row_key,
@@ -82,14 +82,13 @@ def _check_tag(
     seed: bytes,
     attempt: Sequence[Any],
     total: Sequence[int],
-    limbs_total: Sequence[int],
-    value_bits: int,
+    tag_total: bytes,
     contributors: int,
 ) -> bool:
     """As `NodeMachine` does with the sum that it is sent."""
     tagger = tags.Tagger(seed, AttemptId(*attempt))
-    expected = (tagger.part(_uint32(total)) + contributors * tagger.pad) % tags.TAG_PRIME
-    if expected != tags.from_limbs(_uint32(limbs_total), value_bits):
+    expected = (tagger.part(_uint32(total)) + contributors * tagger.pad) % TAG_PRIME
+    if expected.to_bytes(8) != tag_total:
         raise VerificationFailed("the sum does not match its tags")
     return True
 
@@ -117,10 +116,10 @@ def _upload(
 
     upload.make(upload.chunks, finish)
     made = [chunks[index] for index in range(upload.chunks)]
-    tag = (tagger.part(_uint32(encoded)) + tagger.pad) % tags.TAG_PRIME
+    tag = (tagger.part(_uint32(encoded)) + tagger.pad) % TAG_PRIME
     return {
         "tag": tag.to_bytes(8),
-        "limbs": tags.to_limbs(tag, fixed_point.value_bits).tolist(),
+        "masked_tag": upload.tag.to_bytes(8),
         "chunk_bytes": [len(data) for _, data in made],
         "last_chunk": made[-1][1],
         "chunk_digests": [digest for digest, _ in made],
@@ -210,7 +209,9 @@ OPERATIONS: dict[str, Any] = {
     "receipt_statement": lambda agreement_digest, round, record_digest: transcript.receipt_statement(
         agreement_digest, round, record_digest
     ),
-    "upload_digest": lambda chunks: transcript.upload_digest(b"".join(map(messages.chunk_digest, chunks))),
+    "upload_digest": lambda chunks, tag: transcript.upload_digest(
+        b"".join(map(messages.chunk_digest, chunks)), int.from_bytes(tag)
+    ),
     "aggregate_digest": lambda total: transcript.aggregate_digest(_uint32(total).data),
     "split": _split,
     "combine": lambda shares, threshold: shamir.combine(dict(shares), threshold),
@@ -219,8 +220,7 @@ OPERATIONS: dict[str, Any] = {
     "tag": lambda seed, attempt, values, start: (
         tags.Tagger(seed, AttemptId(*attempt)).part(_uint32(values), start).to_bytes(8)
     ),
-    "limbs": lambda tag, value_bits: tags.to_limbs(int.from_bytes(tag), value_bits).tolist(),
-    "tag_of_limbs": lambda limbs, value_bits: tags.from_limbs(_uint32(limbs), value_bits).to_bytes(8),
+    "mask_tag": lambda tag, added, subtracted: MaskSet(added, subtracted).apply_to_tag(int.from_bytes(tag)).to_bytes(8),
     "check_tag": _check_tag,
     "upload": _upload,
     "graph": _graph,

@@ -163,13 +163,13 @@ def words(stream: bytes, size: int) -> list[int]:
 
 
 def mask(values: Sequence[int], added: Iterable[bytes], subtracted: Iterable[bytes], start: int = 0) -> list[int]:
-    """Modulo 2^32, of which every ring is a quotient."""
+    """Modulo 2^32, of which every ring is a quotient. The first block of the keystream is the tag's."""
     masked = list(values)
     for sign, keys in ((1, added), (-1, subtracted)):
         for key in keys:
             masked = [
                 (value + sign * word) % 2**32
-                for value, word in zip(masked, words(keystream(key, start, len(masked)), 4), strict=True)
+                for value, word in zip(masked, words(keystream(key, start + 4, len(masked)), 4), strict=True)
             ]
     return masked
 
@@ -292,12 +292,10 @@ def tag(seed: bytes, attempt: Sequence[Any], values: Sequence[int], start: int =
     return total % TAG_PRIME
 
 
-def limbs(number: int, value_bits: int) -> list[int]:
-    return [number >> value_bits * place & 2**value_bits - 1 for place in range(ceil_div(61, value_bits))]
-
-
-def tag_of_limbs(sums: Sequence[int], value_bits: int) -> int:
-    return sum(limb * 2 ** (value_bits * place) for place, limb in enumerate(sums)) % TAG_PRIME
+def mask_tag(number: int, added: Sequence[bytes], subtracted: Sequence[bytes]) -> int:
+    """The first block of each keystream, a little-endian number, masks the tag."""
+    first = {key: int.from_bytes(keystream(key, 0, 4), "little") for key in (*added, *subtracted)}
+    return (number + sum(first[key] for key in added) - sum(first[key] for key in subtracted)) % TAG_PRIME
 
 
 # --- graph

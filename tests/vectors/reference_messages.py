@@ -64,6 +64,10 @@ def _number(value: Any) -> bool:
     return type(value) is int and value < 2**32
 
 
+def _tag(value: Any) -> bool:
+    return type(value) is int and value < 2**61 - 1
+
+
 def _reason(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[ -~]{0,500}", value) is not None
 
@@ -79,7 +83,7 @@ BODIES: dict[str, tuple[Any, ...]] = {
     "SealedSeeds": (_name, _digest, _binary(0, 2048), _binary(0, 2048), *3 * [lambda v: v is None or _digest(v)]),
     "Complaint": (_name,),
     "MaskedChunk": (_number, _digest),
-    "UploadDone": (_digest, _digest),
+    "UploadDone": (_digest, _digest, _tag),
     "SurvivorVote": (_signature,),
     "Unmasking": (_list(_pair(_share)), _list(_pair(_share))),
     "Receipt": (_signature,),

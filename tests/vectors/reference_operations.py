@@ -17,8 +17,8 @@ from tests.vectors.reference import (
     key_seed,
     keystream,
     label,
-    limbs,
     mask,
+    mask_tag,
     need,
     neighbours,
     order,
@@ -30,7 +30,6 @@ from tests.vectors.reference import (
     split,
     tag,
     tag_keys,
-    tag_of_limbs,
     tag_pad,
     tolerates,
     unpack,
@@ -71,12 +70,11 @@ def _check_tag(
     seed: bytes,
     attempt: Sequence[Any],
     total: Sequence[int],
-    limbs_total: Sequence[int],
-    value_bits: int,
+    tag_total: bytes,
     contributors: int,
 ) -> bool:
     expected = tag(seed, attempt, total) + contributors * tag_pad(seed, attempt)
-    need(expected % TAG_PRIME == tag_of_limbs(limbs_total, value_bits))
+    need((expected % TAG_PRIME).to_bytes(8) == tag_total)
     return True
 
 
@@ -89,18 +87,18 @@ def _upload(
     added: Sequence[bytes],
     subtracted: Sequence[bytes],
 ) -> dict[str, Any]:
-    value_bits, _, ring_bits, _ = encoding
+    ring_bits = encoding[2]
     number = (tag(tag_seed, attempt, encoded) + tag_pad(tag_seed, attempt)) % TAG_PRIME
-    masked = mask([*encoded, *limbs(number, value_bits)], added, subtracted)
+    masked, masked_tag = mask(encoded, added, subtracted), mask_tag(number, added, subtracted).to_bytes(8)
     chunks = [pack(masked[at : at + chunk_values], ring_bits) for at in range(0, len(masked), chunk_values)]
     digests = [sha256(chunk) for chunk in chunks]
     return {
         "tag": number.to_bytes(8),
-        "limbs": limbs(number, value_bits),
+        "masked_tag": masked_tag,
         "chunk_bytes": [len(chunk) for chunk in chunks],
         "last_chunk": chunks[-1],
         "chunk_digests": digests,
-        "upload_digest": sha256(label("upload"), *digests),
+        "upload_digest": sha256(label("upload"), *digests, masked_tag),
     }
 
 
@@ -161,15 +159,14 @@ OPERATIONS: dict[str, Any] = {
     "receipt_statement": lambda agreement_digest, round, record_digest: packed(
         [agreement_digest, round, record_digest]
     ),
-    "upload_digest": lambda chunks: sha256(label("upload"), *map(sha256, chunks)),
+    "upload_digest": lambda chunks, tag: sha256(label("upload"), *map(sha256, chunks), tag),
     "aggregate_digest": lambda total: sha256(label("aggregate"), pack(total, 32)),
     "split": lambda secret, coins, holders: split(secret, [int.from_bytes(coin) % FIELD for coin in coins], holders),
     "combine": combine,
     "is_share": lambda data: len(data) == 33 and int.from_bytes(data) < FIELD,
     "tag_keys": _tag_keys,
     "tag": lambda seed, attempt, values, start: tag(seed, attempt, values, start).to_bytes(8),
-    "limbs": lambda tag, value_bits: limbs(int.from_bytes(tag), value_bits),
-    "tag_of_limbs": lambda limbs, value_bits: tag_of_limbs(limbs, value_bits).to_bytes(8),
+    "mask_tag": lambda tag, added, subtracted: mask_tag(int.from_bytes(tag), added, subtracted).to_bytes(8),
     "check_tag": _check_tag,
     "upload": _upload,
     "graph": _graph,

@@ -31,15 +31,6 @@ def tags() -> Iterator[Case]:
     )
     yield case("three rows, the last one not full", "tag", **base, values=_ramp(2050), start=0)
     yield case("the same values two rows further on", "tag", **base, values=_ramp(2050), start=2048)
-    number = (2**61 - 2).to_bytes(8)
-    for bits in (24, 26, 17, 30, 8):
-        yield case(f"the largest tag in limbs of {bits} bits, the lowest first", "limbs", tag=number, value_bits=bits)
-    yield case("the smallest tag", "limbs", tag=bytes(8), value_bits=24)
-    yield case("limbs of one tag", "tag_of_limbs", limbs=[1, 2, 3], value_bits=24)
-    yield case("sums of limbs may be wider than a limb", "tag_of_limbs", limbs=[4 * (2**24 - 1)] * 3, value_bits=24)
-    yield case(
-        "limbs of the prime itself stand for 0", "tag_of_limbs", limbs=[2**24 - 1, 2**24 - 1, 2**13 - 1], value_bits=24
-    )
     yield case("a dealer's commitment", "tag_commitment", seed=seed, attempt=ATTEMPT, dealer="hospital-00")
     yield case(
         "another dealer's commitment to the same seed",
@@ -51,40 +42,39 @@ def tags() -> Iterator[Case]:
     vectors = [[1, 5_000_000, 2**24 - 1], [8_388_608, 8_388_609, 3], [77, 12_345_678, 9_999_999]]
     pad = reference.tag_pad(seed, ATTEMPT)
     numbers = [(reference.tag(seed, ATTEMPT, vector) + pad) % reference.TAG_PRIME for vector in vectors]
-    parts = [reference.limbs(number, 24) for number in numbers]
-    total, sums = (
-        [sum(column) for column in zip(*vectors, strict=True)],
-        [sum(column) for column in zip(*parts, strict=True)],
-    )
-    ring = {**base, "value_bits": 24, "contributors": 3}
+    total, tag = [sum(column) for column in zip(*vectors, strict=True)], sum(numbers) % reference.TAG_PRIME
+    given = {**base, "contributors": 3}
     yield case(
-        "the tag of a sum is the sum of the tags: three nodes", "check_tag", **ring, total=total, limbs_total=sums
+        "the tag of a sum is the sum of the tags: three nodes",
+        "check_tag",
+        **given,
+        total=total,
+        tag_total=tag.to_bytes(8),
     )
-    for changed, limbs, why in (
-        ([total[0] + 1, *total[1:]], sums, "a value of the sum is one higher"),
-        ([total[1], total[0], total[2]], sums, "two values of the sum have changed places"),
-        ([total[0] + 1, total[1] - 1, total[2]], sums, "one value up, one down"),
-        (total, [sums[0] + 1, *sums[1:]], "a limb is one higher"),
-        ([2 * v for v in total], [2 * v for v in sums], "twice the sum with twice its tags"),
-        (vectors[0], sums, "one node's vector instead of the sum"),
-        ([t - v for t, v in zip(total, vectors[0], strict=True)], sums, "one node's vector is missing from the sum"),
+    for changed, other, why in (
+        ([total[0] + 1, *total[1:]], tag, "a value of the sum is one higher"),
+        ([total[1], total[0], total[2]], tag, "two values of the sum have changed places"),
+        ([total[0] + 1, total[1] - 1, total[2]], tag, "one value up, one down"),
+        (total, tag + 1, "the tag is one higher"),
+        ([2 * v for v in total], 2 * tag % reference.TAG_PRIME, "twice the sum with twice its tag"),
+        (vectors[0], tag, "one node's vector instead of the sum"),
+        ([t - v for t, v in zip(total, vectors[0], strict=True)], tag, "one node's vector is missing from the sum"),
     ):
-        yield refused("VerificationFailed", why, "check_tag", **ring, total=changed, limbs_total=limbs)
+        yield refused("VerificationFailed", why, "check_tag", **given, total=changed, tag_total=other.to_bytes(8))
     yield refused(
         "VerificationFailed",
         "the seed of another attempt",
         "check_tag",
         seed=seed,
         attempt=[DIGEST, 3, 3],
-        value_bits=24,
         contributors=3,
         total=total,
-        limbs_total=sums,
+        tag_total=tag.to_bytes(8),
     )
     keys = [coins(f"tags {place}")(32) for place in range(3)]
     masks = {"added": keys[:2], "subtracted": keys[2:], "attempt": ATTEMPT, "tag_seed": seed}
     yield case(
-        "one chunk: values, limbs of their tag, masks over both",
+        "one chunk, and its tag, both masked",
         "upload",
         encoding=WIDE,
         chunk_values=1024,
@@ -92,7 +82,7 @@ def tags() -> Iterator[Case]:
         **masks,
     )
     yield case(
-        "20-bit ring, three chunks: the four limbs lie half in the second, half in the third",
+        "20-bit ring, two chunks, the last one not full",
         "upload",
         encoding=NARROW,
         chunk_values=1024,
@@ -100,7 +90,7 @@ def tags() -> Iterator[Case]:
         **masks,
     )
     yield case(
-        "24-bit ring: the limbs are a chunk of their own",
+        "24-bit ring, one full chunk",
         "upload",
         encoding=MIDDLE,
         chunk_values=1024,

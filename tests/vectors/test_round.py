@@ -137,15 +137,16 @@ def test_uploads(name: str) -> None:
     assert FIXED.encode(NODES[name]["update"]) == upload["encoded"]
     pad = ref.tag_pad(VECTOR["tag_seed"], ATTEMPT)
     tag = (ref.tag(VECTOR["tag_seed"], ATTEMPT, upload["encoded"]) + pad) % ref.TAG_PRIME
-    assert (tag.to_bytes(8), ref.limbs(tag, RING["value_bits"])) == (upload["tag"], upload["limbs"])
-    masked = ref.mask([*upload["encoded"], *upload["limbs"]], *masks_of(name))
+    assert tag.to_bytes(8) == upload["tag"]
+    masked = ref.mask(upload["encoded"], *masks_of(name))
+    assert ref.mask_tag(tag, *masks_of(name)).to_bytes(8) == upload["masked_tag"]
     chunk = ref.pack(masked, RING["ring_bits"])
     assert chunk == upload["chunk"]
     sent = message(name, upload["masked_chunk_message"])
     assert (sent["body"], sent["tail"]) == (["MaskedChunk", 0, ref.sha256(chunk)], chunk)
-    assert ref.sha256(ref.label("upload"), ref.sha256(chunk)) == upload["upload_digest"]
+    assert ref.sha256(ref.label("upload"), ref.sha256(chunk), upload["masked_tag"]) == upload["upload_digest"]
     done = message(name, upload["upload_done_message"])
-    assert done["body"] == ["UploadDone", upload["upload_digest"], VECTOR["view"]]
+    assert done["body"] == ["UploadDone", upload["upload_digest"], VECTOR["view"], int.from_bytes(upload["masked_tag"])]
 
 
 def test_survivors_votes_and_revealed_shares() -> None:
@@ -170,8 +171,7 @@ def test_the_sum_from_uploads_and_revealed_shares_alone() -> None:
         assert secret is not None
         return secret
 
-    count = SIZE + len(VECTOR["sums_of_limbs"])
-    uploads = [ref.unpack(upload["chunk"], count, RING["ring_bits"]) for upload in VECTOR["uploads"].values()]
+    uploads = [ref.unpack(upload["chunk"], SIZE, RING["ring_bits"]) for upload in VECTOR["uploads"].values()]
     total = [sum(column) % 2**32 for column in zip(*uploads, strict=True)]
     master = recovered(LOST, "pair_shares")
     assert master == NODES[LOST]["pair_master"]
@@ -186,12 +186,14 @@ def test_the_sum_from_uploads_and_revealed_shares_alone() -> None:
             contribution = ref.unseal(master, ATTEMPT, seal["info"], seal["sealed"])
         (off if name == low else on).append(derived(contribution, "pair-seed", COHORT, low, high))
     total = [value % 2 ** RING["ring_bits"] for value in ref.mask(total, on, off)]
-    assert total == [*VECTOR["sum"], *VECTOR["sums_of_limbs"]]
+    assert total == VECTOR["sum"]
     encoded = [upload["encoded"] for upload in VECTOR["uploads"].values()]
     assert VECTOR["sum"] == [sum(column) for column in zip(*encoded, strict=True)]
     assert ref.sha256(ref.label("aggregate"), ref.pack(total, 32)) == VECTOR["aggregate_digest"]
     assert FIXED.decode(VECTOR["sum"], len(ALIVE)) == VECTOR["decoded"]
-    announced = ref.tag_of_limbs(VECTOR["sums_of_limbs"], RING["value_bits"])
+    masked_tags = sum(int.from_bytes(upload["masked_tag"]) for upload in VECTOR["uploads"].values())
+    announced = ref.mask_tag(masked_tags, on, off)
+    assert announced.to_bytes(8) == VECTOR["aggregate_tag"]
     pads = len(VECTOR["uploads"]) * ref.tag_pad(VECTOR["tag_seed"], ATTEMPT)
     assert (ref.tag(VECTOR["tag_seed"], ATTEMPT, VECTOR["sum"]) + pads) % ref.TAG_PRIME == announced
 

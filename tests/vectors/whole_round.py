@@ -24,6 +24,7 @@ from protocols.encoding import FixedPoint
 from protocols.graph import MaskGraph
 from protocols.masked_aggregator import MaskedAggregator
 from protocols.masked_node import MaskedNode, Parties
+from protocols.prg import TAG_PRIME
 from protocols.sealing import AttemptId, AttemptSecrets
 from tests.protocols.network import MemorySpool
 from tests.vectors.cases import named
@@ -248,15 +249,15 @@ def _upload(run: Run, name: str) -> dict[str, Any]:
     fixed_point = FixedPoint.from_agreement(run.parties.agreement)
     encoded = fixed_point.encode(np.array(UPDATES[name]))
     tagger = tags.Tagger(_schedule(run)["tag_seed"], run.attempt)
-    tag = (tagger.part(encoded) + tagger.pad) % tags.TAG_PRIME
+    tag = (tagger.part(encoded) + tagger.pad) % TAG_PRIME
     chunk = run.sent[name]["MaskedChunk"][0]
     head_bytes = 4 + int.from_bytes(chunk[:4])
     return {
         "encoded": encoded.tolist(),
         "tag": tag.to_bytes(8),
-        "limbs": tags.to_limbs(tag, fixed_point.value_bits).tolist(),
         "chunk": chunk[head_bytes:],
         "masked_chunk_message": chunk,
+        "masked_tag": run.body(name, "UploadDone").tag.to_bytes(8),
         "upload_digest": run.body(name, "UploadDone").digest,
         "upload_done_message": run.sent[name]["UploadDone"][0],
     }
@@ -266,9 +267,8 @@ def _unmasking(run: Run) -> dict[str, Any]:
     outcome = run.aggregator.outcome
     if outcome is None:
         raise AssertionError(run.aggregator.failure)
-    size, alive = len(UPDATES[LOST]), [name for name in NAMES if name != LOST]
+    alive = [name for name in NAMES if name != LOST]
     fixed_point = FixedPoint.from_agreement(run.parties.agreement)
-    total = outcome.total.tolist()
     reveals = {name: run.body(name, "Unmasking") for name in alive}
     return {
         "survivors": outcome.survivors,
@@ -276,10 +276,10 @@ def _unmasking(run: Run) -> dict[str, Any]:
         "votes": outcome.votes,
         "revealed": {n: {"self_shares": b.self_shares, "pair_shares": b.pair_shares} for n, b in reveals.items()},
         "unmasking_message": run.sent["hospital-00"]["Unmasking"][0],
-        "sum": total[:size],
-        "sums_of_limbs": total[size:],
+        "sum": outcome.total.tolist(),
+        "aggregate_tag": outcome.tag.to_bytes(8),
         "aggregate_digest": transcript.aggregate_digest(outcome.total.data),
-        "decoded": fixed_point.decode(outcome.total[:size], len(alive)).tolist(),
+        "decoded": fixed_point.decode(outcome.total, len(alive)).tolist(),
     }
 
 
@@ -343,11 +343,12 @@ def _refusals(run: Run) -> Iterator[Refusal]:
     ):
         yield Refusal(f"revealed: {why}", AGGREGATOR, f"Unmasking of {node}", bad)
     done = run.body(node, "UploadDone")
-    for why, digest, view in (
-        ("another digest than that of the chunks", bytes(32), done.view),
-        ("masked for other senders", done.digest, bytes(32)),
+    for why, digest, view, tag in (
+        ("another digest than that of the chunks", bytes(32), done.view, done.tag),
+        ("masked for other senders", done.digest, bytes(32), done.tag),
+        ("another tag than the digest is over", done.digest, done.view, done.tag ^ 1),
     ):
-        yield Refusal(f"upload: {why}", AGGREGATOR, f"UploadDone of {node}", m.UploadDone(digest, view))
+        yield Refusal(f"upload: {why}", AGGREGATOR, f"UploadDone of {node}", m.UploadDone(digest, view, tag))
     vote = m.SurvivorVote(run.identities[node].sign(Label.SURVIVORS, b"another statement"))
     yield Refusal("a vote on another statement", AGGREGATOR, f"SurvivorVote of {node}", vote)
     yield Refusal("out of order", AGGREGATOR, f"RoundKeys of {node}", done)
