@@ -34,10 +34,19 @@ AGAIN = [
     (test_shares, test_shares.test_self_seed_and_pair_share_of_one_node, ()),
     (test_results, test_results.test_a_changed_sum_with_a_consistent_signed_record, (test_results.one_more,)),
     (test_results, test_results.test_a_node_that_sees_two_records_of_one_round, ()),
+    (test_results, test_results.test_a_multiple_of_the_sum_with_the_same_multiple_of_its_tags, ()),
+    (test_results, test_results.test_a_round_that_one_node_takes_for_lost_and_others_have_applied, ()),
+    (
+        test_results,
+        test_results.test_a_sum_for_a_latecomer_with_too_few_receipts,
+        ({"colluders": test_results.COLLUDERS}, ""),
+    ),
     (test_parameters, test_parameters.test_inputs_that_are_not_finite, (float("nan"),)),
     (test_members, test_members.test_broken_messages_of_a_node, ("random", "MaskedChunk")),
     (test_members, test_members.test_broken_messages_of_the_aggregator, ("truncated", "KeySet")),
     (test_members, test_members.test_one_wrong_share_among_just_enough_cannot_have_its_owner_expelled, ()),
+    (test_members, test_members.test_contributions_of_no_pair_master_spoil_one_round_and_their_sender_is_named, ()),
+    (test_members, test_members.test_a_member_that_builds_on_another_sum_is_named_by_the_aggregator, ()),
 ]
 
 
