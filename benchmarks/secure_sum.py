@@ -47,6 +47,7 @@ from protocols.masked_node import MaskedNode  # noqa: E402
 from protocols.prg import MaskSet  # noqa: E402
 from protocols.sealing import AttemptId  # noqa: E402
 from protocols.transcript import TranscriptWriter, upload_digest  # noqa: E402
+from secgeo.descriptors import Reserve  # noqa: E402
 from secgeo.journal import AggregatorJournal  # noqa: E402
 from secgeo.spool import DiskSpool  # noqa: E402
 from secgeo.transport import AggregatorEndpoint, NodeEndpoint  # noqa: E402
@@ -232,7 +233,7 @@ def aggregator_memory(values: int, counts: tuple[int, ...] = (4, 16, 48)) -> Row
     for count in counts:
         study = make_study(count, values)
         with tempfile.TemporaryDirectory() as folder:
-            attempt = Attempt(study, DiskSpool(Path(folder), 4 * values), frozenset())
+            attempt = Attempt(study, DiskSpool(Path(folder), 4 * values, Reserve()), frozenset())
             attempt.run()
             aggregator = attempt.aggregator
             size, digests = aggregator._total.size, dict.fromkeys(study.nodes, b"")
@@ -347,7 +348,7 @@ def _socket_round(study: Network, off: bool) -> tuple[float, Uint32Vector]:
             study.size,
             TranscriptWriter(aggregator),
             load_sum=lambda number: opened[number],
-            spool=DiskSpool(Path(folder), 4 * study.size),
+            spool=DiskSpool(Path(folder), 4 * study.size, Reserve()),
         )
 
         def carry(outputs: Sequence[agg.Output]) -> None:

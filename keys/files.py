@@ -22,6 +22,7 @@ import os
 import stat
 import struct
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -47,6 +48,7 @@ PASSPHRASE_LIMIT_BYTES = 1 << 12
 _PLAIN, _ENCRYPTED = b"\0", b"\1"
 _PARAMETERS = struct.Struct("BBB16s12s")
 _CHECKSUM_BYTES = 32
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def write_secret(path: Path, secret: bytes, passphrase: bytes | None) -> None:
@@ -114,23 +116,30 @@ def read_secret(path: Path, passphrase: bytes | None) -> bytes:
         raise KeyFileError(f"{path}: wrong passphrase, or the file was changed") from None
 
 
-def write_public(path: Path, data: bytes | memoryview) -> None:
+def write_public(path: Path, data: bytes | memoryview, opening: AbstractContextManager[object] | None = None) -> None:
     """Replace a file of mode 0644 atomically: a reader sees the old bytes or the new, also after a crash.
+
+    `opening` is entered while descriptors are opened, and no longer.
 
     Raises:
         KeyFileError: the directory is missing or cannot be written.
     """
     temporary: Path | None = None
+    directory = -1
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with opening or nullcontext():
+            directory = os.open(path.parent, _DIRECTORY)
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
         _write_all(descriptor, data, 0o644)
         temporary.replace(path)
         temporary = None
-        _sync_directory(path.parent)
+        os.fsync(directory)
     except OSError as error:
         raise KeyFileError(f"{path} cannot be written: {error.strerror}") from None
     finally:
+        if directory >= 0:
+            os.close(directory)
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
@@ -209,7 +218,7 @@ def _write_all(descriptor: int, content: bytes | memoryview, mode: int) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(directory, _DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

@@ -21,6 +21,7 @@ from keys.identity import Identity
 from protocols import study_aggregator as machine
 from protocols.transcript import RoundRecord, StudyOpened, TranscriptWriter, read_transcript
 from secgeo.config import AggregatorConfig
+from secgeo.descriptors import Reserve
 from secgeo.journal import AggregatorJournal
 from secgeo.records import TRANSCRIPT, LineFile, forget_sums, read_sum, write_sum
 from secgeo.spool import DiskSpool
@@ -58,13 +59,14 @@ class AggregatorProcess:
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._transcript = LineFile(self._records / TRANSCRIPT)
         self._journal = AggregatorJournal(self._state)
+        self._reserve = Reserve()
         self._machine = machine.AggregatorMachine(
             self._study.parties,
             identity,
             layout.size,
             TranscriptWriter(identity, self._transcript.lines),
-            load_sum=lambda number: read_sum(self._records, number),
-            spool=DiskSpool(self._state, 4 * layout.size),
+            load_sum=lambda number: read_sum(self._records, number, self._reserve),
+            spool=DiskSpool(self._state, 4 * layout.size, self._reserve),
         )
 
     def _begin(self) -> list[machine.Output]:
@@ -105,6 +107,7 @@ class AggregatorProcess:
             refused = 0
             while not self._machine.ended:
                 self._flush(endpoint)
+                self._reserve.refill()
                 received = endpoint.receive(BUSY_POLL_SECONDS if self._outboxes else POLL_SECONDS)
                 now = time.monotonic()
                 if received is not None:
@@ -118,6 +121,7 @@ class AggregatorProcess:
             self._flush(endpoint)
         self._transcript.close()
         self._journal.close()
+        self._reserve.close()
 
     def _carry(self, endpoint: AggregatorEndpoint, outputs: list[machine.Output]) -> None:
         queue = deque(outputs)
@@ -132,9 +136,9 @@ class AggregatorProcess:
                 case machine.Begun():
                     self._journal.begun(output.round, output.attempt)
                 case machine.UploadsClosed():
-                    self._journal.keep_closed(output.state, output.masked)
+                    self._journal.keep_closed(output.state, output.masked, self._reserve)
                 case machine.SumOpened():
-                    write_sum(self._records, output.round, output.total)
+                    write_sum(self._records, output.round, output.total, self._reserve)
                 case machine.Record():
                     self._transcript.append(output.line)
                 case machine.Progress():
@@ -159,7 +163,7 @@ class AggregatorProcess:
 
 
 def _raise_file_limit() -> None:
-    """As many connections as the system allows: a stranger that holds them open must leave some for files."""
+    """As many connections as the system allows: a stranger that holds them open must leave some for hospitals."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

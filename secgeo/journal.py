@@ -14,6 +14,7 @@ import io
 import os
 import sqlite3
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,10 @@ class AggregatorJournal:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._database = _open(folder / "state.sqlite", _AGGREGATOR_TABLES)
+        kept = self._database.execute("SELECT masked FROM closed").fetchone()
+        for left_over in folder.glob("masked-*.u32"):  # of a crash between the file and its entry
+            if kept is None or left_over.name != kept[0]:
+                left_over.unlink()
 
     def begun(self, round_number: int, attempt: int) -> None:
         """Note that an attempt was begun."""
@@ -187,16 +192,21 @@ class AggregatorJournal:
         """The number of the latest attempt of every round."""
         return {int(row[0]): int(row[1]) for row in self._database.execute("SELECT round, attempt FROM attempts")}
 
-    def keep_closed(self, state: ClosedAttempt, masked: Uint32Vector) -> None:
-        """Keep the attempt whose survivors are about to be asked for votes, instead of the one before."""
+    def keep_closed(
+        self, state: ClosedAttempt, masked: Uint32Vector, opening: AbstractContextManager[object] | None = None
+    ) -> None:
+        """Keep the attempt whose survivors are about to be asked for votes, instead of the one before.
+
+        `opening` is entered while descriptors are opened.
+        """
         name = f"masked-{state.round}-{state.attempt}.u32"
         if not (self._folder / name).exists():  # it is kept again with the votes, and the sum is the same
-            write_public(self._folder / name, masked.astype("<u4", copy=False).data)
+            write_public(self._folder / name, masked.astype("<u4", copy=False).data, opening)
+        before = self._database.execute("SELECT masked FROM closed").fetchone()
         row = msgspec.msgpack.encode(state), name
         self._database.execute("INSERT OR REPLACE INTO closed VALUES (1, ?, ?)", row)
-        for old in self._folder.glob("masked-*.u32"):
-            if old.name != name:
-                old.unlink()
+        if before is not None and before[0] != name:
+            (self._folder / before[0]).unlink(missing_ok=True)
 
     def closed(self) -> tuple[ClosedAttempt, Uint32Vector] | None:
         """What `keep_closed` kept last."""

@@ -20,6 +20,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -99,15 +100,20 @@ def sum_path(folder: Path, round_number: int) -> Path:
     return folder / SUMS / f"round-{round_number:04d}.u32"
 
 
-def write_sum(folder: Path, round_number: int, total: Uint32Vector) -> None:
-    """Keep a round's sum ([d] uint32)."""
+def write_sum(
+    folder: Path, round_number: int, total: Uint32Vector, opening: AbstractContextManager[object] | None = None
+) -> None:
+    """Keep a round's sum ([d] uint32); `opening` is entered while descriptors are opened."""
     sum_path(folder, round_number).parent.mkdir(parents=True, exist_ok=True)
-    write_public(sum_path(folder, round_number), total.astype("<u4", copy=False).data)
+    write_public(sum_path(folder, round_number), total.astype("<u4", copy=False).data, opening)
 
 
-def read_sum(folder: Path, round_number: int) -> Uint32Vector:
+def read_sum(folder: Path, round_number: int, opening: AbstractContextManager[object] | None = None) -> Uint32Vector:
     """Read back what `write_sum` kept."""
-    return np.fromfile(sum_path(folder, round_number), dtype="<u4").astype(np.uint32, copy=False)
+    with opening or contextlib.nullcontext():
+        file = sum_path(folder, round_number).open("rb")
+    with file:
+        return np.fromfile(file, dtype="<u4").astype(np.uint32, copy=False)
 
 
 def forget_sums(folder: Path, recorded: Collection[int]) -> None:

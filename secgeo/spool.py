@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from keys.errors import ConfigError
+from secgeo.descriptors import Reserve
 
 
 @dataclass(slots=True)
@@ -25,8 +26,8 @@ class _Upload:
 class DiskSpool:
     """Unfinished uploads: `budget_bytes` of them in memory, the rest in files of `folder`."""
 
-    def __init__(self, folder: Path, budget_bytes: int) -> None:
-        self._folder, self._room_bytes = folder, budget_bytes
+    def __init__(self, folder: Path, budget_bytes: int, reserve: Reserve) -> None:
+        self._folder, self._room_bytes, self._reserve = folder, budget_bytes, reserve
         self._uploads: dict[str, _Upload] = {}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for left_over in folder.glob("*.upload"):
@@ -45,7 +46,8 @@ class DiskSpool:
             return
         try:
             if upload.file is None:
-                upload.file = (self._folder / f"{name}.upload").open("w+b", buffering=0)
+                with self._reserve:
+                    upload.file = (self._folder / f"{name}.upload").open("w+b", buffering=0)
             written = 0
             while written < len(data):
                 written += upload.file.write(data[written:])

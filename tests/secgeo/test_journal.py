@@ -26,6 +26,7 @@ STATE = ClosedAttempt(
     {"a": b"done"},
     {"a": b"vote"},
     {},
+    5,
 )
 
 
@@ -139,3 +140,4 @@ def test_a_crash_between_the_masked_sum_and_its_entry_leaves_the_attempt_before(
     kept = AggregatorJournal(tmp_path).closed()
     assert kept is not None
     assert kept[0].attempt == 3
+    assert [path.name for path in tmp_path.glob("masked-*.u32")] == ["masked-2-3.u32"]

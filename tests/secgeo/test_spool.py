@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from keys.errors import ConfigError
+from secgeo.descriptors import Reserve
 from secgeo.spool import DiskSpool
+
+RESERVE = Reserve()
 
 
 def chunk(fill: int, size: int = 1000) -> memoryview:
@@ -20,7 +23,7 @@ def read(spool: DiskSpool, name: str) -> list[bytes]:
 
 
 def test_chunks_come_back_in_order_from_memory_and_disk(tmp_path: Path) -> None:
-    spool = DiskSpool(tmp_path, 2500)
+    spool = DiskSpool(tmp_path, 2500, RESERVE)
     for fill in range(5):
         for name in ("a", "b"):
             spool.append(name, chunk(fill, 1000 - fill))
@@ -30,7 +33,7 @@ def test_chunks_come_back_in_order_from_memory_and_disk(tmp_path: Path) -> None:
 
 
 def test_memory_is_bounded_and_given_back(tmp_path: Path) -> None:
-    spool = DiskSpool(tmp_path, 3000)
+    spool = DiskSpool(tmp_path, 3000, RESERVE)
     for fill in range(100):
         spool.append(f"node-{fill}", chunk(fill))
     held = sum(len(data) for upload in spool._uploads.values() for data in upload.in_memory)
@@ -45,7 +48,7 @@ def test_memory_is_bounded_and_given_back(tmp_path: Path) -> None:
 
 
 def test_an_upload_that_went_to_disk_stays_in_order_when_memory_is_free_again(tmp_path: Path) -> None:
-    spool = DiskSpool(tmp_path, 1000)
+    spool = DiskSpool(tmp_path, 1000, RESERVE)
     spool.append("first", chunk(0))
     spool.append("second", chunk(1))
     spool.discard("first")
@@ -54,15 +57,15 @@ def test_an_upload_that_went_to_disk_stays_in_order_when_memory_is_free_again(tm
 
 
 def test_what_a_crash_left_is_deleted(tmp_path: Path) -> None:
-    spool = DiskSpool(tmp_path, 0)
+    spool = DiskSpool(tmp_path, 0, RESERVE)
     spool.append("node", chunk(1))
     assert list(tmp_path.iterdir())
-    assert read(DiskSpool(tmp_path, 0), "node") == []
+    assert read(DiskSpool(tmp_path, 0, RESERVE), "node") == []
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_an_error_that_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spool = DiskSpool(tmp_path, 0)
+    spool = DiskSpool(tmp_path, 0, RESERVE)
     spool.append("node", chunk(1))
 
     class Full:
