@@ -31,6 +31,7 @@ from keys.signed import verify_document
 from protocols.chain import GENESIS, line_digest
 from protocols.encoding import FixedPoint
 from protocols.ledger import DpSgdEvent, read_ledger, verify_ledger
+from protocols.rings import make_ring
 from protocols.transcript import (
     Body,
     Misbehaved,
@@ -223,19 +224,23 @@ def _describe(record: Body, line: bytes) -> str:
 def _verify_sums(folder: Path, study: OpenStudy, records: Mapping[int, RoundRecord]) -> str:
     size = Layout.from_agreement(study.agreement).size
     fixed_point = FixedPoint.from_agreement(study.agreement)
-    expected = {sum_path(folder, number) for number in records}
+    ring = make_ring(study.agreement)
+    size_bytes = ring.zeros(size).nbytes
+    expected = {sum_path(folder, number, ring.dtype) for number in records}
     strangers = set((folder / SUMS).glob("*")) - expected
     if strangers:
         raise VerificationFailed(f"{SUMS}/{min(strangers).name} belongs to no recorded round")
     for number, record in records.items():
-        path = sum_path(folder, number)
+        path = sum_path(folder, number, ring.dtype)
         data, name = read_public(path, FILE_LIMIT_BYTES), f"{SUMS}/{path.name}"
-        if len(data) != 4 * size:
+        if len(data) != size_bytes:
             raise VerificationFailed(f"{name} has another size than agreed")
         if aggregate_digest(data).hex() != record.aggregate_digest:
             raise VerificationFailed(f"{name} is not the sum that was recorded")
-        fixed_point.decode(np.frombuffer(data, dtype="<u4"), len(record.survivors))
-    return f"{len(records)} sums of {size} values"
+        if not study.agreement.secure_sum.encrypted:
+            fixed_point.decode(np.frombuffer(data, dtype="<u4"), len(record.survivors))
+    kind = "encrypted sums" if study.agreement.secure_sum.encrypted else "sums"
+    return f"{len(records)} {kind} of {size} values"
 
 
 def _verify_ledger(

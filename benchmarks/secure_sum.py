@@ -23,32 +23,38 @@ import tempfile
 import time
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
+from unittest import mock
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives import ciphers as aes
+from cryptography.hazmat.primitives.ciphers import algorithms, modes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import homomorphic  # noqa: E402
 
+from protocols import bfv, rings, tags, upload  # noqa: E402
 from protocols import messages as m  # noqa: E402
 from protocols import study_aggregator as agg  # noqa: E402
 from protocols import study_node as node  # noqa: E402
-from protocols import tags  # noqa: E402
-from protocols.agreement import read_agreement, sparse_graph, write_agreement  # noqa: E402
-from protocols.encoding import FixedPoint, Uint32Vector, packed_bytes  # noqa: E402
+from protocols.agreement import fit_ciphertexts, read_agreement, sparse_graph, write_agreement  # noqa: E402
+from protocols.encoding import FixedPoint, packed_bytes  # noqa: E402
 from protocols.masked_aggregator import CREDIT_CHUNKS, MaskedAggregator, Phase, Spool  # noqa: E402
 from protocols.masked_node import MaskedNode  # noqa: E402
+from protocols.packing import BfvParameters, choose  # noqa: E402
 from protocols.prg import MaskSet  # noqa: E402
+from protocols.rings import Cipher, Ciphers, Total, make_ring  # noqa: E402
 from protocols.sealing import AttemptId  # noqa: E402
+from protocols.study_key import StudyKey  # noqa: E402
 from protocols.transcript import TranscriptWriter, upload_digest  # noqa: E402
 from secgeo.descriptors import Reserve  # noqa: E402
 from secgeo.journal import AggregatorJournal  # noqa: E402
+from secgeo.sandbox import Sandboxes  # noqa: E402
 from secgeo.spool import DiskSpool  # noqa: E402
 from secgeo.transport import AggregatorEndpoint, NodeEndpoint  # noqa: E402
 from tests.keys.factory import AGGREGATOR, make_consortium  # noqa: E402
@@ -74,7 +80,13 @@ def make_study(count: int, values: int, **secure_sum: object) -> Network:
     neighbours, share_threshold = sparse_graph(count)
     threshold = max((count + 1) // 2 + 1, (count + share_threshold) // 2 + 1 if neighbours else 0)
     graph = {"neighbours": neighbours, "share_threshold": share_threshold} if neighbours else {}
-    settings = {"threshold": threshold, "minimum_cohort": max(3, threshold), "chunk_values": CHUNK_VALUES}
+    settings: dict[str, object] = {"threshold": threshold, "minimum_cohort": max(3, threshold)}
+    if secure_sum.get("protocol", "masked") == "masked":
+        settings["chunk_values"] = CHUNK_VALUES
+    else:
+        settings |= secure_sum
+        fit_ciphertexts(settings, count)
+        graph = graph if secure_sum["protocol"] == "layered" else {}
     agreement = make_agreement(consortium, **(settings | graph | secure_sum))  # type: ignore[arg-type]
     vector = np.random.default_rng(0).uniform(-2.0, 2.0, values)
     return Network(consortium, read_agreement(write_agreement(agreement)), lambda *_: vector, values)
@@ -83,17 +95,35 @@ def make_study(count: int, values: int, **secure_sum: object) -> Network:
 class Attempt:
     """One attempt in memory with a clock for every party. Only the nodes in `uploading` (all by default) upload."""
 
-    def __init__(self, study: Network, spool: Spool, uploading: frozenset[str] | None = None) -> None:
-        self.study = study
+    def __init__(
+        self,
+        study: Network,
+        spool: Spool,
+        uploading: frozenset[str] | None = None,
+        ciphers: Ciphers | None = None,
+        key: StudyKey | None = None,
+    ) -> None:
+        self.study, self.key = study, key
+        self.ring = make_ring(study.agreement, ciphers, b"" if key is None else key.secret)
         self.uploading = frozenset(study.nodes) if uploading is None else uploading
         self.attempt = AttemptId(study.digest, 1, 1)
         self.clock = dict.fromkeys((AGGREGATOR, *study.nodes), 0.0)
-        self.aggregator = MaskedAggregator(study.parties, self.attempt, study.nodes, study.size, spool)
+        self.aggregator = MaskedAggregator(
+            study.parties,
+            self.attempt,
+            study.nodes,
+            study.size,
+            spool,
+            ring=make_ring(study.agreement, ciphers),
+            study_key=b"" if key is None else key.id,
+        )
         self.nodes = {name: self._timed(name, lambda name=name: self._make_node(name)) for name in study.nodes}  # type: ignore[misc]
         self._queue: deque[tuple[str, m.AnyBody]] = deque()
         self._credits: deque[tuple[str, m.AnyBody]] = deque()
+        opened = self.aggregator.start()
         for name, machine in self.nodes.items():
             self._to_aggregator(name, self._timed(name, machine.open))
+        self._sort([send for send in opened if not isinstance(send[1], m.AttemptOpen)])
 
     def _make_node(self, name: str) -> MaskedNode:
         study, cohort = self.study, tuple(self.study.nodes)
@@ -104,6 +134,8 @@ class Attempt:
             self.attempt,
             cohort,
             study.vectors(name, 1),
+            ring=self.ring,
+            study_key=self.key,
             coins=os.urandom,
             journal=lambda *_: None,
         )
@@ -173,7 +205,7 @@ def one_mask(values: int) -> Row:
     total, other = np.zeros(values, np.uint32), np.ones(values, np.uint32)
 
     def floor() -> None:
-        Cipher(algorithms.AES256(bytes(32)), modes.CTR(bytes(16))).encryptor().update_into(zeros, buffer)
+        aes.Cipher(algorithms.AES256(bytes(32)), modes.CTR(bytes(16))).encryptor().update_into(zeros, buffer)
         np.add(total, other, out=total)
 
     mask, floor_seconds = best(lambda: MaskSet([bytes(32)], []).apply(total)), best(floor)
@@ -224,23 +256,26 @@ def aggregator_add(values: int, neighbours: int) -> Row:
     return {"part": "aggregator add", "seconds": seconds, "floor_seconds": floor, "add_over_floor": seconds / floor}
 
 
-def aggregator_memory(values: int, counts: tuple[int, ...] = (4, 16, 48)) -> Row:
+def aggregator_memory(values: int, protocol: str = "masked", counts: tuple[int, ...] = (4, 16, 48)) -> Row:
     """Peak memory of the aggregator while all nodes upload at once, chunk by chunk, in vectors of 4 bytes a value.
 
     The chunks are made here, one at a time; the aggregator cannot tell them from masked ones.
     """
-    row: Row = {"part": "aggregator memory"}
+    row: Row = {"part": f"aggregator memory, {protocol}"}
+    settings = {"value_bits": 16, "fraction_bits": 13} if protocol != "masked" else {}
+    key = StudyKey(bytes(32)) if protocol != "masked" else None
     for count in counts:
-        study = make_study(count, values)
+        study = make_study(count, values, protocol=protocol, **settings)
         with tempfile.TemporaryDirectory() as folder:
-            attempt = Attempt(study, DiskSpool(Path(folder), 4 * values, Reserve()), frozenset())
+            ring, step = make_ring(study.agreement, bfv.InProcess()), study.agreement.secure_sum.chunk_values
+            attempt = Attempt(study, DiskSpool(Path(folder), 4 * values, Reserve()), frozenset(), _Keyless(), key)
             attempt.run()
             aggregator = attempt.aggregator
-            size, digests = aggregator._total.size, dict.fromkeys(study.nodes, b"")
+            digests = dict.fromkeys(study.nodes, b"")
             tracemalloc.start()
-            for index, start in enumerate(range(0, size, CHUNK_VALUES)):
+            for index, start in enumerate(range(0, values, step)):
                 for name in study.nodes:
-                    data = memoryview(bytearray(4 * min(CHUNK_VALUES, size - start)))
+                    data = memoryview(bytearray(ring.sealed_bytes(min(step, values - start))))
                     body = m.MaskedChunk(index, m.chunk_digest(data))
                     digests[name] += body.digest
                     aggregator.receive(name, m.Message(name, 1, 1, body, data), b"")
@@ -276,6 +311,105 @@ def recovery(values: int, neighbours: int) -> Row:
     return row | {"recovery_over_floor": seconds / floor}
 
 
+# --- sums of ciphertexts, as whole protocols
+
+
+def encrypted(values: int, value_bits: int, nodes: int, repeats: int) -> Iterator[Row]:
+    """One node and the aggregator in `homomorphic` and `layered`, everything included, in this process and by sandboxes."""
+    studies = {
+        protocol: make_study(nodes, values, protocol=protocol, value_bits=value_bits, fraction_bits=value_bits - 3)
+        for protocol in ("homomorphic", "layered")
+    }
+    key = StudyKey(bfv.generate_key(choose(value_bits, nodes).parameters))
+    sandboxes = Sandboxes()
+    best_of: dict[tuple[str, str], dict[str, float]] = {}
+    try:
+        ways: dict[str, Ciphers] = {"one core": bfv.InProcess(), "all cores": sandboxes}
+        kept = {way: _Kept(ciphers) for way, ciphers in ways.items()}
+        for _ in range(repeats):
+            for way in ways:
+                for protocol, study in studies.items():
+                    with one_core() if way == "one core" else nullcontext():
+                        spent = _encrypted_attempt(study, kept[way], key)
+                    before = best_of.setdefault((way, protocol), spent)
+                    best_of[way, protocol] = {part: min(spent[part], before[part]) for part in spent}
+    finally:
+        sandboxes.close()
+    for way in ("one core", "all cores"):
+        for protocol in studies:
+            row: Row = {"part": f"{protocol}, {way}", "nodes": nodes, "values": values, "value_bits": value_bits}
+            yield row | {f"{part}_seconds": seconds for part, seconds in best_of[way, protocol].items()}
+        plain, layered = best_of[way, "homomorphic"], best_of[way, "layered"]
+        yield {
+            "part": f"layered over homomorphic, {way}",
+            "node": layered["node"] / plain["node"],
+            "round": _whole_round(layered, nodes) / _whole_round(plain, nodes),
+        }
+
+
+def _whole_round(spent: dict[str, float], nodes: int) -> float:
+    """Seconds of work of all parties."""
+    return nodes * (spent["node"] + spent["aggregator"] + spent["open"]) + spent["end"]
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Nothing is spread over threads."""
+
+    def in_turn(function: Callable[[object], object], items: Iterable[object]) -> list[object]:
+        return list(map(function, items))
+
+    with mock.patch.object(rings, "spread", in_turn), mock.patch.object(upload, "spread", in_turn):
+        yield
+
+
+class _Keyless:
+    """Ciphers for a test of the aggregator alone, in which no node encrypts."""
+
+    def generate_key(self, parameters: BfvParameters) -> bytes:
+        raise NotImplementedError
+
+    def cipher(self, parameters: BfvParameters, key: bytes) -> Cipher:
+        return bfv.Cipher(parameters, b"")
+
+
+class _Kept:
+    """Ciphers that are made once for each key, so that no process is started while the clock runs."""
+
+    def __init__(self, ciphers: Ciphers) -> None:
+        self._ciphers = ciphers
+        self._made: dict[bytes, Cipher] = {}
+
+    def generate_key(self, parameters: BfvParameters) -> bytes:
+        return self._ciphers.generate_key(parameters)
+
+    def cipher(self, parameters: BfvParameters, key: bytes) -> Cipher:
+        if key not in self._made:
+            self._made[key] = self._ciphers.cipher(parameters, key)
+        return self._made[key]
+
+
+def _encrypted_attempt(study: Network, ciphers: Ciphers, key: StudyKey) -> dict[str, float]:
+    """Seconds of one node up to its upload, of the aggregator for one upload and at the end, and of opening the sum."""
+    middle = list(study.nodes)[len(study.nodes) // 2]
+    attempt = Attempt(study, MemorySpool(), ciphers=ciphers, key=key)
+    attempt.run(until=Phase.UPLOAD)
+    before = attempt.clock[AGGREGATOR]
+    attempt.run(until=Phase.VOTES)
+    spent = {"node": attempt.clock[middle], "aggregator": (attempt.clock[AGGREGATOR] - before) / len(study.nodes)}
+    before = attempt.clock[AGGREGATOR]
+    attempt.run()
+    assert attempt.aggregator.phase is Phase.DONE
+    spent["end"] = attempt.clock[AGGREGATOR] - before
+    total = attempt.aggregator.outcome.total  # type: ignore[union-attr]
+    started = time.perf_counter()
+    opened = attempt.ring.open(total, study.size)
+    spent["open"] = time.perf_counter() - started
+    exact = FixedPoint.from_agreement(study.agreement).encode(study.vectors(middle, 1)) * np.uint32(len(study.nodes))
+    assert np.array_equal(opened, exact)
+    return spent
+
+
 # --- a round over sockets
 
 
@@ -293,9 +427,10 @@ def masks_off(off: bool) -> Iterator[None]:
 
 
 def _run_nodes(study: Network, address: str, off: bool) -> None:
-    """All nodes of a study in this process, each with its own connection, for one round."""
+    """All nodes of a study in this process, each with its own connection, for one round; one pool of sandboxes serves all."""
     aggregator = study.consortium.identities[AGGREGATOR]
-    with masks_off(off):
+    with masks_off(off), closing(Sandboxes()) as sandboxes:
+        kept = _Kept(sandboxes)
         endpoints, machines = {}, {}
         for name in study.nodes:
             identity = study.consortium.identities[name]
@@ -305,7 +440,7 @@ def _run_nodes(study: Network, address: str, off: bool) -> None:
                 curve_public=identity.curve_public,
                 server_curve_public=aggregator.curve_public,
             )
-            machines[name] = study.new_node(name)
+            machines[name] = study.new_node(name, kept)
         for name, endpoint in endpoints.items():
             endpoint.wait_connected(60.0)
             _carry_node(study, endpoint, machines[name], machines[name].start())
@@ -328,13 +463,13 @@ def _carry_node(
             _carry_node(study, endpoint, machine, machine.submit(output.round, study.vectors("", output.round)))
 
 
-def _socket_round(study: Network, off: bool) -> tuple[float, Uint32Vector]:
+def _socket_round(study: Network, off: bool) -> tuple[float, Total]:
     """Seconds from the opening of the round to the last receipt, and the sum."""
     aggregator, opened = study.consortium.identities[AGGREGATOR], {}
     members = {study.consortium.identities[name].curve_public: name for name in study.nodes}
     outboxes: dict[str, deque[bytes]] = {name: deque() for name in study.nodes}
     times: dict[str, float] = {}
-    with masks_off(off), tempfile.TemporaryDirectory() as folder:
+    with masks_off(off), tempfile.TemporaryDirectory() as folder, closing(Sandboxes()) as sandboxes:
         endpoint = AggregatorEndpoint(
             "tcp://127.0.0.1:*",
             curve_secret=aggregator.curve_secret,
@@ -349,6 +484,7 @@ def _socket_round(study: Network, off: bool) -> tuple[float, Uint32Vector]:
             TranscriptWriter(aggregator),
             load_sum=lambda number: opened[number],
             spool=DiskSpool(Path(folder), 4 * study.size, Reserve()),
+            ciphers=sandboxes,
         )
 
         def carry(outputs: Sequence[agg.Output]) -> None:
@@ -363,9 +499,7 @@ def _socket_round(study: Network, off: bool) -> tuple[float, Uint32Vector]:
                     case agg.Progress():
                         times.setdefault(output.event, time.perf_counter())
 
-        process = multiprocessing.get_context("fork").Process(
-            target=_run_nodes, args=(study, endpoint.address, off), daemon=True
-        )
+        process = multiprocessing.get_context("fork").Process(target=_run_nodes, args=(study, endpoint.address, off))
         process.start()
         carry(machine.start(time.monotonic()))
         while not machine.ended:
@@ -396,6 +530,17 @@ def socket_round(values: int, count: int = 16, repeats: int = 2) -> Row:
     row: Row = {"part": "round over sockets", "nodes": count, "values": values}
     row |= {"seconds": min(seconds[False]), "no_masks_seconds": min(seconds[True])}
     return row | {"round_over_no_masks": min(seconds[False]) / min(seconds[True])}
+
+
+def protocol_round(values: int, count: int, protocol: str, value_bits: int) -> Row:
+    """A round over CURVE sockets, on this machine: seconds, and bytes of one node up and down."""
+    study = make_study(count, values, protocol=protocol, value_bits=value_bits, fraction_bits=value_bits - 3)
+    seconds, total = _socket_round(study, False)
+    ring, step = make_ring(study.agreement), study.agreement.secure_sum.chunk_values
+    up = sum(ring.sealed_bytes(min(step, values - start)) for start in range(0, values, step))
+    down = sum(len(ring.pack_sum(total, start)) for start in range(0, values, ring.sum_chunk_values))
+    row: Row = {"part": f"round over sockets, {protocol}", "nodes": count, "values": values, "seconds": seconds}
+    return row | {"bytes_per_value_up": up / values, "bytes_per_value_down": down / values}
 
 
 # --- growth with the number of nodes
@@ -466,6 +611,12 @@ def main() -> None:
 
     values, neighbours = arguments.values, arguments.neighbours
     if arguments.protocol == "homomorphic":
+        show(aggregator_memory(values, "homomorphic"))
+        for row in encrypted(values, arguments.value_bits, arguments.nodes, max(1, arguments.repeats // 2)):
+            show(row)
+        if arguments.socket_values:
+            for protocol in ("masked", "layered", "homomorphic"):
+                show(protocol_round(arguments.socket_values, 8, protocol, arguments.value_bits))
         for row in homomorphic.measure(values, arguments.value_bits, arguments.nodes, arguments.repeats):
             show(row)
         return

@@ -4,13 +4,14 @@ No parameter comes from the server. A node pins the agreement by its digest, che
 it with its own local policy (`protocols.policy`) before it trains. Everything here is a pure function of bytes.
 
 The no-overflow rule (DESIGN section 6) is checked when the agreement is made and again when it is read:
-`n_max * (2^value_bits - 1) < 2^ring_bits`, with n_max the number of members.
+`n_max * (2^value_bits - 1) < 2^ring_bits`, with n_max the number of members. Where sums are of ciphertexts, so is the headroom of
+their coefficients and of their noise (`protocols.packing`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import tomli_w
@@ -18,6 +19,7 @@ from msgspec import Meta, Struct
 
 from keys.errors import ConfigError
 from keys.labels import Label
+from protocols.packing import choose
 
 MINIMUM_CONTRIBUTORS = 3
 """A sum of fewer contributors is never opened: with two, each would learn the other's vector."""
@@ -25,11 +27,18 @@ MINIMUM_CONTRIBUTORS = 3
 MAXIMUM_MEMBERS = 256
 """With every pair of nodes sharing a seed (complete graph), the key and seed messages of one round stay below 1 MiB."""
 
+VALUE_BITS = 26
+"""Of an encoded value, unless the agreement says otherwise."""
+
+CHUNK_BLOCKS = 32
+"""Ciphertexts of one chunk at most: below 1 MiB."""
+
 COMPLETE_GRAPH_LIMIT = 16
 """Up to so many members every pair shares a seed; above, a sparse graph may be agreed."""
 
 Name = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9-]{0,62}\Z")]
 Sha256Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Protocol = Literal["masked", "layered", "homomorphic"]
 Positive = Annotated[float, Meta(gt=0.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -67,15 +76,17 @@ class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
 
     `threshold` signatures open a survivor set. With `neighbours` = 0 every pair of nodes shares a seed and `threshold`
     shares recover a secret; otherwise each node shares seeds with that many others and `share_threshold` of them do.
+    `plain_bits` is the plaintext modulus of BFV, 2^plain_bits, 0 for `masked`; `ring_bits` is what the sum of one value takes.
     """
 
-    protocol: Literal["masked"]
+    protocol: Protocol
     minimum_cohort: Annotated[int, Meta(ge=MINIMUM_CONTRIBUTORS, le=MAXIMUM_MEMBERS)]
     threshold: Annotated[int, Meta(ge=2, le=MAXIMUM_MEMBERS)]
     neighbours: Annotated[int, Meta(ge=0, lt=MAXIMUM_MEMBERS)] = 0
     share_threshold: Annotated[int, Meta(ge=0, lt=MAXIMUM_MEMBERS)] = 0
     ring_bits: Literal[32, 24, 20] = 32
-    value_bits: Annotated[int, Meta(ge=8, le=30)] = 26
+    plain_bits: Literal[0, 46, 50] = 0
+    value_bits: Annotated[int, Meta(ge=8, le=30)] = VALUE_BITS
     fraction_bits: Annotated[int, Meta(ge=1, le=29)] = 20
     chunk_values: Annotated[int, Meta(ge=1024, le=262_144)] = 262_144
     max_attempts: Annotated[int, Meta(ge=1, le=16)] = 3
@@ -84,6 +95,16 @@ class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
     def shares_needed(self) -> int:
         """How many shares recover one node's secret."""
         return self.share_threshold or self.threshold
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether uploads are ciphertexts, so that there is a study key."""
+        return self.protocol != "masked"
+
+    @property
+    def masked(self) -> bool:
+        """Whether uploads are masked, before they are encrypted if they are."""
+        return self.protocol != "homomorphic"
 
 
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
@@ -207,10 +228,13 @@ class Agreement(Struct, frozen=True, forbid_unknown_fields=True):
     def colluders_tolerated(self) -> int:
         """How many members may collude with an aggregator that deviates, wherever they stand in the graph (docs/adr/0013).
 
-        They recover no secret from their shares, and cannot have two survivor sets signed: each set needs `threshold` votes, the
+        None where only the study key protects an upload, since every member holds it. Otherwise they recover no secret from
+        their shares, and cannot have two survivor sets signed: each set needs `threshold` votes, the
         colluders vote for both, and every honest member for one only.
         """
         ring = self.secure_sum
+        if not ring.masked:
+            return 0
         return min(ring.shares_needed - 1, 2 * ring.threshold - len(self.members) - 1)
 
     @property
@@ -280,6 +304,11 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
         ),
         ("minimum_cohort must not exceed the number of members", ring.minimum_cohort <= n_max),
         ("chunk_values must be a multiple of 1024, the row of the tag", ring.chunk_values % 1024 == 0),
+        *(
+            _ciphertext_rules(ring, n_max)
+            if ring.encrypted
+            else [("plain_bits is not for `masked`", ring.plain_bits == 0)]
+        ),
         *_graph_rules(ring, n_max),
         ("members must have distinct node ids", len(set(names)) == n_max),
         (
@@ -302,6 +331,34 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
         ),
         ("all numbers must be finite", all(_finite(section) for section in msgspec.structs.astuple(agreement))),
     ]
+
+
+def _ciphertext_rules(ring: SecureSum, n_max: int) -> list[tuple[str, bool]]:
+    packing = choose(ring.value_bits, n_max)
+    block, plain_bits = packing.block_values, packing.parameters.plain_bits
+    return [
+        ("ring_bits must be 32 where ciphertexts are summed", ring.ring_bits == 32),
+        (
+            f"plain_bits must be {plain_bits} for {n_max} values of {ring.value_bits} bits",
+            ring.plain_bits == plain_bits,
+        ),
+        (
+            f"chunk_values must be a multiple of the {block} values of a ciphertext, and at most {CHUNK_BLOCKS * block}",
+            ring.chunk_values % block == 0 and ring.chunk_values <= CHUNK_BLOCKS * block,
+        ),
+        ("neighbours and share_threshold are for masks", ring.masked or ring.neighbours == ring.share_threshold == 0),
+    ]
+
+
+def fit_ciphertexts(ring: dict[str, Any], n_max: int) -> None:
+    """Fill in what follows from the other fields of a `secure_sum` section, where it is not given.
+
+    Raises:
+        ConfigError: no BFV parameters carry such sums.
+    """
+    packing = choose(ring.get("value_bits", VALUE_BITS), n_max)
+    ring.setdefault("plain_bits", packing.parameters.plain_bits)
+    ring.setdefault("chunk_values", CHUNK_BLOCKS * packing.block_values)
 
 
 def _graph_rules(ring: SecureSum, n_max: int) -> list[tuple[str, bool]]:

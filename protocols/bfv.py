@@ -19,6 +19,7 @@ import ctypes
 import os
 import struct
 import sys
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +28,7 @@ import zstandard
 from tenseal import sealapi
 
 from keys.errors import ConfigError, LocalProtocolError
-from protocols.ciphertexts import SEED_BYTES, Words, pack_words, unpack_upload, unpack_words
+from protocols.ciphertexts import SEED_BYTES, Words, add, pack_words, subtract, unpack_upload, unpack_words
 from protocols.packing import DEGREE, BfvParameters, Uint64Matrix
 
 TENSEAL_VERSION = "0.3.18"
@@ -139,6 +140,60 @@ class Decryptor:
 
     def __repr__(self) -> str:
         return "Decryptor(<redacted>)"
+
+
+class InProcess:
+    """Ciphers in this process, one call at a time (`protocols.rings.Ciphers`). For what a peer has sent use `secgeo.sandbox`."""
+
+    def generate_key(self, parameters: BfvParameters) -> bytes:
+        """See `generate_key`."""
+        return generate_key(parameters)
+
+    def cipher(self, parameters: BfvParameters, key: bytes) -> Cipher:
+        """See `Cipher`."""
+        return Cipher(parameters, key)
+
+
+class Cipher:
+    """All of the above, behind one lock; without a key (empty) it neither encrypts nor decrypts."""
+
+    def __init__(self, parameters: BfvParameters, key: bytes) -> None:
+        self._parameters, self._lock = parameters, Lock()
+        self._expander = Expander(parameters)
+        self._encryptor = Encryptor(parameters, key) if key else None
+        self._decryptor = Decryptor(parameters, key) if key else None
+
+    def encrypt(self, packed: Uint64Matrix) -> bytes:
+        """See `Encryptor.encrypt`."""
+        with self._lock:
+            if self._encryptor is None:
+                raise LocalProtocolError("there is no key to encrypt with")
+            return self._encryptor.encrypt(packed)
+
+    def decrypt(self, words: Words) -> Uint64Matrix:
+        """See `Decryptor.decrypt`."""
+        with self._lock:
+            if self._decryptor is None:
+                raise LocalProtocolError("there is no key to decrypt with")
+            return self._decryptor.decrypt(words)
+
+    def add(self, total: Words, data: bytes | memoryview) -> None:
+        """Add framed fresh ciphertexts to [count, 2, 4096] words below q, in place."""
+        with self._lock:
+            add(total, self._expander.expand(data), self._parameters)
+
+    def subtract(self, total: Words, data: bytes | memoryview) -> None:
+        """Take them off again."""
+        with self._lock:
+            subtract(total, self._expander.expand(data), self._parameters)
+
+    def add_plain(self, total: Words, packed: Uint64Matrix) -> None:
+        """See `Expander.add_plain`."""
+        with self._lock:
+            self._expander.add_plain(total, packed)
+
+    def __repr__(self) -> str:
+        return "Cipher(<redacted>)"
 
 
 # --- SEAL's objects, and the ways into and out of them

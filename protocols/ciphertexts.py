@@ -3,7 +3,8 @@
     up       c0 of 4,096 words, then the 64-byte seed of c1      for each plaintext: 28,736 bytes (56-bit q) or 30,784 (60 bits)
     down     c0, then c1 of 4,096 words                          for each plaintext: 57,344 bytes or 61,440
 
-A word takes as many bits as q: 7 bytes, or 15 bytes for two (60 bits), little-endian. There are no sizes, types or headers in it
+A word takes as many bits as q: 7 bytes, little-endian; of 60 bits two words take 15 bytes, the low 7 of each and then a byte with the
+top four bits of the first (low) and of the second (high). There are no sizes, types or headers in it
 that a peer could lie about; how many plaintexts there are follows from the agreement.
 """
 
@@ -21,6 +22,14 @@ SEED_BYTES = 64
 
 class FrameBroken(Exception):
     """Bytes that are no ciphertext. Callers turn it into an error that names the peer."""
+
+
+class CipherLost(Exception):
+    """The cipher's process crashed, hung or outgrew its memory over these bytes; callers know whose they were."""
+
+
+class TotalSpoiled(Exception):
+    """An upload could not be added, and what was added of it could not be taken off again: the total is worth nothing."""
 
 
 def half_bytes(parameters: BfvParameters) -> int:
@@ -98,3 +107,11 @@ def add(total: Words, words: Words, parameters: BfvParameters) -> None:
     """Add `words` to `total` in place, modulo q; both below q and of one shape."""
     np.add(total, words, out=total)
     np.minimum(total, total - np.uint64(parameters.prime), out=total)  # a difference below zero wraps to a large number
+
+
+def subtract(total: Words, words: Words, parameters: BfvParameters) -> None:
+    """Take `words` off `total` in place, modulo q; both below q and of one shape."""
+    np.subtract(total, words, out=total)
+    np.minimum(
+        total, total + np.uint64(parameters.prime), out=total
+    )  # what is below zero has wrapped to a large number

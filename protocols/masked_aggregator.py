@@ -1,13 +1,14 @@
-"""The aggregator's side of one attempt of the `masked` secure sum.
+"""The aggregator's side of one attempt of the secure sum.
 
 Sans-IO: `receive(peer, body, signed bytes)` and `expire()` give messages to send; deadlines belong to the caller. Phases:
 
-    KEYS -> SEEDS -> UPLOAD -> VOTES -> UNMASK -> DONE | FAILED
+    KEYS -> SEEDS -> UPLOAD -> VOTES -> UNMASK -> DONE | FAILED         masked, layered
+                     UPLOAD -> VOTES           -> DONE | FAILED         homomorphic
 
 A phase ends when everyone who is still in it has answered, or when the caller's deadline expires; those who are missing
 drop out, and the attempt goes on while the agreed minimum remains. A node that breaks a rule is put out of the attempt and
 blamed by name. The aggregator holds no secret: what it reconstructs is the self seed of a survivor or the pair master of
-a lost node, never both of one node.
+a lost node, never both of one node. Ciphertexts it adds without the key; the sum stays one.
 
 Memory: the running sum, and what `Spool` keeps of unfinished uploads. An upload is added to the sum when it is whole and its
 digest is right, since one that stops half way must leave no trace; then it is forgotten.
@@ -21,7 +22,6 @@ from enum import Enum
 from typing import Protocol
 
 import msgspec
-import numpy as np
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
@@ -29,12 +29,12 @@ from keys.identity import verify_signature
 from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir
-from protocols.encoding import Uint32Vector, packed_bytes, unpack
+from protocols.ciphertexts import CipherLost, FrameBroken, TotalSpoiled
 from protocols.graph import MaskGraph
 from protocols.masked_node import Parties, open_contribution
-from protocols.prg import BLOCK_VALUES, TAG_PRIME, MaskSet
+from protocols.prg import TAG_PRIME, MaskSet
+from protocols.rings import Ring, Total
 from protocols.transcript import survivor_statement, upload_digest
-from protocols.workers import spread
 
 CREDIT_CHUNKS = 4
 """So many chunks of one upload may be under way."""
@@ -100,13 +100,14 @@ class ClosedAttempt(msgspec.Struct, frozen=True):
     votes: dict[str, bytes]
     dropped: dict[str, str]
     masked_tag: int
+    study_key: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class SumOutcome:
-    """A finished attempt: the sum ([d] uint32) and the sum of its tags, its contributors, and the evidence."""
+    """A finished attempt: the sum and the sum of its tags, its contributors, and the evidence."""
 
-    total: Uint32Vector = field(repr=False)
+    total: Total = field(repr=False)
     tag: int
     cohort: tuple[str, ...]
     view: bytes
@@ -122,7 +123,8 @@ Send = tuple[str, m.AnyBody]
 class MaskedAggregator:
     """One attempt at the aggregator, over the members `cohort` and updates of `vector_size` values.
 
-    `last_record` is the digest of the record of the last sum, on which every member must build.
+    `last_record` is the digest of the record of the last sum, on which every member must build; `study_key` the id of the key
+    under which they encrypt, if they do.
     """
 
     def __init__(
@@ -132,16 +134,22 @@ class MaskedAggregator:
         cohort: Iterable[str],
         vector_size: int,
         spool: Spool,
+        *,
+        ring: Ring,
         last_record: bytes = m.NO_RECORD,
+        study_key: bytes = b"",
     ) -> None:
-        self._parties, self._attempt, self._spool, self._last_record = parties, attempt, spool, last_record
+        self._parties, self._attempt, self._spool, self._ring = parties, attempt, spool, ring
+        self._last_record, self._study_key = last_record, study_key
         self._cohort = tuple(sorted(cohort))
         self._active = set(self._cohort)
-        ring = parties.agreement.secure_sum
-        self._ring_bits, self._chunk_values = ring.ring_bits, ring.chunk_values
-        self._total = np.zeros(vector_size, dtype=np.uint32)
+        self._chunk_values, self._masked = (
+            parties.agreement.secure_sum.chunk_values,
+            parties.agreement.secure_sum.masked,
+        )
+        self._size, self._total = vector_size, ring.zeros(vector_size)
         self._tag = 0
-        self._chunk_count = -(-self._total.size // self._chunk_values)
+        self._chunk_count = -(-vector_size // self._chunk_values)
         self._signed_keys: dict[str, bytes] = {}
         self._keys: dict[str, m.RoundKeys] = {}
         self._graph = MaskGraph((), 0)
@@ -171,8 +179,13 @@ class MaskedAggregator:
         self.outcome: SumOutcome | None = None
 
     def start(self) -> list[Send]:
-        """Ask the cohort for round keys."""
-        return [(name, m.AttemptOpen(self._cohort)) for name in self._cohort]
+        """Ask the cohort for round keys, or for uploads if nothing is to be masked."""
+        opened: list[Send] = [(name, m.AttemptOpen(self._cohort)) for name in self._cohort]
+        if self._masked:
+            return opened
+        self._senders = self._cohort
+        self._link()
+        return opened + self._open_uploads()
 
     def receive(self, peer: str, message: m.Message, signed: bytes) -> list[Send]:
         """Take one verified message of `peer`. A peer at fault is blamed and put out; nothing is raised."""
@@ -283,6 +296,8 @@ class MaskedAggregator:
             case Phase.VOTES:
                 if len(self._votes) < self._parties.threshold:
                     return self._fail("fewer survivors than the threshold signed the survivor set")
+                if not self._masked:
+                    return self._done()
                 self.phase = Phase.UNMASK
                 self._active = set(self._votes)
                 return [(name, self._proof()) for name in sorted(self._active)]
@@ -303,12 +318,16 @@ class MaskedAggregator:
         return answer
 
     def _link(self) -> None:
-        """Fix cohort digest and graph from the signed round keys."""
+        """Fix cohort digest and graph, from the signed round keys if there are any."""
+        neighbours = self._parties.agreement.secure_sum.neighbours
+        if not self._masked:
+            self._cohort_digest = sealing.unmasked_cohort_digest(self._attempt, self._study_key, self._last_record)
+            self._graph = MaskGraph.build(self._cohort, neighbours, self._cohort_digest)
+            return
         digests = {name: sealing.keys_digest(signed) for name, signed in self._signed_keys.items()}
         self._key_digests = tuple(sorted(digests.items()))
-        self._cohort_digest = sealing.cohort_digest(self._attempt, digests)
-        ring = self._parties.agreement.secure_sum
-        self._graph = MaskGraph.build(digests, ring.neighbours, self._cohort_digest)
+        self._cohort_digest = sealing.cohort_digest(self._attempt, digests, self._study_key)
+        self._graph = MaskGraph.build(digests, neighbours, self._cohort_digest)
         self._recipients = {name: frozenset(self._graph.recipients(name)) for name in digests}
         self._seeds = {name: {} for name in digests}
 
@@ -318,16 +337,18 @@ class MaskedAggregator:
         if not self._active.intersection(self._graph.dealers):
             return self._fail("nobody is left who dealt a tag seed")
         self._senders = tuple(sorted(self._active))
-        self._view = sealing.senders_view(self._attempt, self._cohort_digest, self._senders)
-        self.phase = Phase.UPLOAD
-        credit = min(CREDIT_CHUNKS, self._chunk_count)
         answer: list[Send] = []
         for name in self._senders:
             sources = [peer for peer in self._graph.sources(name) if peer in self._active]
-            self._uploads[name] = _Upload([], credit)
             answer.append((name, m.SeedSet(self._senders, tuple(self._seeds[peer][name] for peer in sources))))
-            answer.append((name, m.Credit(credit)))
-        return answer
+        return answer + self._open_uploads()
+
+    def _open_uploads(self) -> list[Send]:
+        self._view = sealing.senders_view(self._attempt, self._cohort_digest, self._senders)
+        self.phase = Phase.UPLOAD
+        credit = min(CREDIT_CHUNKS, self._chunk_count)
+        self._uploads = {name: _Upload([], credit) for name in self._senders}
+        return [(name, m.Credit(credit)) for name in self._senders]
 
     def _close_uploads(self) -> list[Send]:
         self._forget_uploads()
@@ -377,7 +398,7 @@ class MaskedAggregator:
 
     def _on_complaint(self, accuser: str, body: m.Complaint) -> list[Send]:
         """Seeds that do not open, or a false complaint: nobody can tell without opening more, so both sit this round out."""
-        sealed_to_it = set(self._graph.sources(accuser)) & set(self._senders)
+        sealed_to_it = set(self._graph.sources(accuser)) & set(self._senders) if self._masked else set()
         if body.accused not in sealed_to_it or accuser in self._digests:
             raise RemoteProtocolError(accuser, f"complained about {body.accused} without ground")
         self.disputed = (accuser, body.accused)
@@ -387,7 +408,7 @@ class MaskedAggregator:
         upload = self._uploads.get(peer)
         if upload is None:
             raise RemoteProtocolError(peer, "sent a chunk outside its upload")
-        if body.index >= upload.credit or len(data) != packed_bytes(self._values_in(body.index), self._ring_bits):
+        if body.index >= upload.credit or len(data) != self._ring.sealed_bytes(self._values_in(body.index)):
             raise RemoteProtocolError(peer, f"sent chunk {body.index} of {len(data)} bytes, which no upload has")
         if body.index > len(upload.digests):
             return self._drop(peer)  # Chunks were lost with a connection: no fault, but no upload either.
@@ -402,7 +423,7 @@ class MaskedAggregator:
         return [(peer, m.Credit(upload.credit))]
 
     def _values_in(self, chunk: int) -> int:
-        return min(self._chunk_values, self._total.size - chunk * self._chunk_values)
+        return min(self._chunk_values, self._size - chunk * self._chunk_values)
 
     def _on_upload_done(self, peer: str, body: m.UploadDone, signed: bytes) -> None:
         if peer in self._digests:
@@ -420,10 +441,16 @@ class MaskedAggregator:
                 raise RemoteProtocolError(peer, "sent a digest that is not that of its upload")
             if body.view != self._view:
                 raise RemoteProtocolError(peer, "masked for other senders of seeds than it was told")
-            for index, data in enumerate(self._spool.chunks(peer)):
-                start, count = index * self._chunk_values, self._values_in(index)
-                part = self._total[start : start + count]
-                np.add(part, unpack(data, count, self._ring_bits), out=part)
+            self._ring.add(
+                self._total,
+                lambda: ((index * self._chunk_values, data) for index, data in enumerate(self._spool.chunks(peer))),
+            )
+        except (FrameBroken, CipherLost) as error:
+            raise RemoteProtocolError(peer, f"sent an upload that cannot be added: {error}") from None
+        except TotalSpoiled as error:
+            self.blamed[peer] = f"{peer}: sent an upload that cannot be added, nor taken off again: {error}"
+            self._fail(f"the sum was lost over an upload of {peer}")
+            return
         finally:
             self._spool.discard(peer)
         self._tag = (self._tag + body.tag) % TAG_PRIME
@@ -507,13 +534,15 @@ class MaskedAggregator:
                     return self._fail(f"the pair seed of {name} and {survivor} cannot be recovered")
                 # The survivor's own mask is still in the total: the first of a pair added it, the second subtracted it.
                 (subtracted if survivor < name else added).append(key)
-        masks, total = MaskSet(added, subtracted), self._total
-        spread(
-            lambda start: masks.apply(total[start : start + BLOCK_VALUES], start), range(0, total.size, BLOCK_VALUES)
-        )
+        masks = MaskSet(added, subtracted)
+        try:
+            self._ring.unmask(self._total, masks)
+        except CipherLost as error:
+            return self._fail(f"the masks cannot be taken off: {error}")
         self._tag = masks.apply_to_tag(self._tag)
-        if self._ring_bits < 32:
-            self._total &= np.uint32((1 << self._ring_bits) - 1)
+        return self._done()
+
+    def _done(self) -> list[Send]:
         self.phase = Phase.DONE
         self.outcome = SumOutcome(
             self._total, self._tag, self._cohort, self._view, self._survivors, dict(self._votes), dict(self.dropped)
@@ -565,7 +594,7 @@ class MaskedAggregator:
 
     # --- crash and resume
 
-    def closed_attempt(self) -> tuple[ClosedAttempt, Uint32Vector]:
+    def closed_attempt(self) -> tuple[ClosedAttempt, Total]:
         """What must be durable before anybody is asked for a vote, and again, with the votes, before anybody unmasks."""
         alive = {name for name, _ in self._survivors}
         senders = set(self._senders)
@@ -590,19 +619,31 @@ class MaskedAggregator:
             {low: sent for low, sent in across.items() if sent},
             self._survivors,
             self._signed_uploads,
-            self._votes,
-            self.dropped,
+            dict(self._votes),
+            dict(self.dropped),
             self._tag,
+            self._study_key,
         )
         return state, self._total
 
     @classmethod
     def resume(
-        cls, parties: Parties, state: ClosedAttempt, total: Uint32Vector, vector_size: int, spool: Spool
+        cls,
+        parties: Parties,
+        state: ClosedAttempt,
+        total: Total,
+        vector_size: int,
+        spool: Spool,
+        *,
+        ring: Ring,
+        last_record: bytes,
     ) -> MaskedAggregator:
         """Take up an attempt where survivors vote or unmask; each is asked again, as it joins (`rejoin`)."""
         attempt = sealing.AttemptId(parties.agreement_digest, state.round, state.attempt)
-        resumed = cls(parties, attempt, state.cohort, vector_size, spool)
+        key = state.study_key
+        resumed = cls(
+            parties, attempt, state.cohort, vector_size, spool, ring=ring, last_record=last_record, study_key=key
+        )
         resumed._signed_keys = dict(state.signed_keys)
         for name, signed in state.signed_keys.items():
             body = m.decode(signed, name, parties.public_keys[name], attempt.agreement_digest).body
@@ -618,7 +659,7 @@ class MaskedAggregator:
         resumed._statement = survivor_statement(attempt, resumed._view, state.survivors)
         if total.size != resumed._total.size:
             raise LocalProtocolError(f"the saved attempt holds a sum of {total.size} values")
-        resumed._total[:], resumed._tag = total, state.masked_tag
+        resumed._total[:], resumed._tag = total.reshape(resumed._total.shape), state.masked_tag
         resumed._active = set(state.votes) or resumed._digests.keys() - state.dropped.keys()
         resumed.phase, resumed.binding = Phase.UNMASK if state.votes else Phase.VOTES, True
         return resumed

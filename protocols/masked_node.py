@@ -1,6 +1,7 @@
-"""One node's side of one attempt of the `masked` secure sum (Bonawitz et al. 2017, malicious-aggregator variant).
+"""One node's side of one attempt of the secure sum (Bonawitz et al. 2017, malicious-aggregator variant).
 
-Sans-IO: bodies go in, bodies come out. The states and what each accepts:
+Sans-IO: bodies go in, bodies come out. What an upload is made of is the ring's business (`protocols.rings`): `masked` and `layered` take
+the same steps. `homomorphic` has no masks: it begins at UPLOAD and ends at VOTED. The states and what each accepts:
 
     KEYS       KeySet          -> SealedSeeds to neighbours (a dealer: to all)  -> SEEDS
     SEEDS      SeedSet         -> (journal "used"), masks are ready             -> UPLOAD
@@ -37,6 +38,8 @@ from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement
 from protocols.encoding import FixedPoint, Float64Vector
 from protocols.graph import MaskGraph
 from protocols.prg import MaskSet
+from protocols.rings import Ring
+from protocols.study_key import StudyKey
 from protocols.transcript import survivor_statement
 from protocols.upload import MaskedUpload
 
@@ -91,6 +94,8 @@ class MaskedNode:
         attempt: agreement digest, round and attempt number.
         cohort: whom the aggregator wants to sum; checked here.
         last_record: digest of the record of the last sum that we applied, which all others must have applied too.
+        ring: how values are sealed.
+        study_key: where uploads are encrypted.
         vector: the update, [d] float64, finite; it is read while chunks are made and never written.
         coins: randomness, `os.urandom` outside tests.
         journal: called with "used" and the tag seed, or "voted" and nothing; durable when it returns.
@@ -107,6 +112,8 @@ class MaskedNode:
         cohort: tuple[str, ...],
         vector: Float64Vector,
         *,
+        ring: Ring,
+        study_key: StudyKey | None = None,
         coins: shamir.Coins,
         journal: Callable[[str, bytes], None],
         last_record: bytes = m.NO_RECORD,
@@ -115,6 +122,7 @@ class MaskedNode:
         self._me = identity.node_id
         self._journal = journal
         self._last_record = last_record
+        self._ring, self._study_key = ring, study_key
         self._coins = coins
         self._secrets = sealing.AttemptSecrets.fresh(coins)
         self._share_key, self._share_public = sealing.key_pair(self._secrets.share_master, attempt)
@@ -155,7 +163,10 @@ class MaskedNode:
         return self._survivors
 
     def open(self) -> list[bytes]:
-        """The first message: our signed round keys."""
+        """The first message: our signed round keys; nothing where nothing is masked."""
+        if not self._parties.agreement.secure_sum.masked:
+            self._open_unmasked()
+            return []
         keys = m.RoundKeys(
             self._share_public,
             self._pair_public,
@@ -183,7 +194,7 @@ class MaskedNode:
                 return self._on_survivors(body)
             case ((State.VOTED | State.REVEALED), m.Survivors()) if body.survivors == self._survivors:
                 return self._vote()
-            case State.VOTED, m.SurvivorProof():
+            case State.VOTED, m.SurvivorProof() if self._parties.agreement.secure_sum.masked:
                 return self._on_proof(body)
             case State.REVEALED, m.SurvivorProof():
                 return self._answer
@@ -191,6 +202,16 @@ class MaskedNode:
                 return []  # What crossed our complaint on the way; the attempt is void.
             case _:
                 raise RemoteProtocolError(m.AGGREGATOR, f"sent {type(body).__name__} in state {self._state.name}")
+
+    def _open_unmasked(self) -> None:
+        """All of the cohort are senders, and the study key gives the tag seed."""
+        if self._study_key is None:
+            raise LocalProtocolError("there is no study key")
+        self._names = self._senders = self._cohort
+        self._cohort_digest = sealing.unmasked_cohort_digest(self._attempt, self._study_key.id, self._last_record)
+        self._graph = MaskGraph.build(self._cohort, 0, self._cohort_digest)
+        pad = self._study_key.tag_pad(self._attempt, self._me)
+        self._begin_upload(self._study_key.tag_seed(self._attempt), MaskSet((), ()), pad)
 
     # --- KEYS: verify the round keys of all whom we deal with, distribute shares and contributions
 
@@ -206,7 +227,8 @@ class MaskedNode:
         self._check(len(digests) >= self._parties.minimum, "shrank the cohort below the agreed minimum")
         ring = self._parties.agreement.secure_sum
         self._names = frozenset(digests)
-        self._cohort_digest = sealing.cohort_digest(self._attempt, digests)
+        key_id = b"" if self._study_key is None else self._study_key.id
+        self._cohort_digest = sealing.cohort_digest(self._attempt, digests, key_id)
         self._graph = MaskGraph.build(digests, ring.neighbours, self._cohort_digest)
         for data in body.keys:
             relayed = self._open_relayed(data, m.RoundKeys)
@@ -292,17 +314,22 @@ class MaskedNode:
         if tag_seed is None:
             raise LocalProtocolError("unreachable")
         self._senders = senders
-        self._view = sealing.senders_view(self._attempt, self._cohort_digest, senders)
+        self._begin_upload(tag_seed, MaskSet(added, subtracted))
+        return []
+
+    def _begin_upload(self, tag_seed: bytes, masks: MaskSet, pad: int = 0) -> None:
+        self._view = sealing.senders_view(self._attempt, self._cohort_digest, self._senders)
         self._journal("used", tag_seed)
         self._upload = MaskedUpload(
+            self._ring,
             FixedPoint.from_agreement(self._parties.agreement),
             self._vector,
             tags.Tagger(tag_seed, self._attempt),
-            MaskSet(added, subtracted),
+            masks,
             self._parties.agreement.secure_sum.chunk_values,
+            pad,
         )
         self._state = State.UPLOAD
-        return []
 
     def _open_seeds(self, peer: str, seeds: m.SealedSeeds) -> bytes | None:
         """Keep the shares of `peer`; gives what the pair's first node contributes to the pair seed, if we are linked."""

@@ -37,12 +37,17 @@ MESSAGE_LIMIT_BYTES: Final = CHUNK_LIMIT_BYTES + (1 << 16)
 NO_RECORD: Final = bytes(32)
 """Stands for the digest of the last record before the first sum."""
 
+NO_KEY: Final = bytes(32)
+"""Stands for the id of a study key that a node does not have, or that its study does not need."""
+
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 MaskedTag = Annotated[int, Meta(ge=0, lt=TAG_PRIME)]
 PublicKey = Annotated[bytes, Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)]
 Share = Annotated[bytes, Meta(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
 Sealed = Annotated[bytes, Meta(max_length=2048)]
+Box = Annotated[bytes, Meta(max_length=PUBLIC_KEY_BYTES)]
+SealedKeyBytes = Annotated[bytes, Meta(max_length=1 << 15)]
 SignedMessage = Annotated[bytes, Meta(max_length=8192)]
 Number = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MAXIMUM_MEMBERS)]
@@ -59,9 +64,14 @@ class Body(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag
 
 
 class Join(Body, frozen=True):
-    """I am here, and the next round whose sum I lack is `next_round`."""
+    """I am here, and the next round whose sum I lack is `next_round`.
+
+    In a study with a study key: the id of the one that I hold, and a public key to which another may be sealed.
+    """
 
     next_round: Number
+    study_key: Digest = NO_KEY
+    box: Box = b""
 
 
 class Ready(Body, frozen=True):
@@ -144,11 +154,32 @@ class Receipt(Body, frozen=True):
     signature: Signature
 
 
+class SealedKey(Body, frozen=True):
+    """The study key `key_id`, sealed to the box of `recipient`."""
+
+    recipient: Name
+    key_id: Digest
+    sealed: SealedKeyBytes
+
+
 class Farewell(Body, frozen=True):
     """I know that the study is over."""
 
 
 # --- aggregator to node
+
+
+class DealKey(Body, frozen=True):
+    """Seal the study key to those who said these `Join`s. With `make`: nobody shows one, so make it, and say that you have it."""
+
+    joins: Annotated[tuple[SignedMessage, ...], Meta(max_length=MAXIMUM_MEMBERS)]
+    make: bool
+
+
+class DealtKey(Body, frozen=True):
+    """The `SealedKey` that another node has signed for you."""
+
+    message: Annotated[bytes, Meta(max_length=1 << 16)]
 
 
 class RoundOpen(Body, frozen=True):
@@ -238,7 +269,10 @@ AnyBody = (
     | SurvivorVote
     | Unmasking
     | Receipt
+    | SealedKey
     | Farewell
+    | DealKey
+    | DealtKey
     | RoundOpen
     | AttemptOpen
     | KeySet

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keys.errors import ConfigError, VerificationFailed
-from protocols.encoding import Uint32Vector
 
+Uint32Vector = NDArray[np.uint32]
 Uint64Matrix = NDArray[np.uint64]
 
 DEGREE = 4096

@@ -5,12 +5,12 @@ Every rule says what must hold, so that NaN breaks it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from keys.errors import ConfigError
-from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement
+from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement, Protocol
 
 
 class LocalPolicy(Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,8 +24,8 @@ class LocalPolicy(Struct, frozen=True, forbid_unknown_fields=True):
     max_rounds: Annotated[int, Meta(ge=1)] = 1000
     min_cohort: Annotated[int, Meta(ge=MINIMUM_CONTRIBUTORS)] = MINIMUM_CONTRIBUTORS
     min_threshold: Annotated[int, Meta(ge=2)] = 2
-    min_colluders_tolerated: Annotated[int, Meta(ge=1)] = 1
-    protocols: tuple[Literal["masked"], ...] = ("masked",)
+    min_colluders_tolerated: Annotated[int, Meta(ge=0)] = 1
+    protocols: tuple[Protocol, ...] = ("masked", "layered")
 
 
 def check_policy(agreement: Agreement, policy: LocalPolicy, *, epsilon: float) -> None:

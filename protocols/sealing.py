@@ -85,7 +85,7 @@ def key_pair(master: bytes, attempt: AttemptId) -> tuple[MLKEM768X25519PrivateKe
 
     The public key is encoded: ML-KEM-768 encapsulation key, then X25519 public key (1,216 bytes).
     """
-    seed = _hkdf(master, attempt.bind(Label.PAIR_KEY), 96)
+    seed = hkdf(master, attempt.bind(Label.PAIR_KEY), 96)
     mlkem, x25519 = MLKEM768PrivateKey.from_seed_bytes(seed[:64]), X25519PrivateKey.from_private_bytes(seed[64:])
     public = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
     return MLKEM768X25519PrivateKey(mlkem, x25519), public
@@ -143,10 +143,18 @@ def keys_digest(signed_keys: bytes) -> bytes:
     return hashlib.sha256(signed_keys).digest()
 
 
-def cohort_digest(attempt: AttemptId, digests: Mapping[str, bytes]) -> bytes:
-    """The digest of all nodes' `keys_digest`: two nodes with the same cohort digest work with the same round keys."""
+def cohort_digest(attempt: AttemptId, digests: Mapping[str, bytes], study_key: bytes = b"") -> bytes:
+    """The digest of all nodes' `keys_digest`, and of the id of the study key if there is one.
+
+    Two nodes with the same cohort digest work with the same keys.
+    """
     parts = [part for name in sorted(digests) for part in (name, digests[name])]
-    return hashlib.sha256(attempt.bind(Label.COHORT, *parts)).digest()
+    return hashlib.sha256(attempt.bind(Label.COHORT, *parts, *[study_key] * bool(study_key))).digest()
+
+
+def unmasked_cohort_digest(attempt: AttemptId, study_key: bytes, last_record: bytes) -> bytes:
+    """What stands for the cohort digest where there are no round keys: the id of the study key, and what the sum builds on."""
+    return hashlib.sha256(attempt.bind(Label.UNMASKED_COHORT, study_key, last_record)).digest()
 
 
 def senders_view(attempt: AttemptId, cohort: bytes, senders: Iterable[str]) -> bytes:
@@ -156,7 +164,7 @@ def senders_view(attempt: AttemptId, cohort: bytes, senders: Iterable[str]) -> b
 
 def contribution(master_low: bytes, attempt: AttemptId, cohort: bytes, low: str, high: str) -> bytes:
     """What the first node of a pair contributes to the pair seed, derived from its pair master."""
-    return _hkdf(master_low, attempt.bind(Label.PAIR_CONTRIBUTION, cohort, low, high), SEED_BYTES)
+    return hkdf(master_low, attempt.bind(Label.PAIR_CONTRIBUTION, cohort, low, high), SEED_BYTES)
 
 
 def contribution_info(attempt: AttemptId, cohort: bytes, low: str, high: str) -> bytes:
@@ -171,12 +179,12 @@ def shares_info(attempt: AttemptId, cohort: bytes, sender: str, recipient: str) 
 
 def pair_mask_key(contribution_bytes: bytes, attempt: AttemptId, cohort: bytes, low: str, high: str) -> bytes:
     """The pair seed: the AES-256 key of the mask that low adds and high subtracts."""
-    return _hkdf(contribution_bytes, attempt.bind(Label.PAIR_SEED, cohort, low, high), SEED_BYTES)
+    return hkdf(contribution_bytes, attempt.bind(Label.PAIR_SEED, cohort, low, high), SEED_BYTES)
 
 
 def self_mask_key(self_seed: bytes, attempt: AttemptId, owner: str) -> bytes:
     """The AES-256 key of a node's own mask."""
-    return _hkdf(self_seed, attempt.bind(Label.SELF_SEED, owner), SEED_BYTES)
+    return hkdf(self_seed, attempt.bind(Label.SELF_SEED, owner), SEED_BYTES)
 
 
 def self_seed_commitment(self_seed: bytes, attempt: AttemptId, owner: str) -> bytes:
@@ -199,5 +207,6 @@ def same(left: bytes, right: bytes) -> bool:
     return constant_time.bytes_eq(left, right)
 
 
-def _hkdf(secret: bytes, info: bytes, length: int) -> bytes:
+def hkdf(secret: bytes, info: bytes, length: int) -> bytes:
+    """HKDF-SHA256 without salt."""
     return HKDF(algorithm=hashes.SHA256(), length=length, salt=None, info=info).derive(secret)

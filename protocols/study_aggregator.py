@@ -11,6 +11,9 @@ different survivors of the same vectors would differ by one node's vector.
 
 After a crash `resume` begins at GATHER again and then goes on where the transcript and the kept state say: an attempt whose
 uploads were closed is completed; one that had not come so far is given up for a new one with fresh seeds.
+
+Where uploads are encrypted, a member has joined when it holds the study key. If nobody holds one, a member is asked to make it, and
+to seal it to the others; later a holder seals it to whoever lacks it. The aggregator carries the seals and can open none.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols import messages as m
 from protocols import transcript as t
-from protocols.encoding import Uint32Vector, pack
 from protocols.masked_aggregator import ClosedAttempt, MaskedAggregator, Phase, Spool, SumOutcome
 from protocols.masked_node import Parties
+from protocols.rings import Ciphers, Total, make_ring, octets
 from protocols.sealing import AttemptId
 
 MAX_REPEATED_JOINS = 64
@@ -73,15 +76,15 @@ class UploadsClosed:
     """Keep this durably, before the next output is carried out: nodes are asked to vote or to unmask, and will in no other attempt."""
 
     state: ClosedAttempt
-    masked: Uint32Vector = field(repr=False)
+    masked: Total = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class SumOpened:
-    """Keep this round's sum ([d] uint32): its digest is in the record that follows."""
+    """Keep this round's sum: its digest is in the record that follows."""
 
     round: int
-    total: Uint32Vector = field(repr=False)
+    total: Total = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class Kept:
 
     transcript: tuple[tuple[t.Body, bytes], ...]
     attempts: Mapping[int, int]
-    closed: tuple[ClosedAttempt, Uint32Vector] | None
+    closed: tuple[ClosedAttempt, Total] | None
 
 
 class AggregatorMachine:
@@ -114,8 +117,9 @@ class AggregatorMachine:
         identity: the aggregator's own identity, as in the roster.
         vector_size: values per update, d.
         transcript: the writer that makes signed, chained lines.
-        load_sum: gives back the sum of a completed round ([d] uint32), for nodes that missed it.
+        load_sum: gives back the sum of a completed round (flat), for nodes that missed it.
         spool: keeps unfinished uploads.
+        ciphers: for agreements by which uploads are encrypted.
     """
 
     def __init__(
@@ -125,13 +129,22 @@ class AggregatorMachine:
         vector_size: int,
         transcript: t.TranscriptWriter,
         *,
-        load_sum: Callable[[int], Uint32Vector],
+        load_sum: Callable[[int], Total],
         spool: Spool,
+        ciphers: Ciphers | None = None,
     ) -> None:
         self._parties, self._identity, self._size = parties, identity, vector_size
         self._transcript, self._load_sum, self._spool = transcript, load_sum, spool
         self._agreement = parties.agreement
+        self._ring = make_ring(parties.agreement, ciphers)
         self._joined: set[str] = set()
+        self._study_key = b""
+        self._said: dict[str, bytes] = {}
+        self._wanting: dict[str, str] = {}
+        """Who lacks the study key, and who was asked to deal it."""
+        self._makers: list[str] = []
+        self._dealer = ""
+        self._waited_enough = False
         self._out: dict[str, str] = {}
         self._records: dict[int, tuple[bytes, Receipts]] = {}
         self._round = 0
@@ -187,6 +200,7 @@ class AggregatorMachine:
                     self._contributors = frozenset(survivor.node_id for survivor in body.survivors)
                     self._records[body.round] = line, ()
                     self._taking_part |= set(body.cohort)
+                    self._study_key = bytes.fromhex(body.study_key)
                     self._resume_at = Stage.RECEIPTS
                 case t.RoundAbandoned():
                     self._round, self._resume_at = body.round, Stage.TRAIN
@@ -202,7 +216,10 @@ class AggregatorMachine:
         if kept.closed is not None and kept.closed[0].round == self._round + 1:
             state, masked = kept.closed
             self._round += 1
-            self._attempt = MaskedAggregator.resume(self._parties, state, masked, self._size, self._spool)
+            self._study_key = state.study_key
+            self._attempt = MaskedAggregator.resume(
+                self._parties, state, masked, self._size, self._spool, ring=self._ring, last_record=self._last_record
+            )
             self._attempt_phase, self._resume_at = self._attempt.phase, Stage.SUM
         return [Progress("resumed", {"round": self._round, "completed": len(self._records)})]
 
@@ -219,17 +236,22 @@ class AggregatorMachine:
 
     def leave(self, peer: str, now: float) -> list[Output]:
         """The transport cannot reach `peer` any more. It may join again later."""
+        self._wanting.pop(peer, None)
         if peer not in self._joined:
             return []
         self._joined.discard(peer)
         self._ready.discard(peer)
-        return [Progress("left", {"node": peer}), *self._lose(peer, now)]
+        self._forget_dealer(peer)
+        return [Progress("left", {"node": peer}), *self._ask_dealer(), *self._lose(peer, now)]
 
     def tick(self, now: float) -> list[Output]:
         """Time has passed."""
         if self.ended or now < self._deadline:
             return []
         match self.stage:
+            case Stage.GATHER if self._lacks_key:
+                self._waited_enough = True
+                return self._have_key_made(now)
             case Stage.GATHER if len(self._joined) < self._parties.minimum:
                 return self._end("too few hospitals joined before the deadline", now)
             case Stage.GATHER:
@@ -260,7 +282,9 @@ class AggregatorMachine:
         body = message.body
         match body:
             case m.Join():
-                return self._on_join(peer, body, now)
+                return self._on_join(peer, body, data, now)
+            case m.SealedKey():
+                return self._on_sealed_key(peer, body, data)
             case m.Declined():
                 return self._on_declined(peer, body, now)
             case m.Farewell():
@@ -285,12 +309,15 @@ class AggregatorMachine:
             case _:
                 return []
 
-    def _on_join(self, peer: str, body: m.Join, now: float) -> list[Output]:
+    def _on_join(self, peer: str, body: m.Join, data: bytes, now: float) -> list[Output]:
         if body.next_round > self._asked_for.get(peer, 0):
             self._asked_for[peer], self._joins[peer] = body.next_round, 0
         self._joins[peer] += 1
         if self._joins[peer] > MAX_REPEATED_JOINS:
             return []  # No fault: whose connection is cut again and again is not to blame for it.
+        if self._agreement.secure_sum.encrypted and not self._holds_key(peer, body, data):
+            return [*self.leave(peer, now), *self._want_key(peer, now)]
+        self._wanting.pop(peer, None)
         answer: list[Output] = []
         # Before the attempt goes on without it: a sum that this opens is sent to all who have joined, and is not stored yet.
         missed = [number for number in sorted(self._records) if number >= body.next_round]
@@ -298,6 +325,7 @@ class AggregatorMachine:
             self._joined.add(peer)
             self._taking_part.add(peer)
             answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
+            answer += self._ask_dealer()
         elif self.stage is Stage.SUM and self._attempt is not None:
             answer += self._carry(self._attempt.rejoin(peer), now)
         if missed:
@@ -306,7 +334,9 @@ class AggregatorMachine:
             answer.append(
                 self._send(peer, m.RoundResult(self._record_line), self._round, 0)
             )  # Its receipt may be lost.
-        if self.stage is Stage.GATHER and len(self._joined) == len(self._agreement.members) - len(self._out):
+        everybody = len(self._joined) == len(self._agreement.members) - len(self._out)
+        enough = self._waited_enough and not self._wanting and len(self._joined) >= self._parties.minimum
+        if self.stage is Stage.GATHER and (everybody or enough):
             return answer + self._gathered(now)
         match self.stage:
             case Stage.TRAIN if len(missed) <= 1:
@@ -317,6 +347,65 @@ class AggregatorMachine:
                 if len(missed) <= 1:
                     answer.append(self._send(peer, m.StudyEnded(self._end_reason)))
         return answer
+
+    # --- the study key
+
+    @property
+    def _lacks_key(self) -> bool:
+        """Whether the study can begin with a new study key only, and there is a member who may make it."""
+        here = self._joined | self._wanting.keys()
+        begun = self._records or self._attempt is not None
+        return not begun and len(self._joined) < self._parties.minimum <= len(here) and not here <= set(self._makers)
+
+    def _holds_key(self, peer: str, body: m.Join, data: bytes) -> bool:
+        """Whether a member has joined with the study's key. The first that is shown is it, or the one of whom we asked to make it."""
+        self._said[peer] = data
+        if not self._study_key and body.study_key != m.NO_KEY and peer in (self._makers[-1:] or [peer]):
+            self._study_key = body.study_key
+        return body.study_key == self._study_key
+
+    def _want_key(self, peer: str, now: float) -> list[Output]:
+        self._wanting[peer] = ""
+        waiting: list[Output] = [Progress("waits for the study key", {"node": peer})]
+        if self._joined:
+            return waiting + self._ask_dealer()
+        everybody = len(self._agreement.members) - len(self._out)
+        if self.stage is Stage.GATHER and len(self._wanting) == everybody and not self._makers and self._lacks_key:
+            return waiting + self._have_key_made(now)
+        return waiting
+
+    def _have_key_made(self, now: float) -> list[Output]:
+        """Ask the next member to make the study key, and to seal it to all others who are here."""
+        self._wanting |= dict.fromkeys(self._joined, "")
+        self._joined.clear()
+        self._study_key = b""
+        maker = min(self._wanting.keys() - set(self._makers))
+        self._makers.append(maker)
+        self._deadline = now + self._agreement.deadlines.phase_seconds
+        others = [name for name in sorted(self._wanting) if name != maker]
+        self._wanting |= dict.fromkeys(others, maker)
+        made = Progress("study key", {"maker": maker})
+        return [made, self._send(maker, m.DealKey(tuple(self._said[name] for name in others), make=True), 0, 0)]
+
+    def _ask_dealer(self) -> list[Output]:
+        """Ask the next of those who hold the study key to seal it to those for whom nobody was asked."""
+        waiting = sorted(name for name, dealer in self._wanting.items() if not dealer)
+        holders = sorted(self._joined)
+        if not waiting or not holders:
+            return []
+        self._dealer = next((name for name in holders if name > self._dealer), holders[0])
+        self._wanting |= dict.fromkeys(waiting, self._dealer)
+        return [self._send(self._dealer, m.DealKey(tuple(self._said[name] for name in waiting), make=False), 0, 0)]
+
+    def _forget_dealer(self, dealer: str) -> None:
+        self._wanting = {name: "" if asked == dealer else asked for name, asked in self._wanting.items()}
+
+    def _on_sealed_key(self, peer: str, body: m.SealedKey, data: bytes) -> list[Output]:
+        if peer not in self._joined or self._wanting.get(body.recipient) != peer or body.key_id != self._study_key:
+            return []
+        return [self._send(body.recipient, m.DealtKey(data), 0, 0)]
+
+    # --- rounds that a node has missed
 
     def _missed_sum(self, peer: str, number: int) -> list[Output]:
         if number == self._round and self._collecting and peer not in self._contributors:
@@ -373,6 +462,8 @@ class AggregatorMachine:
         self._out[peer] = why
         self._joined.discard(peer)
         self._ready.discard(peer)
+        self._wanting.pop(peer, None)
+        self._forget_dealer(peer)
         if self.stage is Stage.FAREWELL:
             self._await_farewells(self._farewells_due - {peer})
 
@@ -398,8 +489,10 @@ class AggregatorMachine:
         self._received_bytes = self._sent_bytes = 0
         self._round_started = now
         self.stage, self._deadline = Stage.TRAIN, now + self._agreement.deadlines.train_seconds
+        self._wanting = dict.fromkeys(self._wanting, "")  # Whoever was asked to deal to them has not.
         return [
             Progress("round", {"round": self._round, "nodes": len(self._joined)}),
+            *self._ask_dealer(),
             *(self._send(name, m.RoundOpen(self._last_completed)) for name in sorted(self._joined)),
         ]
 
@@ -413,7 +506,16 @@ class AggregatorMachine:
         self._attempts[self._round] = number
         self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
         attempt = AttemptId(self._parties.agreement_digest, self._round, number)
-        self._attempt = MaskedAggregator(self._parties, attempt, cohort, self._size, self._spool, self._last_record)
+        self._attempt = MaskedAggregator(
+            self._parties,
+            attempt,
+            cohort,
+            self._size,
+            self._spool,
+            ring=self._ring,
+            last_record=self._last_record,
+            study_key=self._study_key,
+        )
         self._attempt_phase = Phase.KEYS
         return [Begun(self._round, number), *self._carry(self._attempt.start(), now)]
 
@@ -474,7 +576,7 @@ class AggregatorMachine:
     def _open_sum(self, outcome: SumOutcome, now: float) -> list[Output]:
         self._attempt = None
         roster = self._agreement.roster
-        total = outcome.total.astype("<u4", copy=False)
+        total = outcome.total
         record = t.RoundRecord(
             agreement_digest=self._parties.agreement_digest.hex(),
             roster_epoch=roster.epoch,
@@ -482,6 +584,8 @@ class AggregatorMachine:
             round=self._round,
             attempt=self._attempts[self._round],
             protocol=self._agreement.secure_sum.protocol,
+            study_key=self._study_key.hex(),
+            builds_on=self._last_record.hex(),
             cohort=outcome.cohort,
             senders_view=outcome.view.hex(),
             survivors=tuple(
@@ -489,7 +593,7 @@ class AggregatorMachine:
                 for name, digest in outcome.survivors
             ),
             dropped=tuple(t.Dropped(node_id=name, phase=phase) for name, phase in sorted(outcome.dropped.items())),
-            aggregate_digest=t.aggregate_digest(total.data).hex(),
+            aggregate_digest=t.aggregate_digest(octets(total)).hex(),
             aggregate_tag=outcome.tag.to_bytes(8).hex(),
             upload_bytes=self._received_bytes,
             download_bytes=self._sent_bytes,
@@ -508,13 +612,13 @@ class AggregatorMachine:
         answer.append(Progress("sum", fields | {"bytes": self._received_bytes, "dropped": sorted(outcome.dropped)}))
         return answer
 
-    def _result(self, number: int, total: Uint32Vector) -> list[bytes]:
+    def _result(self, number: int, total: Total) -> list[bytes]:
         """The messages that bring a sum: signed once, the same for every node."""
-        ring = self._agreement.secure_sum
         address = AttemptId(self._parties.agreement_digest, number, 0)
+        total = total.reshape(self._ring.shape)
         messages = []
-        for index, start in enumerate(range(0, total.size, ring.chunk_values)):
-            data = pack(total[start : start + ring.chunk_values], ring.ring_bits)
+        for index, start in enumerate(range(0, self._size, self._ring.sum_chunk_values)):
+            data = self._ring.pack_sum(total, start)
             messages.append(m.encode(self._identity, address, m.SumChunk(index, m.chunk_digest(data)), data))
         return [*messages, m.encode(self._identity, address, m.RoundResult(*self._records[number]))]
 

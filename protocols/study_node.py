@@ -9,6 +9,9 @@ must be later than the last one journalled; seeds of masks live in memory only, 
 of an attempt is kept, so that a restarted node can still check the sum. Every record that the aggregator signs is kept:
 two of one round prove that it told two stories.
 
+Where uploads are encrypted, all hospitals hold one study key (`protocols.study_key`). The first one makes it when it is asked to,
+and whoever holds it seals it to those who ask; a node takes part in no round without it.
+
 A sum is accepted when its tags match. A node that took no part in the attempt has no tag seed; it accepts the sum on the
 countersignatures of more contributors than may collude.
 """
@@ -18,24 +21,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols import messages as m
-from protocols import tags
+from protocols import sealing, tags
 from protocols import transcript as t
-from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, packed_bytes, unpack
+from protocols.ciphertexts import FrameBroken
+from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector
 from protocols.masked_node import MaskedNode, Parties, State
+from protocols.packing import choose
 from protocols.prg import TAG_PRIME
+from protocols.rings import Ciphers, Total, make_ring, octets
 from protocols.sealing import AttemptId
 from protocols.shamir import Coins
+from protocols.study_key import Box, StudyKey
 from protocols.workers import spread
 
 MAX_REPEATS = 16
-"""How often a sum may arrive incomplete over one connection before the aggregator is blamed."""
+"""How often a sum may arrive incomplete, or before the one that we lack, over one connection before the aggregator is blamed."""
 
 
 class Journal(Protocol):
@@ -58,6 +64,12 @@ class Journal(Protocol):
 
     def receipt(self, round_number: int) -> bytes:
         """The first record of this round that was kept, empty if none."""
+
+    def keep_study_key(self, secret: bytes) -> None:
+        """Keep the study key, instead of one that was kept before."""
+
+    def study_key(self) -> bytes:
+        """The study key that was kept, empty if none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +126,7 @@ class NodeMachine:
         coins: randomness, `os.urandom` outside tests.
         journal: what this node has used before.
         completed: the last round whose sum this node had applied before a restart.
+        ciphers: for agreements by which uploads are encrypted.
     """
 
     def __init__(
@@ -126,6 +139,7 @@ class NodeMachine:
         coins: Coins,
         journal: Journal,
         completed: int = 0,
+        ciphers: Ciphers | None = None,
     ) -> None:
         parties.agreement.member(identity.node_id)
         self._parties, self._identity, self._size = parties, identity, vector_size
@@ -139,9 +153,17 @@ class NodeMachine:
         self._attempt: MaskedNode | None = None
         self._attempt_number = 0
         self._voted: dict[tuple[int, int], tuple[tuple[str, bytes], ...]] = {}
-        self._sum: Uint32Vector = np.zeros(0, dtype=np.uint32)
+        self._ciphers = ciphers
+        self._encrypted = parties.agreement.secure_sum.encrypted
+        self._box = Box(coins, parties.agreement_digest) if self._encrypted else None
+        self._study_key: StudyKey | None = None
+        self._ring = make_ring(parties.agreement)
+        if kept := journal.study_key():
+            self._adopt(StudyKey(kept))
+        self._sum: Total | None = None
         self._sum_round, self._sum_chunks = 0, 0
-        self._asked_again = 0
+        self._asked_again, self._reconnected = 0, False
+        self._newest = completed
         self._abandoned = journal.last()
         self.ended = False
 
@@ -152,7 +174,7 @@ class NodeMachine:
 
     def rejoin(self) -> list[Output]:
         """After a lost connection: say that we are here, and leave an attempt in which our upload is not whole."""
-        self._asked_again = 0  # What a lost connection cuts short is nobody's fault.
+        self._asked_again, self._reconnected = 0, True  # What a lost connection cuts short is nobody's fault.
         if self._attempt is not None and not self._attempt.uploaded:
             self._attempt, self._abandoned = None, (self._round, self._attempt_number)
         return self.start()
@@ -161,7 +183,13 @@ class NodeMachine:
         """Say that we are here, and countersign again what we applied last: the first time may be lost."""
         line = self._journal.receipt(self._completed)
         again = [self._countersign(self._completed, line)] if line else []
-        return [self._send(m.Join(self._completed + 1), 0, 0), *again]
+        return [self._join(), *again]
+
+    def _join(self) -> Send:
+        if self._box is None:
+            return self._send(m.Join(self._completed + 1), 0, 0)
+        held = m.NO_KEY if self._study_key is None else self._study_key.id
+        return self._send(m.Join(self._completed + 1, held, self._box.public), 0, 0)
 
     def submit(self, round_number: int, vector: Float64Vector) -> list[Output]:
         """Hand in the update of a round ([d] float64) after `Train`.
@@ -197,6 +225,10 @@ class NodeMachine:
         )
         body = message.body
         match body:
+            case m.DealKey():
+                return self._on_deal(body)
+            case m.DealtKey():
+                return self._on_dealt(body)
             case m.RoundOpen():
                 return self._on_round(message.round, body)
             case m.AttemptOpen():
@@ -208,12 +240,79 @@ class NodeMachine:
             case m.AttemptFailed():
                 return self._on_failed(message.round, message.attempt, body)
             case m.StudyEnded():
-                self.ended = True
-                return [self._send(m.Farewell(), message.round, 0), Ended(body.reason)]
+                return self._on_ended(message.round, body)
             case m.KeySet() | m.SeedSet() | m.Credit() | m.Survivors() | m.SurvivorProof():
                 return self._on_attempt_body(message.round, message.attempt, body)
             case _:
                 raise RemoteProtocolError(m.AGGREGATOR, f"sent {type(body).__name__}, which only nodes send")
+
+    # --- the study key
+
+    def _adopt(self, key: StudyKey) -> None:
+        self._study_key = key
+        self._ring = make_ring(self._parties.agreement, self._ciphers, key.secret)
+
+    def _on_deal(self, body: m.DealKey) -> list[Output]:
+        """Seal the key to the members who ask for it; make it first, if we are to and have none."""
+        self._check(self._encrypted, "asked for a study key in a study that has none")
+        self._check(body.make or self._study_key is not None, "asked for a study key that we do not have")
+        me, key = self._identity.node_id, self._study_key or self._make_key()
+        answer: list[Output] = [self._join()] if body.make else []
+        for data in body.joins:
+            join, name = self._open_member(data)
+            self._check(isinstance(join, m.Join), f"relayed a {type(join).__name__} of {name} instead of Join")
+            if not isinstance(join, m.Join):
+                raise LocalProtocolError("unreachable")
+            try:
+                sealed = key.seal(join.box, self._parties.agreement_digest, me, name)
+            except sealing.SealBroken:
+                continue  # Its own fault, and its own loss.
+            answer.append(self._send(m.SealedKey(name, key.id, sealed), 0, 0))
+        return answer
+
+    def _make_key(self) -> StudyKey:
+        self._check(not self._completed, "asked for a new study key in the midst of a study")
+        if self._ciphers is None:
+            raise LocalProtocolError("there are no ciphers to make a study key for")
+        agreement = self._parties.agreement
+        packing = choose(agreement.secure_sum.value_bits, len(agreement.members))
+        key = StudyKey(self._ciphers.generate_key(packing.parameters))
+        self._journal.keep_study_key(key.secret)
+        self._adopt(key)
+        return key
+
+    def _on_dealt(self, body: m.DealtKey) -> list[Output]:
+        """Take the key that another hospital has sealed to us. None is changed once a round was opened under it."""
+        self._check(self._box is not None, "brought a study key to a study that has none")
+        sealed, dealer = self._open_member(body.message)
+        self._check(isinstance(sealed, m.SealedKey), f"relayed a {type(sealed).__name__} of {dealer} instead of a key")
+        if not isinstance(sealed, m.SealedKey) or self._box is None:
+            raise LocalProtocolError("unreachable")
+        me = self._identity.node_id
+        self._check(sealed.recipient == me, f"brought a study key that {dealer} sealed to {sealed.recipient}")
+        if self._study_key is not None and (self._completed or self._round):
+            return []
+        try:
+            key = self._box.open(sealed.sealed, dealer, me, sealed.key_id)
+        except sealing.SealBroken:
+            return [
+                self._join()
+            ]  # Sealed to our life before a restart, or not at all: we ask again, and another one deals.
+        self._journal.keep_study_key(key.secret)
+        self._adopt(key)
+        return [self._join()]
+
+    def _open_member(self, data: bytes) -> tuple[m.AnyBody, str]:
+        """What a member has signed outside of rounds and the aggregator brings."""
+        name = m.claimed_sender(data)
+        public_key = self._parties.public_keys.get(name)
+        self._check(public_key is not None, "relayed a message of a stranger")
+        if public_key is None:
+            raise LocalProtocolError("unreachable")
+        try:
+            return m.decode(data, name, public_key, self._parties.agreement_digest).body, name
+        except RemoteProtocolError:
+            raise RemoteProtocolError(m.AGGREGATOR, f"relayed a message that {name} never signed") from None
 
     # --- rounds and attempts
 
@@ -225,6 +324,7 @@ class NodeMachine:
             # Said again after a reconnect: our answer may be lost.
             return [] if self._vector is None else [self._send(m.Ready(), number, 0)]
         self._check(number > max(self._round, self._completed), f"went back to round {number}")
+        self._check(not self._encrypted or self._study_key is not None, "opened a round before we had the study key")
         self._check(not self._journal.voted(number), "opened a round again in which we have voted")
         self._check(not self._training, "opened a round while we train for another")
         if body.last_completed > self._completed:
@@ -245,13 +345,15 @@ class NodeMachine:
         self._check((number, attempt) > self._journal.last(), "opened an attempt again that we began before a restart")
         if self._vector is None:
             raise LocalProtocolError("no update to sum")
-        self._attempt_number = attempt
+        self._attempt_number, self._reconnected = attempt, False
         self._attempt = MaskedNode(
             self._parties,
             self._identity,
             AttemptId(self._parties.agreement_digest, number, attempt),
             body.cohort,
             self._vector,
+            ring=self._ring,
+            study_key=self._study_key,
             coins=self._coins,
             journal=lambda event, tag_seed: self._journal.record(number, attempt, event, tag_seed),
             last_record=self._last_record,
@@ -262,6 +364,8 @@ class NodeMachine:
     def _on_attempt_body(self, number: int, attempt: int, body: m.AnyBody) -> list[Output]:
         if (number, attempt) <= self._abandoned:
             return []  # We left it when our connection or our process was lost; its messages may still come.
+        if self._attempt is None and self._reconnected:
+            return []  # It was opened to our old connection.
         self._check(
             self._attempt is not None and (number, attempt) == (self._round, self._attempt_number),
             f"sent {type(body).__name__} for an attempt that is not open",
@@ -287,37 +391,39 @@ class NodeMachine:
     def _on_sum_chunk(self, number: int, body: m.SumChunk, data: memoryview) -> list[Output]:
         if number != self._sum_round or body.index == 0:  # a sum is sent again from its start after a reconnect
             self._sum_round, self._sum_chunks = number, 0
-            self._sum = np.zeros(self._size, dtype=np.uint32)
-        if body.index != self._sum_chunks:
+            self._sum = self._ring.zeros(self._size)
+        if self._sum is None or body.index != self._sum_chunks:
             return []  # Chunks were lost with a connection; the result will find the sum too short, and ask again.
-        ring = self._parties.agreement.secure_sum
-        part = self._sum[body.index * ring.chunk_values :][: ring.chunk_values]
-        self._check(
-            part.size > 0 and len(data) == packed_bytes(part.size, ring.ring_bits), "sent a chunk that no sum has"
-        )
-        part[:] = unpack(data, part.size, ring.ring_bits)
+        start = body.index * self._ring.sum_chunk_values
+        self._check(start < self._size, "sent a chunk that no sum has")
+        try:
+            self._ring.unpack_sum(self._sum, start, data)
+        except FrameBroken:
+            raise RemoteProtocolError(m.AGGREGATOR, "sent a chunk that no sum has") from None
         self._sum_chunks += 1
         return []
 
     def _on_result(self, number: int, body: m.RoundResult) -> list[Output]:
-        chunks = -(-self._size // self._parties.agreement.secure_sum.chunk_values)
+        chunks = -(-self._size // self._ring.sum_chunk_values)
         total, whole = self._sum, number == self._sum_round and self._sum_chunks == chunks
-        self._sum, self._sum_round, self._sum_chunks = np.zeros(0, dtype=np.uint32), 0, 0
+        self._sum, self._sum_round, self._sum_chunks = None, 0, 0
         record = self._read_record(number, body.record)
+        self._newest = max(self._newest, number)
         if number <= self._completed:
             # Only what we applied is countersigned, not a round that we were made to take for lost.
             return [self._countersign(number, body.record)] if number == self._completed else []
-        if not whole:
+        if total is None or not whole or not self._follows(record):
             self._asked_again += 1
-            self._check(self._asked_again <= MAX_REPEATS, "keeps sending incomplete sums")
+            self._check(self._asked_again <= MAX_REPEATS, "keeps sending sums that are incomplete, or not the next one")
             return self.start()
         self._check(
-            t.aggregate_digest(total.astype("<u4", copy=False).data).hex() == record.aggregate_digest,
+            t.aggregate_digest(octets(total)).hex() == record.aggregate_digest,
             "sent a sum that its record does not vouch for",
         )
-        if not self._check_tags(record, body, total):
+        values = self._ring.open(total, self._size)
+        if not self._check_tags(record, body, values):
             return []  # Not yet. We ask again when the next round is opened.
-        decoded = self._fixed_point.decode(total, len(record.survivors))
+        decoded = self._fixed_point.decode(values, len(record.survivors))
         caught_up = number == self._round
         self._completed, self._asked_again = number, 0
         self._attempt, self._vector = None, None
@@ -328,6 +434,17 @@ class NodeMachine:
         ]
         return summed if caught_up else [*summed, *self.start()]  # There may be more that we missed.
 
+    def _on_ended(self, number: int, body: m.StudyEnded) -> list[Output]:
+        if self._newest > self._completed and self._asked_again < MAX_REPEATS:
+            self._asked_again += 1
+            return self.start()  # There is a sum that we lack.
+        self.ended = True
+        return [self._send(m.Farewell(), number, 0), Ended(body.reason)]
+
+    def _follows(self, record: t.RoundRecord) -> bool:
+        """Whether a sum builds on the one that we applied last."""
+        return record.builds_on == self._last_record.hex()
+
     def _read_record(self, number: int, line: bytes) -> t.RoundRecord:
         """Verify the record of a round, and keep it."""
         try:
@@ -337,6 +454,8 @@ class NodeMachine:
         if not isinstance(record, t.RoundRecord):
             raise RemoteProtocolError(m.AGGREGATOR, "sent another kind of record as a round's result")
         self._check(record.round == number, "sent the record of another round")
+        held = "" if self._study_key is None else self._study_key.id.hex()
+        self._check(record.study_key == held, "sent a record of a sum under another study key than ours")
         kept = self._journal.receipt(number)
         if kept != line:
             self._journal.keep_receipt(number, line)
@@ -356,7 +475,11 @@ class NodeMachine:
 
     def _check_tags(self, record: t.RoundRecord, body: m.RoundResult, total: Uint32Vector) -> bool:
         """Whether the sum is confirmed: by its tags, or for a node that has no tag seed by enough contributors."""
-        seed = self._journal.tag_seed(record.round, record.attempt)
+        attempt = AttemptId(self._parties.agreement_digest, record.round, record.attempt)
+        seed, pads = self._journal.tag_seed(record.round, record.attempt), 0
+        if self._study_key is not None and not self._parties.agreement.secure_sum.masked:
+            seed = self._study_key.tag_seed(attempt)
+            pads = sum(self._study_key.tag_pad(attempt, survivor.node_id) for survivor in record.survivors)
         if not seed:
             needed = self._parties.agreement.colluders_tolerated + 1
             statement = t.receipt_statement(self._parties.agreement_digest, record.round, t.line_digest(body.record))
@@ -368,10 +491,10 @@ class NodeMachine:
                 except (KeyError, VerificationFailed):
                     raise RemoteProtocolError(m.AGGREGATOR, f"sent a receipt that {name} never signed") from None
             return len(signers) >= needed
-        tagger = tags.Tagger(seed, AttemptId(self._parties.agreement_digest, record.round, record.attempt))
+        tagger = tags.Tagger(seed, attempt)
         step = self._parties.agreement.secure_sum.chunk_values
         parts = spread(lambda start: tagger.part(total[start : start + step], start), range(0, self._size, step))
-        expected = (sum(parts) + len(record.survivors) * tagger.pad) % TAG_PRIME
+        expected = (sum(parts) + len(record.survivors) * tagger.pad + pads) % TAG_PRIME
         if record.aggregate_tag != expected.to_bytes(8).hex():
             raise VerificationFailed(
                 f"the sum of round {record.round} does not match its tags and was not applied: "

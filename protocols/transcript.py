@@ -67,8 +67,9 @@ class StudyOpened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
 
 
 class RoundRecord(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """One opened sum, with the sum of its tags (hexadecimal, big-endian), which only members can check. Bytes
-    count messages as the aggregator received and sent them in this round so far."""
+    """One sum, with the sum of its tags (hexadecimal, big-endian), which only members can check, the id of the key that opens
+    it, if it is encrypted, and the digest of the record of the sum before it (zeros: none), on which all contributors built.
+    Bytes count messages as the aggregator received and sent them in this round so far."""
 
     agreement_digest: Hex32
     roster_epoch: Number
@@ -76,6 +77,8 @@ class RoundRecord(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     round: Number
     attempt: Number
     protocol: Name
+    study_key: Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
+    builds_on: Hex32
     cohort: Names
     senders_view: Hex32
     survivors: Annotated[tuple[Survivor, ...], Meta(max_length=MAXIMUM_MEMBERS)]
@@ -176,7 +179,7 @@ def upload_digest(chunk_digests: bytes, tag: int) -> bytes:
 
 
 def aggregate_digest(total: bytes | bytearray | memoryview) -> bytes:
-    """SHA-256 of an opened sum as little-endian uint32."""
+    """SHA-256 of a sum as the aggregator holds it at the end (`protocols.rings.octets`): values, or words of ciphertexts."""
     digest = hashlib.sha256(Label.AGGREGATE)
     digest.update(total)
     return digest.digest()
@@ -201,6 +204,7 @@ def verify_round(
             1 <= record.round <= agreement.study.rounds and 1 <= record.attempt <= ring.max_attempts,
         ),
         ("it names another protocol", record.protocol == ring.protocol),
+        ("it names a study key, or none, against the agreement", bool(record.study_key) == ring.encrypted),
         ("it names another roster", (record.roster_epoch, record.roster_version) == (pin.epoch, pin.version)),
         ("its cohort has strangers", set(record.cohort) <= public_keys.keys()),
         ("its cohort is not sorted and distinct", list(record.cohort) == sorted(set(record.cohort))),
@@ -255,6 +259,7 @@ def verify_transcript(
         raise VerificationFailed("the transcript has no closing line: it was cut off, or the study still runs")
     records: dict[int, RoundRecord] = {}
     digests: dict[int, bytes] = {}
+    last_record = bytes(32)
     receipted: set[int] = set()
     latest = 0
     for body, line in transcript[1:-1]:
@@ -263,7 +268,10 @@ def verify_transcript(
                 raise VerificationFailed(f"round {body.round} follows round {latest}: one is missing or told twice")
             case RoundRecord():
                 verify_round(body, agreement, agreement_digest, public_keys)
-                records[body.round], digests[body.round], latest = body, line_digest(line), body.round
+                if body.builds_on != last_record.hex():
+                    raise VerificationFailed(f"the record of round {body.round} does not build on the sum before it")
+                records[body.round], latest = body, body.round
+                digests[body.round] = last_record = line_digest(line)
             case RoundAbandoned():
                 if body.round > agreement.study.rounds or not set(body.blamed) <= public_keys.keys():
                     raise VerificationFailed(

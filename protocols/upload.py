@@ -1,6 +1,6 @@
 """A node's masked upload: from the float vector to packed chunks, made as they are asked for, on all cores.
 
-    values -> fixed point -> tag over them -> + masks -> packed ring values -> chunk
+    values -> fixed point -> tag over them -> masked and sealed by the ring (`protocols.rings`) -> chunk
 
 The masked tag goes with the upload's end. Only the chunks that are asked for exist; the vector itself is never copied.
 """
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protocols.encoding import FixedPoint, Float64Vector, pack
+from protocols.encoding import FixedPoint, Float64Vector
 from protocols.messages import chunk_digest
 from protocols.prg import TAG_PRIME, MaskSet
+from protocols.rings import Data, Ring
 from protocols.tags import Tagger
 from protocols.transcript import upload_digest
 from protocols.workers import spread
 
-Finish = Callable[[int, bytes, memoryview], bytes]
-"""Makes a message of a chunk's index, digest and packed values, which hold only during the call; called from any thread."""
+Finish = Callable[[int, bytes, Data], bytes]
+"""Makes a message of a chunk's index, digest and sealed values, which hold only during the call; called from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,22 @@ class _Chunk:
 
 
 class MaskedUpload:
-    """The chunks of one upload. `vector` ([d] float64) must have passed `FixedPoint.check`."""
+    """The chunks of one upload. `vector` ([d] float64) must have passed `FixedPoint.check`; `pad` is added to the tag."""
 
     def __init__(
-        self, fixed_point: FixedPoint, vector: Float64Vector, tagger: Tagger, masks: MaskSet, chunk_values: int
+        self,
+        ring: Ring,
+        fixed_point: FixedPoint,
+        vector: Float64Vector,
+        tagger: Tagger,
+        masks: MaskSet,
+        chunk_values: int,
+        pad: int = 0,
     ) -> None:
-        self._fixed_point, self._vector, self._tagger, self._masks = fixed_point, vector, tagger, masks
-        self._chunk_values = chunk_values
+        self._ring, self._fixed_point, self._vector = ring, fixed_point, vector
+        self._tagger, self._masks, self._chunk_values = tagger, masks, chunk_values
         self._digests: list[bytes] = []
-        self._tag = tagger.pad
+        self._tag = (tagger.pad + pad) % TAG_PRIME
 
     @property
     def chunks(self) -> int:
@@ -76,7 +84,6 @@ class MaskedUpload:
         encoded = np.empty(values.size, dtype=np.uint32)
         self._fixed_point.encode_into(values, encoded)
         part = self._tagger.part(encoded, start)
-        self._masks.apply(encoded, start)
-        data = pack(encoded, self._fixed_point.ring_bits)
+        data = self._ring.seal(encoded, self._masks, start)
         digest = chunk_digest(data)
         return _Chunk(part, digest, finish(index, digest, data))

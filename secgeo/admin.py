@@ -26,7 +26,15 @@ from keys.identity import Identity
 from keys.labels import Label
 from keys.roster import Roster, RosterEntry, add_entry, load_root, make_roster, read_roster, revoke
 from keys.signed import sign_document
-from protocols.agreement import Agreement, agreement_digest, read_agreement, sparse_graph, write_agreement
+from protocols.agreement import (
+    Agreement,
+    agreement_digest,
+    fit_ciphertexts,
+    read_agreement,
+    sparse_graph,
+    write_agreement,
+)
+from protocols.packing import DEGREE, choose
 from secgeo.console import emit, show
 from secgeo.records import write_manifest
 from secgeo.study import AGREEMENT, ANCHORS, ROOT, ROSTER
@@ -298,10 +306,20 @@ def agreement_show(path: Annotated[Path, typer.Argument(help="agreement.toml")],
     show(
         f"study {agreement.study.id}: {len(agreement.members)} members, {agreement.study.rounds} rounds\n  digest {digest}"
     )
+    colluders = agreement.colluders_tolerated
+    private = (
+        f"private although {colluders} members collude" if colluders else "private unless a single member colludes"
+    )
     show(
         f"  {ring.protocol} sum, threshold {ring.threshold}, at least {ring.minimum_cohort} contributors, "
-        f"private although {agreement.colluders_tolerated} members collude with a malicious aggregator"
+        f"{private} with a malicious aggregator"
     )
+    if ring.encrypted:
+        packing = choose(ring.value_bits, len(agreement.members))
+        show(
+            f"  BFV: degree {DEGREE}, one prime of {packing.parameters.prime_bits} bits ({packing.parameters.security_bits}-bit class), "
+            f"t = 2^{ring.plain_bits}, {packing.block_values} values a ciphertext"
+        )
     if ring.neighbours:
         show(f"  each shares masks with {ring.neighbours} others; {ring.share_threshold} of them recover a secret")
     show(
@@ -343,7 +361,10 @@ def complete(spec: dict[str, Any], roster: Roster, fingerprint: str, anchors: di
         member["certificate_fingerprint"] = roster.entry(str(member.get("node_id"))).certificate_fingerprint
     ring = spec.get("secure_sum", {})
     if not ring.keys() & {"neighbours", "share_threshold"}:
-        ring["neighbours"], ring["share_threshold"] = sparse_graph(len(spec.get("members", ())))
+        masked = ring.get("protocol") != "homomorphic"
+        ring["neighbours"], ring["share_threshold"] = sparse_graph(len(spec.get("members", ()))) if masked else (0, 0)
+    if ring.get("protocol") in ("layered", "homomorphic"):
+        fit_ciphertexts(ring, len(spec.get("members", ())))
     try:
         model = spec.setdefault("model", {}) | {"trunk_digest": "0" * 64}
         draft = msgspec.convert(spec | {"model": model}, Agreement, strict=True)

@@ -19,11 +19,13 @@ from keys.errors import ConfigError
 from keys.files import write_public
 from keys.identity import Identity
 from protocols import study_aggregator as machine
+from protocols.rings import make_ring
 from protocols.transcript import RoundRecord, StudyOpened, TranscriptWriter, read_transcript
 from secgeo.config import AggregatorConfig
 from secgeo.descriptors import Reserve
 from secgeo.journal import AggregatorJournal
 from secgeo.records import TRANSCRIPT, LineFile, forget_sums, read_sum, write_sum
+from secgeo.sandbox import Sandboxes
 from secgeo.spool import DiskSpool
 from secgeo.study import OpenStudy, open_study
 from secgeo.transport import AggregatorEndpoint
@@ -52,7 +54,8 @@ class AggregatorProcess:
         self._outboxes: dict[str, deque[bytes]] = {}
         self._queued_bytes: Counter[str] = Counter()
         layout = Layout.from_agreement(self._study.agreement)
-        self._outbox_limit_bytes = OUTBOX_SUMS * 4 * layout.size + OUTBOX_BYTES
+        sum_bytes = make_ring(self._study.agreement).zeros(layout.size).nbytes
+        self._outbox_limit_bytes = OUTBOX_SUMS * sum_bytes + OUTBOX_BYTES
         self._records.mkdir(parents=True, exist_ok=True)
         study = f"{self._study.agreement.study.id}-{self._study.agreement_digest.hex()[:16]}"
         self._state = base / (config.state or f"{config.records}.state") / study
@@ -60,13 +63,16 @@ class AggregatorProcess:
         self._transcript = LineFile(self._records / TRANSCRIPT)
         self._journal = AggregatorJournal(self._state)
         self._reserve = Reserve()
+        self._ciphers = Sandboxes()
+        dtype = make_ring(self._study.agreement).dtype
         self._machine = machine.AggregatorMachine(
             self._study.parties,
             identity,
             layout.size,
             TranscriptWriter(identity, self._transcript.lines),
-            load_sum=lambda number: read_sum(self._records, number, self._reserve),
+            load_sum=lambda number: read_sum(self._records, number, dtype, self._reserve),
             spool=DiskSpool(self._state, 4 * layout.size, self._reserve),
+            ciphers=self._ciphers,
         )
 
     def _begin(self) -> list[machine.Output]:
@@ -96,6 +102,7 @@ class AggregatorProcess:
         allowed = {key: node for key, node in self._study.roster.curve_to_node.items() if node in members}
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "_stopping", True))
+        self._ciphers.start()
         with AggregatorEndpoint(
             self._address,
             curve_secret=self._identity.curve_secret,
@@ -122,6 +129,7 @@ class AggregatorProcess:
         self._transcript.close()
         self._journal.close()
         self._reserve.close()
+        self._ciphers.close()
 
     def _carry(self, endpoint: AggregatorEndpoint, outputs: list[machine.Output]) -> None:
         queue = deque(outputs)

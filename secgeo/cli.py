@@ -81,7 +81,7 @@ def node(config: Config, passphrase_file: PassphraseFile = None, json: Json = Fa
 
 @app.command()
 def demo(
-    protocol: Annotated[str, typer.Option(help="Secure-sum protocol: masked.")] = "masked",
+    protocol: Annotated[str, typer.Option(help="Secure-sum protocol: masked, layered or homomorphic.")] = "masked",
     data: Annotated[
         str, typer.Option(help="breast-cancer (three views of nuclei) or mfeat (six views of digits).")
     ] = "breast-cancer",
@@ -100,6 +100,8 @@ def demo(
       secgeo demo
 
       secgeo demo --data mfeat --nodes 6 --out runs/digits
+
+      secgeo demo --protocol layered
 
       secgeo demo --json | jq .verdict
     """

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -33,12 +33,18 @@ from rich.table import Table
 
 from keys.authority import Authority
 from keys.errors import ConfigError, TransportError
+from protocols.agreement import Protocol
 from secgeo import metrics as held_out
 from secgeo.datasets import DemoData, demo_split
 from secgeo.plots import plot_curves
 from secgeo.presets import Preset, preset
 from secgeo.records import LEDGERS, RECEIPTS, write_manifest
 
+WHAT_IT_SAW = {
+    "masked": "The aggregator saw no single hospital's update.",
+    "layered": "The aggregator saw no single hospital's update, nor their sum.",
+    "homomorphic": "The aggregator saw no single hospital's update, nor their sum; a hospital that gave it the key would show it both.",
+}
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 
@@ -81,8 +87,8 @@ def run_demo(*, protocol: str, data: str, nodes: int, rounds: int, seed: int, ou
         ConfigError: an unknown protocol or data set, or a folder that is in use.
         SecGeoError: a role failed; its own message is passed on.
     """
-    if protocol != "masked":
-        raise ConfigError(f"there is no protocol {protocol!r}; choose: masked")
+    if protocol not in get_args(Protocol):
+        raise ConfigError(f"there is no protocol {protocol!r}; choose: {', '.join(get_args(Protocol))}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give --out a new folder")
     started = time.monotonic()
@@ -91,7 +97,7 @@ def run_demo(*, protocol: str, data: str, nodes: int, rounds: int, seed: int, ou
     settings = preset(data, nodes, rounds)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="secgeo-demo-") as scratch:
-        site = _Site(Path(scratch), split, settings, nodes, rounds, seed, out.resolve())
+        site = _Site(Path(scratch), protocol, split, settings, nodes, rounds, seed, out.resolve())
         with console.status("preparing keys, certificates, roster and agreement"):
             site.prepare()
         console.print(
@@ -107,8 +113,17 @@ class _Site:
     """The temporary consortium: folders, configurations and processes."""
 
     def __init__(
-        self, scratch: Path, split: DemoData, settings: Preset, nodes: int, rounds: int, seed: int, out: Path
+        self,
+        scratch: Path,
+        protocol: str,
+        split: DemoData,
+        settings: Preset,
+        nodes: int,
+        rounds: int,
+        seed: int,
+        out: Path,
     ) -> None:
+        self.protocol = protocol
         self.scratch, self.split, self.settings, self.rounds, self.seed, self.out = (
             scratch,
             split,
@@ -183,8 +198,8 @@ class _Site:
                 "rounds": self.rounds, "classes": self.split.classes,
             },
             "secure_sum": {
-                "protocol": "masked", "minimum_cohort": max(3, threshold), "threshold": threshold,
-                "value_bits": 26, "fraction_bits": 20, "chunk_values": 4096,
+                "protocol": self.protocol, "minimum_cohort": max(3, threshold), "threshold": threshold,
+                "value_bits": 26, "fraction_bits": 20, **({"chunk_values": 4096} if self.protocol == "masked" else {}),
             },
             "deadlines": {"join_seconds": 120.0, "train_seconds": 120.0, "phase_seconds": 20.0},
             "modalities": [{"name": m.name, "tokeniser": m.tokeniser, "shape": list(m.shape)} for m in self.split.modalities],
@@ -209,7 +224,9 @@ class _Site:
         try:
             processes["aggregator"] = self._start("aggregator", "aggregator", events)
             address = self._wait_for_address(events, processes["aggregator"])
-            policy = {"max_epsilon": 16.0}
+            policy: dict[str, Any] = {"max_epsilon": 16.0}
+            if self.protocol == "homomorphic":
+                policy |= {"protocols": [self.protocol], "min_colluders_tolerated": 0}
             for name in self.names:
                 data = {"kind": "arrays", "path": "records.npz"}
                 self._configure(
@@ -301,7 +318,7 @@ class _Site:
         result: dict[str, Any] = {
             "study": self.study_id,
             "data": self.split.name,
-            "protocol": "masked",
+            "protocol": self.protocol,
             "seed": self.seed,
             "agreement_digest": self.digest,
             "authority_fingerprint": self.fingerprint,
@@ -366,7 +383,7 @@ class _Site:
             f"(always guessing the commonest class: {result['majority_class_accuracy']:.3f}); "
             f"debiased CKA between modalities {result['held_out']['mean_debiased_cka']}; "
             f"epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g} (add or remove one record, RDP). "
-            "The aggregator saw no single hospital's update."
+            f"{WHAT_IT_SAW[self.protocol]}"
         )
 
 

@@ -3,7 +3,8 @@
 `NodeJournal` implements `protocols.study_node.Journal`: in which attempts it began, used seeds or voted, the tag seeds that check
 their sums, and every record that the aggregator has signed. It also keeps the update that waits to be summed and the
 model, so that no round is trained twice. Seeds of masks are never in it: they die with the process, and what they
-masked is never asked for again. Tag seeds are secret from the aggregator only. The folder is readable by its owner.
+masked is never asked for again. Tag seeds are secret from the aggregator only. The study key is kept encrypted, under a key that
+follows from the site's identity. The folder is readable by its owner.
 
 `AggregatorJournal` keeps the numbers of attempts and the attempt whose uploads are closed. It holds no secret.
 """
@@ -21,21 +22,28 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
 from keys.errors import ConfigError
 from keys.files import write_public
-from protocols.encoding import Float64Vector, Uint32Vector
+from keys.labels import Label
+from protocols.encoding import Float64Vector
 from protocols.masked_aggregator import ClosedAttempt
+from protocols.rings import Total, octets
 from secgeo.records import LineFile
 
 Arrays = Mapping[str, NDArray[np.float32] | NDArray[np.float64]]
 Saved = dict[str, NDArray[Any]]
 
+NONCE_BYTES = 12
+
 _NODE_TABLES = """
 CREATE TABLE IF NOT EXISTS attempts (
   round INTEGER, attempt INTEGER, event TEXT, tag_seed BLOB, PRIMARY KEY (round, attempt, event)) STRICT;
 CREATE TABLE IF NOT EXISTS updates (round INTEGER PRIMARY KEY, vector BLOB, model BLOB) STRICT;
+CREATE TABLE IF NOT EXISTS study_key (id INTEGER PRIMARY KEY CHECK (id = 1), nonce BLOB, sealed BLOB) STRICT;
 CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), completed INTEGER, link TEXT, model BLOB) STRICT;
 """
 
@@ -89,9 +97,13 @@ class _RecordLine(msgspec.Struct):
 
 
 class NodeJournal:
-    """The journal of one node in one study: `state.sqlite` and `receipts.jsonl` in `folder`."""
+    """The journal of one node in one study: `state.sqlite` and `receipts.jsonl` in `folder`.
 
-    def __init__(self, folder: Path) -> None:
+    `wrapping_key` (32 bytes) encrypts the study key.
+    """
+
+    def __init__(self, folder: Path, wrapping_key: bytes) -> None:
+        self._wrapping = AESGCM(wrapping_key)
         self._database = _open(folder / "state.sqlite", _NODE_TABLES)
         self._receipts = LineFile(folder / "receipts.jsonl")
         self._lines: dict[int, bytes] = {}
@@ -134,6 +146,26 @@ class NodeJournal:
     def receipt(self, round_number: int) -> bytes:
         """The first record of this round that was kept, empty if none."""
         return self._lines.get(round_number, b"")
+
+    def keep_study_key(self, secret: bytes) -> None:
+        """Keep the study key, instead of one that was kept before."""
+        nonce = os.urandom(NONCE_BYTES)
+        sealed = self._wrapping.encrypt(nonce, secret, Label.KEEP_STUDY_KEY)
+        self._database.execute("INSERT OR REPLACE INTO study_key VALUES (1, ?, ?)", (nonce, sealed))
+
+    def study_key(self) -> bytes:
+        """The study key that was kept, empty if none.
+
+        Raises:
+            ConfigError: it was changed, or kept by another identity.
+        """
+        row = self._database.execute("SELECT nonce, sealed FROM study_key").fetchone()
+        if row is None:
+            return b""
+        try:
+            return self._wrapping.decrypt(row[0], row[1], Label.KEEP_STUDY_KEY)
+        except InvalidTag:
+            raise ConfigError("the study key in the journal does not open with this site's keys") from None
 
     # --- the update and the model
 
@@ -180,7 +212,7 @@ class AggregatorJournal:
         self._folder = folder
         self._database = _open(folder / "state.sqlite", _AGGREGATOR_TABLES)
         kept = self._database.execute("SELECT masked FROM closed").fetchone()
-        for left_over in folder.glob("masked-*.u32"):  # of a crash between the file and its entry
+        for left_over in folder.glob("masked-*"):  # of a crash between the file and its entry
             if kept is None or left_over.name != kept[0]:
                 left_over.unlink()
 
@@ -193,27 +225,28 @@ class AggregatorJournal:
         return {int(row[0]): int(row[1]) for row in self._database.execute("SELECT round, attempt FROM attempts")}
 
     def keep_closed(
-        self, state: ClosedAttempt, masked: Uint32Vector, opening: AbstractContextManager[object] | None = None
+        self, state: ClosedAttempt, masked: Total, opening: AbstractContextManager[object] | None = None
     ) -> None:
         """Keep the attempt whose survivors are about to be asked for votes, instead of the one before.
 
         `opening` is entered while descriptors are opened.
         """
-        name = f"masked-{state.round}-{state.attempt}.u32"
+        name = f"masked-{state.round}-{state.attempt}.u{8 * masked.itemsize}"
         if not (self._folder / name).exists():  # it is kept again with the votes, and the sum is the same
-            write_public(self._folder / name, masked.astype("<u4", copy=False).data, opening)
+            write_public(self._folder / name, octets(masked), opening)
         before = self._database.execute("SELECT masked FROM closed").fetchone()
         row = msgspec.msgpack.encode(state), name
         self._database.execute("INSERT OR REPLACE INTO closed VALUES (1, ?, ?)", row)
         if before is not None and before[0] != name:
             (self._folder / before[0]).unlink(missing_ok=True)
 
-    def closed(self) -> tuple[ClosedAttempt, Uint32Vector] | None:
+    def closed(self) -> tuple[ClosedAttempt, Total] | None:
         """What `keep_closed` kept last."""
         row = self._database.execute("SELECT state, masked FROM closed").fetchone()
         if row is None:
             return None
-        masked = np.fromfile(self._folder / row[1], dtype="<u4").astype(np.uint32, copy=False)
+        dtype = np.dtype(np.uint32 if row[1].endswith(".u32") else np.uint64)
+        masked = np.fromfile(self._folder / row[1], dtype=dtype.newbyteorder("<")).astype(dtype, copy=False)
         return msgspec.msgpack.decode(row[0], type=ClosedAttempt), masked
 
     def close(self) -> None:

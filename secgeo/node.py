@@ -39,6 +39,7 @@ from secgeo.geometry import debiased_cka
 from secgeo.journal import NodeJournal
 from secgeo.noise import RNG_KIND, NoiseSource
 from secgeo.records import LineFile
+from secgeo.sandbox import Sandboxes
 from secgeo.study import ANCHORS, OpenStudy, open_study
 from secgeo.transport import NodeEndpoint
 from secgeo.update import Layout, SharedState, apply_sum, private_steps
@@ -181,7 +182,10 @@ class NodeProcess:
         # Keyed by the site's identity: a bare hash of the data would confirm guesses at them to whoever reads the ledger.
         keyed = hashlib.sha256(identity.sign(Label.DATASET, bytes.fromhex(records.fingerprint))).hexdigest()
         self._budget = self._open_budget(folder / "ledger.jsonl", keyed)
-        self._journal = NodeJournal(folder)
+        # As the dataset's key, a signature that never leaves this process: who has the identity's keys has it, and nobody else.
+        wrapping = hashlib.sha256(identity.sign(Label.KEEP_STUDY_KEY, self._study.agreement_digest)).digest()
+        self._journal = NodeJournal(folder, wrapping)
+        self._ciphers = Sandboxes()
         self._state = SharedState.initial(agreement)
         completed = self._restore()
         entry = self._study.roster.aggregator
@@ -194,6 +198,7 @@ class NodeProcess:
             coins=os.urandom,
             journal=self._journal,
             completed=completed,
+            ciphers=self._ciphers,
         )
         self._round_started = 0.0
         self._report("checked", {"node": identity.node_id, "modality": modality.name, "records": len(records)})
@@ -279,6 +284,7 @@ class NodeProcess:
             self._budget.claim(self._epsilon_after(self._budget.steps))
             self._budget.close()
             self._journal.close()
+            self._ciphers.close()
 
     def _wait_connected(self, endpoint: NodeEndpoint) -> bool:
         """Whether there is a connection; there need be none once every sum is here."""

@@ -2,7 +2,8 @@
 
     agreement.toml, agreement.toml.sig, roster.json, roster.json.sig, authority.pem    the study's signed documents
     transcript.jsonl                                                                   what the aggregator recorded
-    sums/round-0001.u32                                                                every opened sum, little-endian uint32
+    sums/round-0001.u32                                                                every opened sum, little-endian uint32; or .u64:
+                                                                                       every encrypted sum, words of ciphertexts
     ledgers/NODE.jsonl                                                                 every node's budget ledger
     receipts/NODE.jsonl                                                                the records as each node was shown them
     metrics.json, split.json, curves.png, ...                                          what else the study wants to keep
@@ -22,6 +23,7 @@ import stat
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,7 +32,7 @@ from keys.errors import ConfigError
 from keys.files import write_public
 from keys.labels import Label
 from keys.signed import sign_document
-from protocols.encoding import Uint32Vector
+from protocols.rings import Total, octets
 
 FOLDER_LIMIT_FILES = 50_000
 FOLDER_LIMIT_BYTES = 1 << 36
@@ -95,32 +97,35 @@ class LineFile:
         os.close(self._descriptor)
 
 
-def sum_path(folder: Path, round_number: int) -> Path:
-    """Where a round's sum is kept."""
-    return folder / SUMS / f"round-{round_number:04d}.u32"
+def sum_path(folder: Path, round_number: int, dtype: np.dtype[Any]) -> Path:
+    """Where a round's sum is kept: values (`.u32`), or words of ciphertexts (`.u64`)."""
+    return folder / SUMS / f"round-{round_number:04d}.u{8 * dtype.itemsize}"
 
 
 def write_sum(
-    folder: Path, round_number: int, total: Uint32Vector, opening: AbstractContextManager[object] | None = None
+    folder: Path, round_number: int, total: Total, opening: AbstractContextManager[object] | None = None
 ) -> None:
-    """Keep a round's sum ([d] uint32); `opening` is entered while descriptors are opened."""
-    sum_path(folder, round_number).parent.mkdir(parents=True, exist_ok=True)
-    write_public(sum_path(folder, round_number), total.astype("<u4", copy=False).data, opening)
+    """Keep a round's sum; `opening` is entered while descriptors are opened."""
+    path = sum_path(folder, round_number, total.dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_public(path, octets(total), opening)
 
 
-def read_sum(folder: Path, round_number: int, opening: AbstractContextManager[object] | None = None) -> Uint32Vector:
-    """Read back what `write_sum` kept."""
+def read_sum(
+    folder: Path, round_number: int, dtype: np.dtype[Any], opening: AbstractContextManager[object] | None = None
+) -> Total:
+    """Read back what `write_sum` kept, flat."""
     with opening or contextlib.nullcontext():
-        file = sum_path(folder, round_number).open("rb")
+        file = sum_path(folder, round_number, dtype).open("rb")
     with file:
-        return np.fromfile(file, dtype="<u4").astype(np.uint32, copy=False)
+        return np.fromfile(file, dtype=dtype.newbyteorder("<")).astype(dtype, copy=False)
 
 
 def forget_sums(folder: Path, recorded: Collection[int]) -> None:
     """Delete sums of rounds that were never recorded, and what a crash has left half written."""
-    keep = {sum_path(folder, number) for number in recorded}
+    keep = {f"round-{number:04d}" for number in recorded}
     for path in (folder / SUMS).glob("*"):
-        if path not in keep:
+        if path.stem not in keep:
             path.unlink()
 
 

@@ -9,23 +9,26 @@ Threat assumption: native code behind our framing may still be crashed, not take
 
 from __future__ import annotations
 
+import os
 import resource
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from queue import LifoQueue
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocols.bfv import Decryptor, Encryptor, Expander
-from protocols.ciphertexts import FrameBroken, Words, upload_bytes
+from keys.errors import ConfigError
+from protocols.bfv import Decryptor, Encryptor, Expander, generate_key
+from protocols.ciphertexts import CipherLost, FrameBroken, Words, add, subtract, upload_bytes
 from protocols.packing import DEGREE, BfvParameters, Uint64Matrix
 
 Octets = NDArray[np.uint8]
@@ -40,7 +43,7 @@ DONE, REFUSED = 0, 1
 START_SECONDS = 60.0
 
 
-class SandboxLost(Exception):
+class SandboxLost(CipherLost):
     """The process crashed, hung or outgrew its memory over this call; callers turn it into an error that names the peer."""
 
 
@@ -70,6 +73,15 @@ class Sandbox:
         self._space = SharedMemory(create=True, size=SPACE_BYTES)
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
+
+    def start(self) -> None:
+        """Start the process now, and not when it is first needed.
+
+        Raises:
+            SandboxLost: it does not start.
+        """
+        if self._pipe is None:
+            self._start()
 
     def encrypt(self, packed: Uint64Matrix) -> bytes:
         """See `Encryptor.encrypt`."""
@@ -146,14 +158,14 @@ class Sandbox:
 
     def _start(self) -> Connection:
         context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, self._space.name, self._parameters, self._memory_bytes), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self._pipe = ours
         try:
+            ours, theirs = context.Pipe()
+            self._process = context.Process(
+                target=_serve, args=(theirs, self._space.name, self._parameters, self._memory_bytes), daemon=True
+            )
+            self._process.start()
+            theirs.close()
+            self._pipe = ours
             ours.send_bytes(self._key)  # by the pipe: what is in argv or the environment can be read by others
             if not ours.poll(START_SECONDS):
                 raise EOFError
@@ -171,6 +183,97 @@ class Sandbox:
             self._process.kill()
             self._process.join()
             self._process = None
+
+
+class Pool:
+    """As many sandboxes as there are cores, each for one call at a time (`protocols.rings.Cipher`). The last one used is the next."""
+
+    def __init__(self, parameters: BfvParameters, key: bytes) -> None:
+        self._parameters = parameters
+        self._sandboxes = [Sandbox(parameters, key) for _ in range(os.cpu_count() or 1)]
+        self._idle: LifoQueue[Sandbox] = LifoQueue()
+        for sandbox in self._sandboxes:
+            self._idle.put(sandbox)
+
+    def encrypt(self, packed: Uint64Matrix) -> bytes:
+        """See `Sandbox.encrypt`."""
+        with self._sandbox() as sandbox:
+            return sandbox.encrypt(packed)
+
+    def decrypt(self, words: Words) -> Uint64Matrix:
+        """See `Sandbox.decrypt`."""
+        with self._sandbox() as sandbox:
+            return sandbox.decrypt(words)
+
+    def add(self, total: Words, data: bytes | memoryview) -> None:
+        """Add framed fresh ciphertexts to [count, 2, 4096] words below q, in place."""
+        with self._sandbox() as sandbox:
+            add(total, sandbox.expand(data), self._parameters)
+
+    def subtract(self, total: Words, data: bytes | memoryview) -> None:
+        """Take them off again."""
+        with self._sandbox() as sandbox:
+            subtract(total, sandbox.expand(data), self._parameters)
+
+    def add_plain(self, total: Words, packed: Uint64Matrix) -> None:
+        """Add [count, 4096] coefficients below t to what [count, 2, 4096] words encrypt, in place."""
+        with self._sandbox() as sandbox:
+            total[:] = sandbox.add_plain(total, packed)
+
+    def start(self) -> None:
+        """Start the processes now."""
+        for sandbox in self._sandboxes:
+            sandbox.start()
+
+    def close(self) -> None:
+        """End the processes."""
+        for sandbox in self._sandboxes:
+            sandbox.close()
+
+    def __repr__(self) -> str:
+        return "Pool(<redacted>)"
+
+    @contextmanager
+    def _sandbox(self) -> Iterator[Sandbox]:
+        sandbox = self._idle.get()
+        try:
+            yield sandbox
+        finally:
+            self._idle.put(sandbox)
+
+
+class Sandboxes:
+    """Ciphers in sandboxes (`protocols.rings.Ciphers`); `close` ends them all."""
+
+    def __init__(self) -> None:
+        self._pools: list[Pool] = []
+
+    def generate_key(self, parameters: BfvParameters) -> bytes:
+        """A new secret key; nothing of a peer's is touched, so it is made in this process."""
+        return generate_key(parameters)
+
+    def cipher(self, parameters: BfvParameters, key: bytes) -> Pool:
+        """A cipher with that key; without one (empty) for the aggregator."""
+        pool = Pool(parameters, key)
+        self._pools.append(pool)
+        return pool
+
+    def start(self) -> None:
+        """Start all processes now: later strangers may hold every file descriptor.
+
+        Raises:
+            ConfigError: one does not start.
+        """
+        try:
+            for pool in self._pools:
+                pool.start()
+        except SandboxLost as error:
+            raise ConfigError(f"the processes for the homomorphic sum cannot be started: {error}") from None
+
+    def close(self) -> None:
+        """End all processes."""
+        for pool in self._pools:
+            pool.close()
 
 
 def _serve(pipe: Connection, space_name: str, parameters: BfvParameters, memory_bytes: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import msgspec
+import numpy as np
 
 from keys.identity import Identity
 from keys.labels import Label
@@ -18,14 +19,16 @@ from protocols import messages as m
 from protocols import sealing
 from protocols import study_node as node
 from protocols import transcript as t
+from protocols.bfv import Expander, InProcess
 from protocols.chain import Entry, Unsigned
-from protocols.encoding import Uint32Vector, pack
+from protocols.encoding import Uint32Vector
 from protocols.graph import MaskGraph
 from protocols.masked_aggregator import MaskedAggregator, SumOutcome
 from protocols.masked_node import MaskedNode, Parties, Shares, share_digests
 from protocols.prg import TAG_PRIME
+from protocols.rings import Total, make_ring, octets
 from protocols.transcript import aggregate_digest, read_line
-from tests.adversary.knowledge import Address, Knowledge, peek
+from tests.adversary.knowledge import Address, Knowledge, packing_of, peek
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import MemorySpool, Network
 
@@ -232,7 +235,15 @@ class PrivateAttempt:
         network = aggregator.network
         parties = LooseParties(network.agreement, network.digest, network.parties.public_keys)
         attempt = sealing.AttemptId(network.digest, *address)
-        self.machine = MaskedAggregator(parties, attempt, cohort, network.size, MemorySpool())
+        self.machine = MaskedAggregator(
+            parties,
+            attempt,
+            cohort,
+            network.size,
+            MemorySpool(),
+            ring=make_ring(network.agreement, InProcess()),
+            study_key=network.aggregator._study_key,
+        )
         self.machine.__class__ = LooseAggregator
         self._carry(self.machine.start())
 
@@ -260,13 +271,28 @@ def resign(aggregator: Identity, line: bytes, **changes: object) -> bytes:
     return msgspec.json.encode(Entry(entry.seq, entry.prev, body, signature)) + b"\n"
 
 
-def sum_bodies(network: Network, total: Uint32Vector) -> list[tuple[m.AnyBody, bytes]]:
+def opened(network: Network, total: Total) -> Uint32Vector:
+    """The values of a sum, for an aggregator to which a colluder has given the study key, if there is one."""
+    key = network.nodes[next(iter(network.nodes))]._study_key
+    return make_ring(network.agreement, InProcess(), b"" if key is None else key.secret).open(total, network.size)
+
+
+def changed(network: Network, total: Total, change: Callable[[Uint32Vector], Uint32Vector]) -> Total:
+    """A sum whose values are changed; where it is encrypted, by adding what makes the difference to the ciphertexts."""
+    if not network.agreement.secure_sum.encrypted:
+        return change(total.copy())
+    packing, values = packing_of(network), opened(network, total)
+    before, after = packing.pack(values), packing.pack(change(values.copy()))
+    difference = (after - before) & np.uint64(2**packing.parameters.plain_bits - 1)
+    words = total.copy()
+    Expander(packing.parameters).add_plain(words, difference)
+    return words
+
+
+def sum_bodies(network: Network, total: Total) -> list[tuple[m.AnyBody, bytes]]:
     """The chunks of a sum, as they would be sent."""
-    ring = network.agreement.secure_sum
-    tails = [
-        bytes(pack(total[start : start + ring.chunk_values].copy(), ring.ring_bits))
-        for start in range(0, total.size, ring.chunk_values)
-    ]
+    ring = make_ring(network.agreement)
+    tails = [bytes(ring.pack_sum(total, start)) for start in range(0, network.size, ring.sum_chunk_values)]
     return [(m.SumChunk(index, m.chunk_digest(tail)), tail) for index, tail in enumerate(tails)]
 
 
@@ -290,10 +316,10 @@ class WrongSum(MaliciousAggregator):
     def _lies_to(self, name: str) -> bool:
         return self._victims is None or name in self._victims
 
-    def forged_line(self, line: bytes, number: int) -> tuple[bytes, Uint32Vector]:
+    def forged_line(self, line: bytes, number: int) -> tuple[bytes, Total]:
         """The record's line with the digest of the changed sum, and that sum."""
-        total = self._change(self.network._totals[number].copy())
-        digest = aggregate_digest(total.astype("<u4", copy=False).data).hex()
+        total = changed(self.network, self.network._totals[number], self._change)
+        digest = aggregate_digest(octets(total)).hex()
         tag = int(read_line(line, self.identity.public_key).body.aggregate_tag, 16)  # type: ignore[union-attr]
         forged = f"{self._retag(tag) % TAG_PRIME:016x}"
         return resign(self.identity, line, aggregate_digest=digest, aggregate_tag=forged), total

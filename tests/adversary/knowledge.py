@@ -1,8 +1,9 @@
 """What an aggregator that keeps everything, and is told its colluders' secrets, can compute about one node.
 
 `watch` takes every message that passes; `vector_of` tries everything that follows from the formulas of `protocols.sealing`:
-open what was sealed to known share keys, combine shares, derive or open contributions, take the masks off the upload. It
-never looks into an honest machine, so a vector that comes out is a vector that the protocol gave away.
+open what was sealed to known share keys, combine shares, derive or open contributions, take the masks off the upload. Uploads
+that are encrypted it decrypts: a colluder gave it the study key. It never looks into an honest machine, so a vector that comes
+out is a vector that the protocol gave away.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import numpy as np
 from keys.errors import VerificationFailed
 from protocols import messages as m
 from protocols import sealing, shamir
+from protocols.bfv import Decryptor, Expander
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.graph import MaskGraph
 from protocols.masked_node import open_contribution, open_shares
-from protocols.prg import MaskSet
+from protocols.packing import DEGREE, Packing, Uint64Matrix, choose
+from protocols.prg import Coordinates, MaskSet
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network
 
@@ -153,7 +156,7 @@ class Knowledge:
                 return None
             (off_added if name < peer else off_subtracted).append(key)
         MaskSet(off_subtracted, off_added).apply(upload)
-        return decoded(self._network, upload)
+        return self._decoded(upload)
 
     def recovers(self, name: str, address: Address = (1, 1)) -> bool:
         """Whether `vector_of` is the node's real vector."""
@@ -165,7 +168,9 @@ class Knowledge:
         return sealing.AttemptId(self._network.digest, *address)
 
     def _cohort(self, name: str, address: Address) -> bytes:
-        return sealing.cohort_digest(self._attempt(address), self.attempts[address].digests[name])
+        key = self._network.nodes[name]._study_key
+        digests = self.attempts[address].digests[name]
+        return sealing.cohort_digest(self._attempt(address), digests, b"" if key is None else key.id)
 
     def _open_shares(self, address: Address) -> None:
         """Open whatever was sealed to a known share key."""
@@ -191,14 +196,39 @@ class Knowledge:
         points = {holders.index(holder): share for holder, share in sorted(shares.items())[:needed]}
         return shamir.combine(points, needed)
 
-    def _upload(self, name: str, address: Address) -> Uint32Vector | None:
+    def _upload(self, name: str, address: Address) -> Coordinates | None:
+        """What was masked: ring values, or the coefficients of the plaintexts."""
         ring = self._network.agreement.secure_sum
         chunks = self.attempts[address].chunks[name]
         total = self._network.size
         sizes = [min(ring.chunk_values, total - start) for start in range(0, total, ring.chunk_values)]
         if sorted(chunks) != list(range(len(sizes))):
             return None
+        if ring.encrypted:
+            return decrypted(self._network, b"".join(chunks[index] for index in range(len(sizes)))).reshape(-1)
         return np.concatenate([unpack(chunks[i], size, ring.ring_bits) for i, size in enumerate(sizes)])
+
+    def _decoded(self, values: Coordinates) -> Float64Vector | None:
+        network = self._network
+        if not network.agreement.secure_sum.encrypted:
+            return decoded(network, values)
+        packing = packing_of(network)
+        packed = (values & np.uint64(2**packing.parameters.plain_bits - 1)).reshape(-1, DEGREE)
+        try:
+            return decoded(network, packing.unpack(packed, network.size))
+        except VerificationFailed:
+            return None
+
+
+def packing_of(network: Network) -> Packing:
+    return choose(network.agreement.secure_sum.value_bits, len(network.agreement.members))
+
+
+def decrypted(network: Network, data: bytes) -> Uint64Matrix:
+    """The [blocks, 4096] coefficients that an upload holds, by the study key of any node."""
+    parameters = packing_of(network).parameters
+    key = next(node._study_key for node in network.nodes.values() if node._study_key is not None)
+    return Decryptor(parameters, key.secret).decrypt(Expander(parameters).expand(data))
 
 
 def decoded(network: Network, values: Uint32Vector) -> Float64Vector | None:

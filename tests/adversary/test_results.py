@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +22,19 @@ from protocols.tags import Tagger
 from protocols.transcript import receipt_statement
 from secgeo.records import RECEIPTS
 from tests.adversary import weaken
-from tests.adversary.attackers import Bodies, MaliciousAggregator, MaliciousNode, WrongSum, behaving, keep, resign
+from tests.adversary.attackers import (
+    Bodies,
+    MaliciousAggregator,
+    MaliciousNode,
+    WrongSum,
+    behaving,
+    keep,
+    opened,
+    resign,
+)
 from tests.adversary.test_cohort import blamed
 from tests.audit.factory import NOW, make_study
-from tests.protocols.network import Network, make_network, names
+from tests.protocols.network import Network, body_type, head, make_network, names
 from tests.protocols.test_masked import check_sum, expected
 
 Guard = Callable[[], AbstractContextManager[None]]
@@ -109,8 +118,8 @@ def test_the_opened_tag_is_that_of_the_sum_and_tells_nothing_else() -> None:
     def look(message: m.Message, to: str) -> Bodies:
         seeds.append(network.journals[to].tag_seed(1, 1))
         tagger = Tagger(seeds[0], AttemptId(network.digest, 1, 1))
-        total = network._totals[1]
-        parts = (tagger.part(total[start : start + 1024], start) for start in (0, 1024))
+        total = opened(network, network._totals[1])
+        parts = (tagger.part(total[start : start + 1024], start) for start in range(0, total.size, 1024))
         expected_tag = (sum(parts) + 4 * tagger.pad) % TAG_PRIME
         assert f'"aggregate_tag":"{expected_tag:016x}"'.encode() in message.body.record
         assert total.size == network.size  # nothing is opened but the values
@@ -147,7 +156,7 @@ def test_a_sum_that_is_cut_off_for_ever() -> None:
     network, asked = send(nullcontext())
     assert asked <= 4 * 18
     for name in names(4):
-        blamed(network, name, "keeps sending incomplete sums")
+        blamed(network, name, "keeps sending sums that are incomplete")
 
 
 def double_everything(guard: AbstractContextManager[None]) -> Network:
@@ -220,6 +229,42 @@ def test_a_replayed_sum_of_an_old_round() -> None:
     assert not wrong(network, "hospital-03", 2)
     blamed(network, "hospital-03", "sent the record of another round")
     assert check_sum(network, "hospital-00", 2) == tuple(names(4))
+
+
+def hold_back(network: Network, late: str) -> None:
+    """What `late` is sent of the first sum is lost, and its asking for it too, until the second has come."""
+    inner, second = network.tap, False
+
+    def tap(sender: str, recipient: str, data: bytes) -> Sequence[bytes]:
+        nonlocal second
+        kind, number = body_type(data), head(data)[2]
+        if recipient == late and kind == "RoundResult":
+            second = second or number == 2
+        lost = recipient == late and kind in ("SumChunk", "RoundResult") and number == 1
+        asked = sender == late and kind == "Join" and network.aggregator._round > 0
+        return [] if (lost or asked) and not second else inner(sender, recipient, data)
+
+    network.tap = tap
+
+
+def test_sums_are_applied_in_the_order_in_which_they_build_on_each_other() -> None:
+    """A node that takes part in no sum is shown that of round 2 before it has that of round 1."""
+
+    def show(guard: AbstractContextManager[None]) -> Network:
+        network, late = make_network(4, rounds=3, threshold=3), "hospital-03"
+        MaliciousNode(network, late).on("Ready")(lambda message, data: [])
+        hold_back(network, late)
+        with guard:
+            network.run()
+        return network
+
+    weak = show(weaken.sequence_of_sums())
+    assert 1 not in [summed.round for summed in weak.sums["hospital-03"]]
+
+    network = show(nullcontext())
+    for name in names(4):
+        assert [summed.round for summed in network.sums[name]] == [1, 2, 3]
+    assert not network.faults
 
 
 # --- 17

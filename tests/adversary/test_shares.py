@@ -12,7 +12,7 @@ import pytest
 from protocols import messages as m
 from protocols.encoding import FixedPoint
 from tests.adversary import weaken
-from tests.adversary.attackers import Bodies, MaliciousAggregator, PrivateAttempt, keep
+from tests.adversary.attackers import Bodies, MaliciousAggregator, PrivateAttempt, keep, opened
 from tests.adversary.knowledge import decoded, is_vector_of
 from tests.adversary.test_cohort import blamed
 from tests.keys.factory import AGGREGATOR
@@ -173,7 +173,7 @@ def sum_twice(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator,
     outcome = second[0].outcome
     if outcome is None:
         return attack, False
-    difference = network._totals[1] - outcome.total
+    difference = opened(network, network._totals[1]) - opened(network, outcome.total)
     return attack, is_vector_of(network, decoded(network, difference), VICTIM)
 
 
@@ -338,7 +338,7 @@ def side_by_side(guard: AbstractContextManager[None]) -> tuple[Network, bool]:
     if outcome is None or 1 not in network._totals:
         return network, False
     own = FixedPoint.from_agreement(network.agreement).encode(network.vectors(colluder, 1))
-    difference = (network._totals[1] - outcome.total)[: network.size] - own
+    difference = opened(network, network._totals[1]) - opened(network, outcome.total) - own
     return network, is_vector_of(network, decoded(network, difference), VICTIM)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,10 +23,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from keys.errors import RemoteProtocolError, VerificationFailed
 from protocols import messages as m
 from protocols import transcript
+from protocols.agreement import Protocol
 from protocols.encoding import FixedPoint
 from tests.adversary import weaken
 from tests.adversary.attackers import inject
-from tests.adversary.knowledge import Knowledge, peek
+from tests.adversary.knowledge import Knowledge, decrypted, peek
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import make_network, names
 
@@ -46,9 +47,14 @@ class Study(RuleBasedStateMachine):
 
     guard: AbstractContextManager[None] = nullcontext()
 
-    @initialize(count=st.sampled_from([3, 4, 6]), rounds=st.integers(1, 2), patience=st.integers(0, 5))
-    def open(self, count: int, rounds: int, patience: int) -> None:
-        self.network = make_network(count, size=SIZE, rounds=rounds, max_attempts=16)
+    @initialize(
+        count=st.sampled_from([3, 4, 6]),
+        rounds=st.integers(1, 2),
+        patience=st.integers(0, 5),
+        protocol=st.sampled_from(get_args(Protocol)),
+    )
+    def open(self, count: int, rounds: int, patience: int, protocol: str) -> None:
+        self.network = make_network(count, size=SIZE, rounds=rounds, max_attempts=16, protocol=protocol)
         vectors = {name: self.network.vectors(name, 1) for name in names(count)}
         self.network.vectors = lambda name, _: vectors[name]  # so that equal chunks mean equal masks
         self.knowledge = Knowledge(self.network)
@@ -66,9 +72,14 @@ class Study(RuleBasedStateMachine):
         head = peek(data)
         if head is not None and isinstance(head.body, m.MaskedChunk):
             attempt = head.round, head.attempt
-            first = self.masked[sender].setdefault(bytes(m._split(data)[1]), attempt)
+            first = self.masked[sender].setdefault(self.inside(m._split(data)[1]), attempt)
             assert first == attempt, "a mask is used in two attempts"
         return [data]
+
+    def inside(self, chunk: memoryview) -> bytes:
+        """What is masked in a chunk: what it encrypts, if that is masked."""
+        layered = self.network.agreement.secure_sum.protocol == "layered"
+        return decrypted(self.network, bytes(chunk)).tobytes() if layered else bytes(chunk)
 
     # --- delivery
 

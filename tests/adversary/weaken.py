@@ -184,9 +184,16 @@ def receipts_of_contributors() -> Iterator[None]:
         yield
 
 
-def last_records() -> Any:
-    """Nodes do not compare what the others build on."""
-    return replaced(MaskedNode, "_check_last_records", accept)
+@contextmanager
+def last_records() -> Iterator[None]:
+    """Nodes do not compare what the others, and the sum, build on."""
+    with replaced(MaskedNode, "_check_last_records", accept), sequence_of_sums():
+        yield
+
+
+def sequence_of_sums() -> Any:
+    """Nodes take sums in any order."""
+    return replaced(NodeMachine, "_follows", lambda self, record: True)
 
 
 def memory_of_records() -> Any:
@@ -202,7 +209,7 @@ def round_of_the_record() -> Iterator[None]:
     def weak(self: NodeMachine, number: int, line: bytes) -> Any:
         return genuine(self, study_node.t.read_line(line, self._aggregator_key).body.round, line)  # type: ignore[union-attr]
 
-    with replaced(NodeMachine, "_read_record", weak):
+    with replaced(NodeMachine, "_read_record", weak), sequence_of_sums():
         yield
 
 

@@ -105,6 +105,8 @@ class Study:
             round=number,
             attempt=attempt,
             protocol="masked",
+            study_key="",
+            builds_on=GENESIS,
             cohort=everyone,
             senders_view=view.hex(),
             survivors=tuple(t.Survivor(name, digest.hex(), votes.get(name, "")) for name, digest in uploads),
@@ -128,7 +130,8 @@ class Study:
     def transcript(self, change: Callable[[Bodies], object] = lambda bodies: None) -> bytes:
         """An honest transcript of all rounds; `change` edits the list of bodies before the aggregator signs it.
 
-        A `Receipts` with no countersignatures stands for honest receipts of the record before it.
+        A `Receipts` with no countersignatures stands for honest receipts of the record before it; a record that builds on nothing
+        builds on the one before it.
         """
         bodies: Bodies = [self.opened()]
         for number in range(1, self.agreement.study.rounds + 1):
@@ -144,6 +147,8 @@ class Study:
         for body in bodies:
             if isinstance(body, t.Receipts) and not body.countersignatures:
                 body = self.receipts(body.round, digest)
+            if isinstance(body, t.RoundRecord) and body.builds_on == GENESIS and digest:
+                body = msgspec.structs.replace(body, builds_on=digest.hex())
             lines.append(writer.append(body))
             if isinstance(body, t.RoundRecord):
                 digest = line_digest(lines[-1])
@@ -242,7 +247,7 @@ class Study:
 
 def make_study(count: int = 3, rounds: int = 2, **secure_sum: object) -> Study:
     consortium = make_consortium(names(count))
-    agreement = make_agreement(consortium, rounds=rounds, **secure_sum)
+    agreement = make_agreement(consortium, rounds=rounds, **{"protocol": "masked", **secure_sum})
     return Study(consortium, msgspec.structs.replace(agreement, model=TINY, anchors=Anchors(9)))
 
 

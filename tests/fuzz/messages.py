@@ -138,7 +138,7 @@ def _aggregator_scripts() -> list[bytes]:
     """The same, and what a node says that no run has: mutations move it to every moment."""
     scripts = _scripts(lambda recording: recording.aggregator)
     index = sorted(recordings()[0].network.consortium.identities).index(NODE)
-    extra = (["Complaint", "hospital-02"], ["Declined", "x"], ["Join", 1], ["StudyEnded", "x"])
+    extra = (["Complaint", "hospital-02"], ["Declined", "x"], ["Join", 1, bytes(32), b""], ["StudyEnded", "x"])
     return [*scripts, *(msgspec.msgpack.encode([0, 4, [[index, 1, 1, body, b""]]]) for body in extra)]
 
 
@@ -166,7 +166,9 @@ def _message_seeds() -> list[bytes]:
         kinds.setdefault((sender, body_type(data)), data)
     found = {body_type(data): data for data in kinds.values()}
     network = recordings()[0].network
-    for body in (m.Complaint("hospital-02"), m.Declined("the budget is spent")):  # no run above has them
+    dealt = next(data for _, _, data in recordings()[3].messages if body_type(data) == "SealedKey")
+    unseen = (m.Complaint("hospital-02"), m.Declined("spent"), m.DealKey((dealt,), make=False), m.DealtKey(dealt))
+    for body in (*unseen, m.SealedKey("hospital-02", bytes(32), b"sealed")):  # no run above has them
         data = m.encode(network.consortium.identities[NODE], AttemptId(network.digest, 1, 1), body)
         found.setdefault(type(body).__name__, data)
     return list(found.values())

@@ -1,7 +1,7 @@
 """The study that the fuzzers attack: real keys, documents and messages, the same in every process, so that inputs can be replayed.
 
-Every secret follows from a counter. The only thing that differs from run to run is how HPKE seals, and no digest that
-decides anything is over that. A run of the in-memory network gives the seeds: every message, and the state in which its
+Every secret follows from a counter, but for those of HPKE and BFV. Inputs are scripts in which digests of messages stand for
+themselves, so they mean the same in every run. A run of the in-memory network gives the seeds: every message, and the state in which its
 recipient was just before it.
 """
 
@@ -111,12 +111,14 @@ _RUNS: tuple[tuple[Callable[[str, str, bytes], Sequence[bytes]], dict[str, Any]]
     (lambda _s, _r, data: [data], {"rounds": 2}),
     (_lose_uploads, {"rounds": 1, "ring_bits": 20, "value_bits": 17, "fraction_bits": 12}),
     (_break_first_attempt, {"rounds": 1, "ring_bits": 24, "value_bits": 20, "fraction_bits": 12}),
+    (_lose_uploads, {"rounds": 1, "protocol": "layered"}),
+    (lambda _s, _r, data: [data], {"rounds": 1, "protocol": "homomorphic"}),
 )
 
 
 @cache
 def recordings() -> tuple[Recording, ...]:
-    """Studies of four hospitals: one that goes well, one that loses a node, one whose attempt fails."""
+    """Studies of four hospitals: one that goes well, one that loses a node, one whose attempt fails, and two with ciphertexts."""
     return tuple(itertools.starmap(_record, _RUNS))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import msgspec
@@ -31,13 +32,20 @@ from protocols.agreement import (
     Study,
     Training,
     agreement_digest,
+    fit_ciphertexts,
     read_agreement,
     write_agreement,
 )
+from protocols.bfv import InProcess
 from protocols.encoding import Float64Vector
 from protocols.masked_aggregator import ClosedAttempt
 from protocols.masked_node import Parties
+from protocols.packing import choose
+from protocols.rings import Ciphers
 from tests.keys.factory import AGGREGATOR, Consortium, make_consortium
+
+PROTOCOL: ContextVar[str] = ContextVar("PROTOCOL", default="masked")
+"""What studies sum by, where a test does not say."""
 
 Tap = Callable[[str, str, bytes], Sequence[bytes]]
 
@@ -57,12 +65,16 @@ def make_agreement(
         "threshold": t,
         "value_bits": 24,
         "fraction_bits": 16,
-        "chunk_values": 1024,
-    }
+    } | secure_sum
+    if settings.setdefault("protocol", PROTOCOL.get()) == "masked":
+        settings.setdefault("chunk_values", 1024)
+    else:
+        settings.setdefault("chunk_values", choose(settings["value_bits"], n).block_values)  # type: ignore[arg-type]
+        fit_ciphertexts(settings, n)
     return Agreement(
         study=Study(id="test", rounds=rounds, classes=2),
         roster=RosterPin(1, 1, consortium.roster.digest.hex(), consortium.authority.fingerprint),
-        secure_sum=SecureSum(protocol="masked", **(settings | secure_sum)),  # type: ignore[arg-type]
+        secure_sum=SecureSum(**settings),  # type: ignore[arg-type]
         privacy=Privacy("record", 0.1, 1.0, 1.0, 1e-5, 8.0),
         training=Training(steps_per_round=2, learning_rate=0.1, local_learning_rate=0.1),
         precision=Precision(),
@@ -79,6 +91,7 @@ class MemoryJournal:
         self.entries: list[tuple[int, int, str]] = []
         self.tag_seeds: dict[tuple[int, int], bytes] = {}
         self.receipts: list[tuple[int, bytes]] = []
+        self.secret = b""
 
     def last(self) -> tuple[int, int]:
         return max(((r, a) for r, a, _ in self.entries), default=(0, 0))
@@ -93,6 +106,12 @@ class MemoryJournal:
 
     def tag_seed(self, round_number: int, attempt: int) -> bytes:
         return self.tag_seeds.get((round_number, attempt), b"")
+
+    def keep_study_key(self, secret: bytes) -> None:
+        self.secret = secret
+
+    def study_key(self) -> bytes:
+        return self.secret
 
     def keep_receipt(self, round_number: int, line: bytes) -> None:
         self.receipts.append((round_number, line))
@@ -160,9 +179,10 @@ class Network:
             transcript.TranscriptWriter(self.consortium.identities[AGGREGATOR], self.lines),
             load_sum=lambda number: self._totals[number],
             spool=MemorySpool(),
+            ciphers=InProcess(),
         )
 
-    def new_node(self, name: str) -> node.NodeMachine:
+    def new_node(self, name: str, ciphers: Ciphers | None = None) -> node.NodeMachine:
         """A node's machine as after a crash: nothing left but its keys, its journal and what it has applied."""
         return node.NodeMachine(
             self.parties,
@@ -172,6 +192,7 @@ class Network:
             coins=os.urandom,
             journal=self.journals[name],
             completed=max((summed.round for summed in self.sums[name]), default=0),
+            ciphers=ciphers or InProcess(),
         )
 
     def restart_aggregator(self) -> None:
@@ -283,8 +304,11 @@ class Network:
 
 
 def make_network(count: int = 4, *, size: int = 3000, rounds: int = 1, seed: int = 0, **settings: object) -> Network:
+    """A study of `size` values; of ciphertexts as many more as give as many chunks."""
     consortium = make_consortium(names(count))
     agreement = make_agreement(consortium, rounds=rounds, **settings)  # type: ignore[arg-type]
+    if agreement.secure_sum.encrypted:
+        size *= agreement.secure_sum.chunk_values // 1024
     limit = 2.0
 
     def vectors(name: str, number: int) -> Float64Vector:

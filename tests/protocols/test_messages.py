@@ -20,7 +20,7 @@ KEY, SHARE, H32, H64 = bytes(PUBLIC_KEY_BYTES), bytes(33), bytes(32), bytes(64)
 TAIL = b"12345678"
 
 BODIES = [
-    m.Join(1),
+    m.Join(1, H32, KEY),
     m.Ready(),
     m.Declined("the budget is spent"),
     m.RoundKeys(KEY, KEY, H32, H32, H32),
@@ -31,7 +31,10 @@ BODIES = [
     m.SurvivorVote(H64),
     m.Unmasking((("hospital-01", SHARE),), ()),
     m.Receipt(H64),
+    m.SealedKey("hospital-01", H32, b"sealed"),
     m.Farewell(),
+    m.DealKey((b"signed",), make=True),
+    m.DealtKey(b"signed"),
     m.RoundOpen(2),
     m.AttemptOpen(("hospital-00",)),
     m.KeySet((("hospital-00", H32),), (b"signed",)),
@@ -156,9 +159,9 @@ NAME, FEW = "hospital-00", [["hospital-00", H32]]
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
-        (["Join", 2**32 - 1], ["Join", 2**32]),
-        (["Join", 0], ["Join", -1]),
-        (["Join", 1], ["Join", 1.0]),
+        (["RoundOpen", 2**32 - 1], ["RoundOpen", 2**32]),
+        (["RoundOpen", 0], ["RoundOpen", -1]),
+        (["RoundOpen", 1], ["RoundOpen", 1.0]),
         (["Ready"], ["Ready", 0]),
         (["Ready"], ["ready"]),
         (["AttemptFailed", "x", True], ["AttemptFailed", "x", 1]),

@@ -99,3 +99,14 @@ def test_nan_breaks_a_rule() -> None:
 def test_a_policy_with_an_unknown_key_or_a_senseless_value_is_refused(text: bytes) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.toml.decode(text, type=LocalPolicy)
+
+
+def test_ciphertexts_without_masks_are_refused_unless_a_hospital_says_so_twice() -> None:
+    study = make_study(count=5, protocol="homomorphic").agreement
+    assert study.colluders_tolerated == 0
+    assert make_study(count=5, protocol="layered").agreement.colluders_tolerated == AGREEMENT.colluders_tolerated
+    with pytest.raises(ConfigError, match=r"colluders tolerated is 0.*; protocol is homomorphic"):
+        check_policy(study, LocalPolicy(), epsilon=1.0)
+    with pytest.raises(ConfigError, match="colluders tolerated is 0"):
+        check_policy(study, LocalPolicy(protocols=("homomorphic",)), epsilon=1.0)
+    check_policy(study, LocalPolicy(protocols=("homomorphic",), min_colluders_tolerated=0), epsilon=1.0)

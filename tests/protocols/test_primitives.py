@@ -17,6 +17,7 @@ from protocols.encoding import FixedPoint
 
 # --- encoding
 
+BLOCK_VALUES = prg.BLOCK_BYTES // 4
 FIXED = FixedPoint(value_bits=24, fraction_bits=16, ring_bits=32, n_max=200)
 
 
@@ -73,9 +74,7 @@ def test_a_sum_that_no_contributors_can_have_made_is_refused() -> None:
 # --- masks
 
 
-@pytest.mark.parametrize(
-    "size", [1, prg.BLOCK_VALUES - 1, prg.BLOCK_VALUES, prg.BLOCK_VALUES + 1, 3 * prg.BLOCK_VALUES + 5]
-)
+@pytest.mark.parametrize("size", [1, BLOCK_VALUES - 1, BLOCK_VALUES, BLOCK_VALUES + 1, 3 * BLOCK_VALUES + 5])
 def test_a_mask_is_the_aes_256_ctr_keystream_and_comes_off_again(size: int) -> None:
     key = bytes(range(32))
     values = np.arange(size, dtype=np.uint32) * np.uint32(2654435761)
@@ -100,7 +99,7 @@ def test_masks_applied_block_by_block_are_the_masks_of_the_whole() -> None:
         masks.apply(parts[start : start + length], start)
         start += length
     assert np.array_equal(parts, whole)
-    with pytest.raises(LocalProtocolError, match="multiples of 4"):
+    with pytest.raises(LocalProtocolError, match="multiples of 16 bytes"):
         masks.apply(parts, 6)
     prg.MaskSet(keys[3:], keys[:3]).apply(parts)
     assert np.array_equal(parts, np.arange(70_001, dtype=np.uint32))

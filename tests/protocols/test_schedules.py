@@ -9,7 +9,7 @@ import re
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keys.errors import LocalProtocolError, RemoteProtocolError
@@ -31,9 +31,10 @@ def check_outcome(network: Network, honest: list[str]) -> None:
     assert network.aggregator.ended
 
 
-@given(st.integers(0, 2**32), st.floats(0.0, 0.08))
-@settings(max_examples=60, deadline=None)
-def test_random_loss_of_connections(seed: int, rate: float) -> None:
+@pytest.mark.parametrize("protocol", ["masked", "homomorphic"], indirect=True)
+@given(seed=st.integers(0, 2**32), rate=st.floats(0.0, 0.08))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_loss_of_connections(protocol: str, seed: int, rate: float) -> None:
     """A node loses a message, and with it its connection: it joins again."""
     network = make_network(5, size=2600, rounds=2, threshold=4, minimum_cohort=4)
     generator = random.Random(seed)  # noqa: S311

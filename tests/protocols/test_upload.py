@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from keys.errors import LocalProtocolError
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.messages import chunk_digest
-from protocols.prg import BLOCK_VALUES, TAG_PRIME, MaskSet, keystream
+from protocols.prg import BLOCK_BYTES, TAG_PRIME, MaskSet, keystream
+from protocols.rings import IntegerRing
 from protocols.sealing import AttemptId
 from protocols.tags import Tagger
 from protocols.transcript import upload_digest
@@ -26,11 +27,19 @@ ENCODINGS = {
     "24 bits": FixedPoint(value_bits=18, fraction_bits=10, ring_bits=24, n_max=60),
     "20 bits": FixedPoint(value_bits=14, fraction_bits=8, ring_bits=20, n_max=60),
 }
+BLOCK_VALUES = BLOCK_BYTES // 4
 WIDE = ENCODINGS["32 bits"]
 
 
 def vector(size: int, seed: int = 0) -> Float64Vector:
     return np.random.default_rng(seed).normal(scale=5.0, size=size)
+
+
+def integers(
+    fixed_point: FixedPoint, values: np.ndarray, tagger: Tagger, masks: MaskSet, chunk_values: int
+) -> MaskedUpload:
+    ring = IntegerRing(fixed_point.ring_bits, chunk_values)
+    return MaskedUpload(ring, fixed_point, values, tagger, masks, chunk_values)
 
 
 def masks(added: int = 2) -> MaskSet:
@@ -80,7 +89,7 @@ def test_the_chunks_are_the_encoded_vector_its_tag_and_the_masks(
 ) -> None:
     """Also where the vector ends with a chunk, or one value before or behind; and in whatever steps."""
     fixed_point, values = ENCODINGS[encoding], vector(size, size)
-    upload = MaskedUpload(fixed_point, values, TAGGER, masks(), chunk_values)
+    upload = integers(fixed_point, values, TAGGER, masks(), chunk_values)
     messages: list[bytes] = []
     for stop in [*sorted(stops), upload.chunks]:
         messages += upload.make(stop, message)
@@ -102,7 +111,7 @@ def test_the_sum_of_uploads_is_the_sum_and_carries_the_sum_of_the_tags(encoding:
     for me, values in enumerate(vectors):
         added = [key for (low, _), key in pairs.items() if low == me]
         subtracted = [key for (_, high), key in pairs.items() if high == me]
-        upload = MaskedUpload(fixed_point, values, TAGGER, MaskSet(added, subtracted), 1024)
+        upload = integers(fixed_point, values, TAGGER, MaskSet(added, subtracted), 1024)
         messages = upload.make(upload.chunks, message)
         tag = (tag + upload.tag) % TAG_PRIME
         total = total + ring_values(messages, total.size, 1024, fixed_point) & mask
@@ -118,7 +127,7 @@ def test_an_upload_shows_nothing_of_the_vector_and_other_masks_make_another() ->
     values = np.zeros(4096)
     seen, tags = [], {(TAGGER.part(WIDE.encode(values)) + TAGGER.pad) % TAG_PRIME}
     for key in KEYS:
-        upload = MaskedUpload(WIDE, values, TAGGER, MaskSet([key], []), 1024)
+        upload = integers(WIDE, values, TAGGER, MaskSet([key], []), 1024)
         seen.append(ring_values(upload.make(upload.chunks, message), 4096, 1024, WIDE))
         tags.add(upload.tag)
     assert len(tags) == 1 + len(KEYS)
@@ -138,7 +147,7 @@ def test_the_vector_is_not_changed_and_may_be_read_only() -> None:
     values = vector(5000)
     before = values.copy()
     values.setflags(write=False)
-    upload = MaskedUpload(WIDE, values, TAGGER, masks(), 1024)
+    upload = integers(WIDE, values, TAGGER, masks(), 1024)
     upload.make(upload.chunks, message)
     assert np.array_equal(values, before)
 
@@ -147,7 +156,7 @@ def test_an_error_in_a_chunk_is_raised_and_the_chunks_are_made_again_just_so() -
     """A second try with other masks or another tag under the same masks would give the difference away."""
 
     def make(failing: int | None) -> list[bytes]:
-        upload = MaskedUpload(WIDE, vector(9000), TAGGER, masks(), 1024)
+        upload = integers(WIDE, vector(9000), TAGGER, masks(), 1024)
         first = upload.make(2, message)
 
         def finish(index: int, digest: bytes, data: memoryview) -> bytes:
@@ -172,7 +181,7 @@ def test_a_last_chunk_that_fails_is_made_again_just_so() -> None:
             raise LocalProtocolError("no")
         return message(index, digest, data)
 
-    upload = MaskedUpload(WIDE, vector(3000), TAGGER, masks(), 1024)
+    upload = integers(WIDE, vector(3000), TAGGER, masks(), 1024)
     with pytest.raises(LocalProtocolError):
         upload.make(3, refuse)
     got = ring_values(upload.make(3, message), 3000, 1024, WIDE)
@@ -189,7 +198,7 @@ def test_each_chunk_is_finished_once_and_in_other_threads_too() -> None:
         threads.add(threading.get_ident())
         return message(index, digest, data)
 
-    upload = MaskedUpload(WIDE, vector(30_000), TAGGER, masks(), 1024)
+    upload = integers(WIDE, vector(30_000), TAGGER, masks(), 1024)
     for stop in (3, 3, 2, 17, 99, 99):
         upload.make(stop, finish)
     assert sorted(calls) == list(range(upload.chunks))
@@ -199,7 +208,7 @@ def test_each_chunk_is_finished_once_and_in_other_threads_too() -> None:
 def test_memory_is_that_of_the_chunks_asked_for() -> None:
     """The vector takes 32 MB, and 16 MB encoded; four chunks of 64 KiB and the cores' scratch take far less."""
     values = np.zeros(4_000_000)
-    upload = MaskedUpload(WIDE, values, TAGGER, MaskSet(KEYS[:1], []), 16_384)
+    upload = integers(WIDE, values, TAGGER, MaskSet(KEYS[:1], []), 16_384)
     upload.make(4, lambda index, digest, data: b"m")
     tracemalloc.start()
     try:
@@ -269,5 +278,5 @@ def test_keys_given_by_a_generator_mask_every_chunk() -> None:
 @pytest.mark.parametrize("start", [1, 2, 3, 1025])
 def test_a_place_inside_a_cipher_block_is_refused(start: int) -> None:
     for use in (lambda: keystream(KEYS[0], start, 4), lambda: applied(masks(), 4, start)):
-        with pytest.raises(LocalProtocolError, match="multiples of 4"):
+        with pytest.raises(LocalProtocolError, match="multiples of 16 bytes"):
             use()

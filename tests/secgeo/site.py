@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -15,7 +15,7 @@ from keys.certificates import to_pem
 from keys.files import write_public
 from keys.labels import Label
 from keys.signed import sign_document
-from protocols.agreement import agreement_digest, write_agreement
+from protocols.agreement import Protocol, agreement_digest, write_agreement
 from secgeo.admin import complete
 from secgeo.presets import preset
 from tests.keys.factory import AGGREGATOR, Consortium, make_consortium
@@ -49,7 +49,7 @@ class Site:
                 "aggregator_address": "tcp://127.0.0.1:9",
                 "state": "state",
                 "data": {"kind": "arrays", "path": "records.npz"},
-                "policy": {"max_epsilon": 10.0},
+                "policy": {"max_epsilon": 10.0, "min_colluders_tolerated": 0, "protocols": list(get_args(Protocol))},
             }
         self.config(name).write_text(tomli_w.dumps(settings | changes))
         return self.config(name)
@@ -61,7 +61,7 @@ class Site:
         write_public(self.base / "study" / "agreement.toml.sig", signature)
 
 
-def make_spec(rounds: int = 2) -> dict[str, Any]:
+def make_spec(rounds: int = 2, protocol: str = "masked") -> dict[str, Any]:
     settings = preset("breast-cancer", 4, rounds)
     sections = {
         name: msgspec.to_builtins(getattr(settings, name)) for name in ("training", "privacy", "precision", "model")
@@ -70,11 +70,11 @@ def make_spec(rounds: int = 2) -> dict[str, Any]:
     return sections | {
         "study": {"id": "test-study", "rounds": rounds, "classes": 2},
         "secure_sum": {
-            "protocol": "masked",
+            "protocol": protocol,
             "minimum_cohort": 3,
             "threshold": 3,
-            "chunk_values": 1024,
             "max_attempts": 8,
+            **({"chunk_values": 1024} if protocol == "masked" else {}),
         },
         "deadlines": {"join_seconds": 30.0, "train_seconds": 30.0, "phase_seconds": 5.0},
         "modalities": [{"name": name, "tokeniser": "tabular", "shape": [10]} for name in MODALITIES],
@@ -85,11 +85,11 @@ def make_spec(rounds: int = 2) -> dict[str, Any]:
     }
 
 
-def make_site(base: Path, rounds: int = 2) -> Site:
+def make_site(base: Path, rounds: int = 2, protocol: str = "masked") -> Site:
     consortium = make_consortium(HOSPITALS, now=datetime.now(UTC))
     generator = np.random.default_rng(7)
     anchors = {name: generator.normal(size=(128, 10)).astype(np.float32) for name in MODALITIES}
-    agreement = complete(make_spec(rounds), consortium.roster, consortium.authority.fingerprint, anchors)
+    agreement = complete(make_spec(rounds, protocol), consortium.roster, consortium.authority.fingerprint, anchors)
     document = write_agreement(agreement)
     study = base / "study"
     (study / "anchors").mkdir(parents=True)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from keys.errors import ConfigError
-from protocols.agreement import Agreement, read_agreement, sparse_graph, write_agreement
+from protocols.agreement import Agreement, fit_ciphertexts, read_agreement, sparse_graph, write_agreement
 from secgeo.admin import complete
 from tests.keys.factory import make_consortium
 from tests.protocols.network import names
 from tests.secgeo.site import MODALITIES, make_spec
 
 
-def made(count: int, **secure_sum: int) -> Agreement:
+def made(count: int, **secure_sum: object) -> Agreement:
     """The agreement of `count` members from a spec with these settings of the secure sum."""
     consortium, spec = make_consortium(names(count)), make_spec()
     spec["members"] = [
@@ -42,3 +42,53 @@ def test_above_sixteen_with_some_neighbours_unless_the_spec_says_otherwise() -> 
 def test_a_threshold_that_the_graph_does_not_allow_is_refused_with_the_least_that_it_does() -> None:
     with pytest.raises(ConfigError, match="threshold must be at least 19 with 24 members"):
         made(24, threshold=18, minimum_cohort=18)
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "plain_bits", "chunk_values"),
+    [(16, 4, 46, 32 * 8192), (22, 16, 46, 32 * 6144), (18, 128, 50, 32 * 8192), (26, 4, 46, 32 * 6144)],
+)
+def test_what_follows_for_ciphertexts_is_filled_in(bits: int, count: int, plain_bits: int, chunk_values: int) -> None:
+    least = count // 2 + 2
+    settings = {"threshold": least, "minimum_cohort": least, "value_bits": bits, "fraction_bits": bits - 4}
+    spec = make_spec(protocol="homomorphic")
+    assert "chunk_values" not in spec["secure_sum"]
+    ring = dict(spec["secure_sum"] | settings)
+    fit_ciphertexts(ring, count)
+    assert (ring["plain_bits"], ring["chunk_values"]) == (plain_bits, chunk_values)
+
+
+def test_a_spec_of_ciphertexts_without_masks_gets_no_graph() -> None:
+    least = {"threshold": 13, "minimum_cohort": 13}
+    encrypted = {"protocol": "homomorphic", "value_bits": 20, "chunk_values": 8192 * 4}
+    ring = made(24, **least, **encrypted).secure_sum
+    assert (ring.neighbours, ring.share_threshold, ring.protocol) == (0, 0, "homomorphic")
+    with pytest.raises(ConfigError, match="are for masks"):
+        made(24, threshold=19, minimum_cohort=19, neighbours=20, share_threshold=13, **encrypted)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"plain_bits": 50}, "plain_bits must be 46"),
+        ({"chunk_values": 1024}, "multiple of the 6144 values"),
+        ({"chunk_values": 33 * 6144}, "at most 196608"),
+        ({"ring_bits": 24, "value_bits": 20}, "ring_bits must be 32"),
+        ({"value_bits": 30, "plain_bits": 46}, "chunk_values|more than 32 bits|no BFV parameters|plain_bits"),
+    ],
+)
+def test_ciphertexts_that_do_not_carry_the_sum_are_refused(change: dict[str, object], fault: str) -> None:
+    sound = {"threshold": 3, "minimum_cohort": 3, "protocol": "layered", "value_bits": 26, "chunk_values": 6144}
+    assert made(4, **sound).secure_sum.plain_bits == 46
+    with pytest.raises(ConfigError, match=fault):
+        made(4, **(sound | change))
+
+
+def test_sums_that_no_parameters_carry_are_refused_when_the_agreement_is_made() -> None:
+    with pytest.raises(ConfigError, match="no BFV parameters add 16 values of 30 bits"):
+        made(16, threshold=9, minimum_cohort=9, protocol="layered", value_bits=30)
+
+
+def test_plain_bits_are_not_for_masked_studies() -> None:
+    with pytest.raises(ConfigError, match="plain_bits is not for"):
+        made(4, threshold=3, minimum_cohort=3, plain_bits=46)

@@ -89,6 +89,26 @@ def check(site: Site, rounds: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "victim", "kinds"),
+    [
+        ("layered", AGGREGATOR, ["DealKey", "DealtKey", "Survivors", "SurvivorProof"]),
+        (
+            "homomorphic",
+            HOSPITALS[0],
+            ["SealedKey", "MaskedChunk", "SurvivorVote", "Receipt"],
+        ),  # the first makes the key
+    ],
+)
+def test_studies_of_ciphertexts_go_on_after_kills(tmp_path: Path, protocol: str, victim: str, kinds: list[str]) -> None:
+    site = make_site(tmp_path, rounds=3, protocol=protocol)
+    codes = run(site, victim, kinds)
+    assert codes == dict.fromkeys((AGGREGATOR, *HOSPITALS), 0), (site.base / victim / "stderr").read_text()
+    check(site, 3)
+    assert not [body for body in transcript(site) if body["type"] in ("Misbehaved", "RoundAbandoned")]
+
+
+@pytest.mark.slow
 def test_the_aggregator_killed_in_every_phase(tmp_path: Path) -> None:
     site = make_site(tmp_path, rounds=4)
     codes = run(site, AGGREGATOR, FROM_AGGREGATOR)

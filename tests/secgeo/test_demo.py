@@ -48,6 +48,21 @@ def test_the_demo_says_what_happened(demo: tuple[Path, dict[str, Any]]) -> None:
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_the_demo_with_masks_inside_ciphertexts(tmp_path: Path) -> None:
+    """The same job, and records that verify; of the sums there are ciphertexts only."""
+    out = tmp_path / "out"
+    done = secgeo("demo", "--protocol", "layered", "--rounds", 2, "--seed", 5, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout)
+    assert metrics["ok"]
+    assert metrics["verified"]
+    assert metrics["protocol"] == "layered"
+    assert "nor their sum" in metrics["verdict"]
+    assert sorted(path.suffix for path in (out / "sums").iterdir()) == [".u64", ".u64"]
+    assert secgeo("verify", out).returncode == 0
+
+
 def test_patients_are_disjoint_and_the_split_is_written_down(demo: tuple[Path, dict[str, Any]]) -> None:
     split = json.loads((demo[0] / "split.json").read_text())
     parts = [split["anchors"], split["validation"], split["test"], *(node["rows"] for node in split["nodes"])]
@@ -104,7 +119,7 @@ def test_files_cannot_go_or_come(demo: tuple[Path, dict[str, Any]], tmp_path: Pa
     ("arguments", "code"),
     [
         (["--data", "nothing"], 3),
-        (["--protocol", "homomorphic"], 3),
+        (["--protocol", "plain"], 3),
         (["--nodes", "3"], 2),
         (["--rounds", "0"], 2),
         (["--colour", "red"], 2),

@@ -130,9 +130,9 @@ def test_a_torn_last_line_is_named(study: Study) -> None:
 def test_sums_are_little_endian_and_read_back(tmp_path: Path) -> None:
     total = np.array([1, 2**32 - 1, 258], dtype=np.uint32)
     write_sum(tmp_path, 7, total.astype(">u4"))
-    assert sum_path(tmp_path, 7) == tmp_path / "sums" / "round-0007.u32"
-    assert sum_path(tmp_path, 7).read_bytes() == bytes([1, 0, 0, 0, 255, 255, 255, 255, 2, 1, 0, 0])
-    assert (read_sum(tmp_path, 7) == total).all()
+    assert sum_path(tmp_path, 7, total.dtype) == tmp_path / "sums" / "round-0007.u32"
+    assert sum_path(tmp_path, 7, total.dtype).read_bytes() == bytes([1, 0, 0, 0, 255, 255, 255, 255, 2, 1, 0, 0])
+    assert (read_sum(tmp_path, 7, total.dtype) == total).all()
 
 
 def test_a_manifest_names_every_file_but_itself(tmp_path: Path, study: Study) -> None:

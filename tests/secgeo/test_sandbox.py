@@ -17,8 +17,10 @@ import pytest
 from protocols import bfv
 from protocols import ciphertexts as c
 from protocols.packing import DEGREE, PARAMETERS, choose
+from protocols.prg import MaskSet
+from protocols.rings import CiphertextRing
 from secgeo import sandbox as module
-from secgeo.sandbox import MAX_CIPHERTEXTS, Sandbox, SandboxLost
+from secgeo.sandbox import MAX_CIPHERTEXTS, Sandbox, Sandboxes, SandboxLost
 
 PARAMETERS_HERE = PARAMETERS[0]
 
@@ -142,6 +144,61 @@ def test_an_answer_that_is_none_is_an_error_here(aggregator: Sandbox, reply: byt
     aggregator._pipe = Liar(reply)  # type: ignore[assignment]
     with pytest.raises(SandboxLost):
         aggregator.expand(bytes(c.upload_bytes(PARAMETERS_HERE, 1)))
+
+
+# --- pools
+
+
+def test_an_upload_over_which_a_process_is_lost_leaves_no_trace_in_the_total(key: bytes) -> None:
+    """The processes of a pool are killed after the first chunks were added; the next calls have new ones."""
+    sandboxes, packing = Sandboxes(), choose(16, 16)
+    values = np.arange(10 * packing.block_values, dtype=np.uint32) % 65_536
+    try:
+        nodes = CiphertextRing(packing, packing.block_values, sandboxes.cipher(packing.parameters, key))
+        pool = sandboxes.cipher(packing.parameters, b"")
+        aggregator = CiphertextRing(packing, packing.block_values, pool)
+        total = aggregator.zeros(values.size)
+        starts = range(0, values.size, packing.block_values)
+        chunks = [
+            (start, nodes.seal(values[start : start + packing.block_values].copy(), MaskSet([], []), start))
+            for start in starts
+        ]
+        aggregator.add(total, lambda: chunks)
+        before, reads = total.copy(), []
+
+        def read() -> Iterator[tuple[int, bytes | memoryview]]:
+            reads.append(1)
+            for index, chunk in enumerate(chunks):
+                if index == 8 and len(reads) == 1:
+                    for sandbox in pool._sandboxes:
+                        if sandbox._process is not None:
+                            sandbox._process.kill()
+                yield chunk
+
+        with pytest.raises(SandboxLost):
+            aggregator.add(total, read)
+        assert len(reads) == 2
+        assert np.array_equal(total, before)
+        aggregator.add(total, lambda: chunks)
+        assert np.array_equal(nodes.open(total, values.size), 2 * values)
+    finally:
+        sandboxes.close()
+
+
+def test_the_last_sandbox_used_is_the_next_so_that_no_more_are_started_than_are_needed(key: bytes) -> None:
+    sandboxes = Sandboxes()
+    pool = sandboxes.cipher(PARAMETERS_HERE, key)
+    try:
+        data = pool.encrypt(plain(1))
+        total = np.zeros((1, 2, DEGREE), dtype=np.uint64)
+        pool.add(total, data)
+        pool.add_plain(total, plain(1, 1))
+        pool.subtract(total, data)
+        assert np.array_equal(pool.decrypt(total), plain(1, 1))
+        assert [sandbox._process is not None for sandbox in pool._sandboxes].count(True) == 1
+    finally:
+        sandboxes.close()
+    assert repr(pool) == "Pool(<redacted>)"
 
 
 # --- hostile bytes

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-FILES = ("encoding", "prg", "key_schedule", "shamir", "tags", "graph", "messages", "round")
+FILES = ("encoding", "prg", "key_schedule", "shamir", "tags", "graph", "messages", "encrypted", "round")
 
 _SHORT = 118
 _HEX = re.compile(r"(?:[0-9a-f]{2})*\Z")

@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any
 
 from keys.errors import SecGeoError
+from protocols.ciphertexts import FrameBroken
 from protocols.sealing import SealBroken
-from tests.vectors import cases, key_cases, product, tag_cases, whole_round
+from tests.vectors import cases, encrypted_cases, key_cases, product, tag_cases, whole_round
 from tests.vectors.codec import FILES, FOLDER, from_json, read, text_of, to_json
 
 ABOUT = {
@@ -26,9 +27,10 @@ ABOUT = {
     "shamir": "Secret sharing over the field of 2^256 + 297 elements. Share i (from 0) is the polynomial at i + 1.",
     "tags": "The tags that make the sum verifiable, and whole uploads. Tags are 8 bytes, big-endian.",
     "graph": "Who shares masks with whom. `degree` is the agreed number of neighbours, 0 for all.",
+    "encrypted": "Sums of ciphertexts: study key, masks of coefficients, packing, words. Words and primes are 8 bytes, big-endian.",
     "messages": "Signed messages: one of each type, and what is refused. `body` is the array on the wire, name first.",
 }
-ERRORS = (SecGeoError, SealBroken, ValueError)
+ERRORS = (SecGeoError, SealBroken, FrameBroken, ValueError)
 
 
 def run(operations: dict[str, Any], operation: str, given: Any) -> Any:
@@ -49,6 +51,7 @@ def builders() -> dict[str, Callable[[], Any]]:
         "tags": tag_cases.tags,
         "graph": tag_cases.graph,
         "messages": key_cases.messages,
+        "encrypted": encrypted_cases.encrypted,
     }
     made = {name: partial(_group, name, group) for name, group in groups.items()}
     return made | {"round": partial(whole_round.document, recorded)}

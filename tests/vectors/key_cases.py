@@ -276,7 +276,10 @@ def bodies() -> list[Any]:
         m.SurvivorVote(H64),
         m.Unmasking((("hospital-01", SHARE),), (("hospital-02", SHARE),)),
         m.Receipt(H64),
+        m.SealedKey("hospital-01", H32, b"a sealed key"),
         m.Farewell(),
+        m.DealKey((b"a signed message",), make=True),
+        m.DealtKey(b"a signed message"),
         m.RoundOpen(2),
         m.AttemptOpen(tuple(named(3))),
         m.KeySet((("hospital-00", H32),), (b"a signed message",)),
@@ -317,9 +320,9 @@ def _bad_messages(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         fields = [version, *ATTEMPT, ALICE, body]
         return framed(packed([*fields, alice.sign(label, packed(fields))]), tail)
 
-    good = made(["Join", 1])
+    good = made(["RoundOpen", 1])
     bob = identity("hospital-01")
-    fields = [m.VERSION, *ATTEMPT, ALICE, ["Join", 1]]
+    fields = [m.VERSION, *ATTEMPT, ALICE, ["RoundOpen", 1]]
     signature = alice.sign(Label.MESSAGE, packed(fields))
     yield "an empty message", b"", {}
     yield "the length of the head is cut off", good[:3], {}
@@ -329,21 +332,21 @@ def _bad_messages(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "a head that is longer than the message", (len(good) + 96).to_bytes(4) + good[4:], {}
     yield "a length of 4 GiB", b"\xff" * 4 + good[4:], {}
     for version in (1, 3):
-        yield f"version {version}, signed", made(["Join", 1], version), {}
+        yield f"version {version}, signed", made(["RoundOpen", 1], version), {}
     yield "another agreement than the pinned one", good, {"agreement_digest": COHORT}
     yield "a message of another sender than the peer", good, {"peer": "hospital-01"}
     yield "another sender's key", good, {"public": bob.public_key.public_bytes_raw()}
     for place, value, why in (
         (2, 4, "another round than the signed one (a replay)"),
         (3, 3, "another attempt than the signed one (a replay)"),
-        (5, ["Join", 2], "another body than the signed one"),
+        (5, ["RoundOpen", 2], "another body than the signed one"),
         (5, ["Credit", 1], "another type of body than the signed one"),
     ):
         moved = [*fields[:place], value, *fields[place + 1 :]]
         yield why, framed(packed([*moved, signature])), {}
     yield "a signature of zeros", framed(packed([*fields, bytes(64)])), {}
     yield "a signature of 63 bytes", framed(packed([*fields, signature[:-1]])), {}
-    yield "a signature for another purpose", made(["Join", 1], label=Label.RECEIPT), {}
+    yield "a signature for another purpose", made(["RoundOpen", 1], label=Label.RECEIPT), {}
     yield "an eighth field", framed(packed([*fields, signature, None])), {}
     for wide, narrow, why in (
         (b"\xce\x00\x00\x00\x03", b"\x03", "the round in five bytes instead of one"),
@@ -355,11 +358,11 @@ def _bad_messages(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     resigned = alice.sign(Label.MESSAGE, b"\x97" + unsigned[1:])
     yield "not canonical, but signed as it is", framed(b"\x97" + unsigned[1:] + packed(resigned)), {}
     for body, why in (
-        (["Join", 2**32], "a number of 33 bits"),
-        (["Join"], "a field is missing"),
-        (["Join", 1, 1], "a field too many"),
-        (["join", 1], "a type that there is not"),
-        (["Join", "1"], "text where a number is due"),
+        (["RoundOpen", 2**32], "a number of 33 bits"),
+        (["RoundOpen"], "a field is missing"),
+        (["RoundOpen", 1, 1], "a field too many"),
+        (["roundopen", 1], "a type that there is not"),
+        (["RoundOpen", "1"], "text where a number is due"),
         (["AttemptFailed", "x", 1], "a number where true or false is due"),
         (["UploadDone", H32, H32[1:], 0], "a digest of 31 bytes"),
         (["UploadDone", H32, H32, 2**61 - 1], "a tag that is no field element"),

@@ -17,8 +17,10 @@ from protocols.agreement import agreement_digest
 from protocols.encoding import FixedPoint, pack, unpack
 from protocols.graph import MaskGraph
 from protocols.prg import TAG_PRIME, MaskSet, keystream
+from protocols.rings import IntegerRing
 from protocols.sealing import AttemptId
 from protocols.upload import MaskedUpload
+from tests.vectors import product_encrypted
 
 
 def label_of(name: str) -> Label:
@@ -36,7 +38,7 @@ def _mask(values: Sequence[int], added: Sequence[bytes], subtracted: Sequence[by
 
 
 def _keys(master: bytes, attempt: Sequence[Any]) -> dict[str, bytes]:
-    seed = sealing._hkdf(master, AttemptId(*attempt).bind(Label.PAIR_KEY), 96)
+    seed = sealing.hkdf(master, AttemptId(*attempt).bind(Label.PAIR_KEY), 96)
     public = sealing.public_key_bytes(master, AttemptId(*attempt))
     return {"mlkem_seed": seed[:64], "x25519_private": seed[64:], "public": public}
 
@@ -65,7 +67,7 @@ def _split(secret: bytes, coins: Sequence[bytes], holders: int) -> list[bytes]:
 
 def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     tagger = tags.Tagger(seed, AttemptId(*attempt))
-    column_key = sealing._hkdf(seed, AttemptId(*attempt).bind(Label.TAG_KEY), 64)[:32]
+    column_key = sealing.hkdf(seed, AttemptId(*attempt).bind(Label.TAG_KEY), 64)[:32]
     entries = tagger._columns.astype(int)
     row = np.frombuffer(keystream(tagger._row_key, 0, 2 * tags.COLUMNS), dtype="<u8") & np.uint64(TAG_PRIME)
     return {
@@ -107,7 +109,14 @@ def _upload(
         np.array(encoded, dtype=np.float64) - 2.0 ** (fixed_point.value_bits - 1)
     ) / 2.0**fixed_point.fraction_bits
     tagger = tags.Tagger(tag_seed, AttemptId(*attempt))
-    upload = MaskedUpload(fixed_point, vector, tagger, MaskSet(added, subtracted), chunk_values)
+    upload = MaskedUpload(
+        IntegerRing(fixed_point.ring_bits, chunk_values),
+        fixed_point,
+        vector,
+        tagger,
+        MaskSet(added, subtracted),
+        chunk_values,
+    )
     chunks: dict[int, tuple[bytes, bytes]] = {}
 
     def finish(index: int, digest: bytes, data: memoryview) -> bytes:
@@ -228,4 +237,5 @@ OPERATIONS: dict[str, Any] = {
         survivors, colluders
     ),
     "read_message": _read_message,
+    **product_encrypted.OPERATIONS,
 }

@@ -76,7 +76,7 @@ _digest, _signature, _share, _key = _binary(32, 32), _binary(64, 64), _binary(33
 _names, _relayed = _list(_name), _list(_binary(0, 8192))
 
 BODIES: dict[str, tuple[Any, ...]] = {
-    "Join": (_number,),
+    "Join": (_number, _digest, _binary(0, 1216)),
     "Ready": (),
     "Declined": (_reason,),
     "RoundKeys": (_key, _key, _digest, _digest, _digest),
@@ -87,7 +87,10 @@ BODIES: dict[str, tuple[Any, ...]] = {
     "SurvivorVote": (_signature,),
     "Unmasking": (_list(_pair(_share)), _list(_pair(_share))),
     "Receipt": (_signature,),
+    "SealedKey": (_name, _digest, _binary(0, 2**15)),
     "Farewell": (),
+    "DealKey": (_relayed, lambda value: isinstance(value, bool)),
+    "DealtKey": (_binary(0, 2**16),),
     "RoundOpen": (_number,),
     "AttemptOpen": (_names,),
     "KeySet": (_list(_pair(_digest)), _relayed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tests.vectors import reference_encrypted
 from tests.vectors.reference import (
     FIELD,
     TAG_PRIME,
@@ -174,4 +175,5 @@ OPERATIONS: dict[str, Any] = {
         order(names, cohort), degree, survivors, colluders
     ),
     "read_message": read_message,
+    **reference_encrypted.OPERATIONS,
 }

@@ -25,6 +25,7 @@ from protocols.graph import MaskGraph
 from protocols.masked_aggregator import MaskedAggregator
 from protocols.masked_node import MaskedNode, Parties
 from protocols.prg import TAG_PRIME
+from protocols.rings import make_ring
 from protocols.sealing import AttemptId, AttemptSecrets
 from tests.protocols.network import MemorySpool
 from tests.vectors.cases import named
@@ -59,7 +60,9 @@ class Run:
         self.coins = {name: coins(f"attempt of {name}") for name in NAMES}
         self.drawn: dict[str, list[bytes]] = {name: [] for name in NAMES}
         self.nodes: dict[str, MaskedNode] = {}
-        self.aggregator = MaskedAggregator(self.parties, self.attempt, NAMES, len(UPDATES[LOST]), MemorySpool())
+        self.aggregator = MaskedAggregator(
+            self.parties, self.attempt, NAMES, len(UPDATES[LOST]), MemorySpool(), ring=make_ring(agreement)
+        )
         self.sent: dict[str, dict[str, list[bytes]]] = {name: {} for name in NAMES}
         self.delivered: dict[tuple[str, str], Any] = {}
         self._replace = replace
@@ -94,6 +97,7 @@ class Run:
                     self.attempt,
                     body.cohort,
                     np.array(UPDATES[name]),
+                    ring=make_ring(self.parties.agreement),
                     coins=lambda count, name=name: self._coin(name, count),  # type: ignore[misc]
                     journal=lambda _event, _tag_seed: None,
                 )

@@ -1,0 +1,395 @@
+"""Attacks on sums of ciphertexts: what the study key opens and what not, uploads that are none, sums that are others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import pytest
+
+from keys.errors import RemoteProtocolError, VerificationFailed
+from protocols import messages as m
+from protocols.agreement import Protocol
+from protocols.bfv import Cipher
+from protocols.ciphertexts import CipherLost, pack_words, unpack_words
+from protocols.encoding import FixedPoint
+from protocols.packing import DEGREE, PARAMETERS
+from protocols.rings import Chunk, CiphertextRing, Total, octets
+from protocols.transcript import aggregate_digest, upload_digest
+from tests.adversary import weaken
+from tests.adversary.attackers import Bodies, MaliciousAggregator, MaliciousNode, WrongSum, keep, opened, resign
+from tests.adversary.knowledge import decrypted, packing_of, peek
+from tests.adversary.test_cohort import blamed
+from tests.adversary.test_members import expelled
+from tests.adversary.test_results import wrong
+from tests.protocols.network import Network, make_network, names
+from tests.protocols.test_masked import check_sum
+
+LIAR, VICTIM = "hospital-00", "hospital-02"
+
+each = pytest.mark.parametrize("protocol", ["layered", "homomorphic"], indirect=True)
+only = {name: pytest.mark.parametrize("protocol", [name], indirect=True) for name in ("layered", "homomorphic")}
+
+
+def listen(network: Network, sender: str, kind: type[m.Body]) -> list[m.Message]:
+    """The messages of one kind that a party sends, as they pass."""
+    heard: list[m.Message] = []
+    inner = network.tap
+
+    def tap(source: str, recipient: str, data: bytes) -> Sequence[bytes]:
+        head = peek(data) if source == sender else None
+        if head is not None and isinstance(head.body, kind):
+            heard.append(m.Message(head.sender, head.round, head.attempt, head.body, m._split(data)[1]))
+        return inner(source, recipient, data)
+
+    network.tap = tap
+    return heard
+
+
+def uploaded(network: Network, name: str) -> np.ndarray:
+    """What a node's upload of round 1 encrypts, for whoever has the study key: [blocks * 4096] coefficients."""
+    chunks = listen(network, name, m.MaskedChunk)
+    network.run()
+    return decrypted(network, b"".join(bytes(chunk.tail) for chunk in chunks)).reshape(-1)
+
+
+# --- what a key holder sees that colludes with the aggregator
+
+
+def test_the_integer_sum_is_the_same_to_the_bit_by_all_protocols() -> None:
+    sums = set()
+    for protocol, size in (("masked", 9000), ("layered", 1500), ("homomorphic", 1500)):
+        network = make_network(4, size=size, protocol=protocol)
+        assert network.size == 9000
+        network.run()
+        sums.add(opened(network, network._totals[1]).tobytes())
+    assert len(sums) == 1
+
+
+@only["layered"]
+def test_what_a_key_holder_decrypts_of_one_node_is_uniform(protocol: str) -> None:
+    """Of a constant vector: every bit of the coefficients is a fair coin, and neighbours are not correlated."""
+    network = make_network(4, size=20_000)
+    network.vectors = lambda _name, _round: np.zeros(network.size)  # type: ignore[assignment]
+    coefficients = uploaded(network, VICTIM)
+    plain_bits = packing_of(network).parameters.plain_bits
+    assert coefficients.size > 50_000
+    assert int(coefficients.max()) < 1 << plain_bits
+    for bit in range(plain_bits):
+        ones = int((coefficients >> np.uint64(bit) & np.uint64(1)).sum())
+        assert abs(ones - coefficients.size / 2) < 6 * np.sqrt(coefficients.size / 4)
+    for low in range(0, plain_bits - 8, 8):
+        counts = np.bincount((coefficients >> np.uint64(low) & np.uint64(255)).astype(np.int64), minlength=256)
+        statistic = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+        assert statistic < 400  # 255 degrees of freedom: p is far below 1e-7 above this
+    scaled = coefficients.astype(np.float64) / 2.0**plain_bits - 0.5
+    correlation = float((scaled[1:] * scaled[:-1]).mean() * 12)
+    assert abs(correlation) < 6 / np.sqrt(scaled.size)
+
+
+@each
+def test_a_key_holder_and_the_aggregator_read_one_node_in_homomorphic_only(protocol: Protocol) -> None:
+    """As docs/protocol.md says in its table."""
+    network = make_network(4, size=1500)
+    fixed_point = FixedPoint.from_agreement(network.agreement)
+    coefficients = uploaded(network, VICTIM).reshape(-1, DEGREE)
+    try:
+        values = packing_of(network).unpack(coefficients, network.size)
+        found = np.array_equal(values, fixed_point.encode(network.vectors(VICTIM, 1)))
+    except VerificationFailed:
+        found = False
+    assert found == (protocol == "homomorphic")
+
+
+@each
+def test_the_same_vector_is_never_encrypted_to_the_same_bytes(protocol: str) -> None:
+    """Another round, another key of the cipher's generator: no word and no seed comes twice."""
+    network = make_network(4, size=1500, rounds=2)
+    network.vectors = lambda _name, _round: np.zeros(network.size)  # type: ignore[assignment]
+    chunks = listen(network, VICTIM, m.MaskedChunk)
+    network.run()
+    data = [bytes(chunk.tail) for chunk in chunks]
+    assert len(data) == 4
+    assert len({piece for whole in data for piece in (whole[:28_000], whole[-64:])}) == 8
+
+
+# --- uploads that are no ciphertexts
+
+
+def upload(network: Network, change: Callable[[int, bytes], bytes]) -> None:
+    """The liar sends other chunks, and ends its upload with a digest that fits."""
+    liar = MaliciousNode(network, LIAR)
+    digests: dict[int, bytes] = {}
+
+    @liar.on("MaskedChunk")
+    def chunk(message: m.Message, _data: bytes) -> list[bytes]:
+        tail = change(message.body.index, bytes(message.tail))
+        digests[message.body.index] = m.chunk_digest(tail)
+        return [liar.sign(message, m.MaskedChunk(message.body.index, m.chunk_digest(tail)), tail)]
+
+    @liar.on("UploadDone")
+    def done(message: m.Message, _data: bytes) -> list[bytes]:
+        digest = upload_digest(b"".join(digests[index] for index in sorted(digests)), message.body.tag)
+        return [liar.sign(message, m.UploadDone(digest, message.body.view, message.body.tag))]
+
+
+def a_word_too_large(index: int, data: bytes) -> bytes:
+    """The first word of the second chunk is q."""
+    if index != 1:
+        return data
+    size = next(
+        parameters.prime_bits for parameters in PARAMETERS if (len(data) - 64) * 8 == DEGREE * parameters.prime_bits
+    )
+    prime = next(parameters.prime for parameters in PARAMETERS if parameters.prime_bits == size)
+    word = int.from_bytes(data[:8], "little") >> size << size | prime
+    return word.to_bytes(8, "little") + data[8:]
+
+
+def lie_about_words(guard: AbstractContextManager[None]) -> Network:
+    network = make_network(5, size=2500, threshold=4, minimum_cohort=4)
+    upload(network, a_word_too_large)
+    with guard:
+        network.run()
+    return network
+
+
+@each
+def test_an_upload_that_is_none_is_lost_alone_and_leaves_no_trace_in_the_sum(protocol: str) -> None:
+    """Its first chunk was added already when the second turns out to be no ciphertext."""
+    left = tuple(names(5)[1:])
+    weak = lie_about_words(weaken.replaced(Cipher, "subtract", weaken.accept))
+    assert not any(weak.sums.values())  # what is left of the first chunk spoils the sum
+
+    network = lie_about_words(nullcontext())
+    assert expelled(network) == [LIAR]
+    assert "cannot be added" in network.aggregator._out[LIAR]
+    for name in left:
+        assert check_sum(network, name) == left
+    assert not set(network.faults) - {LIAR}
+
+
+@each
+@pytest.mark.parametrize("size", [0, 1, 28_735, 28_737, 57_472])
+def test_chunks_of_another_size_never_come_near_the_cipher(
+    protocol: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them the size of two ciphertexts where one is due: how many there are follows from the agreement."""
+    seen: list[int] = []
+    genuine = Cipher.add
+    monkeypatch.setattr(Cipher, "add", lambda self, total, data: seen.append(len(data)) or genuine(self, total, data))
+    network = make_network(5, size=1024, threshold=4, minimum_cohort=4)
+    upload(network, lambda _index, data: (data * 3)[:size])
+    network.run()
+    assert expelled(network) == [LIAR]
+    assert "which no upload has" in network.aggregator._out[LIAR]
+    assert len(set(seen)) == 1
+    for name in names(5)[1:]:
+        assert check_sum(network, name) == tuple(names(5)[1:])
+
+
+@each
+def test_a_cipher_that_is_lost_over_an_upload_costs_that_upload_and_names_its_sender(protocol: str) -> None:
+    """The process that expands its seeds has crashed, say; `tests/secgeo/test_sandbox.py` has real ones that do."""
+    network = make_network(5, size=2500, threshold=4, minimum_cohort=4)
+    chunks = listen(network, LIAR, m.MaskedChunk)
+
+    def crash(self: Cipher, total: np.ndarray, data: bytes) -> None:
+        if len(chunks) > 1 and bytes(data) == bytes(chunks[1].tail):
+            raise CipherLost("the process ended")
+        genuine(self, total, data)
+
+    genuine = Cipher.add
+    with weaken.replaced(Cipher, "add", crash):
+        network.run()
+    assert expelled(network) == [LIAR]
+    assert "the process ended" in network.aggregator._out[LIAR]
+    for name in names(5)[1:]:
+        assert check_sum(network, name) == tuple(names(5)[1:])
+
+
+@each
+def test_a_total_that_cannot_be_restored_voids_the_attempt_and_not_the_round(protocol: str) -> None:
+    """The cipher is lost over the second chunk, and again over taking off the first: the others sum in a new attempt."""
+    network = make_network(5, size=2500, threshold=4, minimum_cohort=4)
+    upload(network, a_word_too_large)
+
+    def crash(self: Cipher, total: np.ndarray, data: bytes) -> None:
+        raise CipherLost("the process ended")
+
+    with weaken.replaced(Cipher, "subtract", crash):
+        network.run()
+    assert expelled(network) == [LIAR]
+    assert network._attempts == {1: 2}
+    for name in names(5)[1:]:
+        assert check_sum(network, name) == tuple(names(5)[1:])
+
+
+# --- sums that are others
+
+
+class OneUpload(WrongSum):
+    """Sends the victim's ciphertexts as the sum of all, with a record that fits."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network, lambda values: values)
+        self._chunks = listen(network, VICTIM, m.MaskedChunk)
+
+    def forged_line(self, line: bytes, number: int) -> tuple[bytes, Total]:
+        ring, step = self.network.aggregator._ring, self.network.agreement.secure_sum.chunk_values
+        total = ring.zeros(self.network.size)
+        ring.add(total, lambda: [(chunk.body.index * step, chunk.tail) for chunk in self._chunks])
+        return resign(self.identity, line, aggregate_digest=aggregate_digest(octets(total)).hex()), total
+
+
+@only["homomorphic"]
+def test_one_upload_in_place_of_the_sum_is_not_taken(protocol: str) -> None:
+    """All could decrypt it: an honest hospital throws it away when the tags do not fit, and shows it to nobody."""
+
+    def show(guard: AbstractContextManager[None]) -> Network:
+        network = make_network(4, size=1500)
+        network.vectors = lambda name, _round: np.full(network.size, 0.5)  # type: ignore[assignment]
+        OneUpload(network)
+        with guard:
+            network.run()
+        return network
+
+    weak = show(weaken.sum_tags())
+    assert all(wrong(weak, name) for name in names(4))
+
+    network = show(nullcontext())
+    assert not any(network.sums.values())
+    assert all("does not match its tags" in str(fault) for fault in network.faults.values())
+    assert set(network.faults) == set(names(4))
+
+
+@each
+def test_a_record_that_names_another_study_key_is_the_aggregators_fault(protocol: str) -> None:
+    network = make_network(4, size=1500)
+    attack = MaliciousAggregator(network)
+
+    @attack.on("RoundResult")
+    def rename(message: m.Message, _to: str) -> Bodies:
+        line = resign(attack.identity, message.body.record, study_key="0" * 64)
+        return [(m.RoundResult(line, message.body.receipts), b"")]
+
+    network.run()
+    for name in names(4):
+        blamed(network, name, "under another study key than ours")
+
+
+@only["homomorphic"]
+def test_an_upload_of_an_earlier_round_in_place_of_the_new_one(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in a ciphertext says of which round it is. Its tag does."""
+    network = make_network(4, size=1500, rounds=2)
+    sent = listen(network, VICTIM, m.MaskedChunk)
+    genuine = CiphertextRing.add
+
+    def add(self: CiphertextRing, total: Total, read: Callable[[], Iterable[Chunk]]) -> None:
+        chunks = list(read())
+        rounds = [[chunk for chunk in sent if chunk.round == number] for number in (1, 2)]
+        if rounds[1] and chunks[0][1] == rounds[1][0].tail:
+            chunks = [(start, old.tail) for (start, _), old in zip(chunks, rounds[0], strict=True)]
+        genuine(self, total, lambda: chunks)
+
+    monkeypatch.setattr(CiphertextRing, "add", add)
+    network.run()
+    for name in names(4):
+        assert [summed.round for summed in network.sums[name]] == [1]
+        assert isinstance(network.faults[name], VerificationFailed)
+
+
+@each
+@pytest.mark.parametrize("what", ["a word that is not below q", "a ciphertext too few"])
+def test_chunks_of_the_sum_that_are_no_ciphertexts_are_the_aggregators_fault(protocol: str, what: str) -> None:
+    network = make_network(4, size=1500)
+    attack = MaliciousAggregator(network)
+
+    @attack.on("SumChunk")
+    def break_it(message: m.Message, _to: str) -> Bodies:
+        parameters = packing_of(network).parameters
+        words = unpack_words(message.tail, parameters, len(message.tail) * 8 // (DEGREE * parameters.prime_bits))
+        words[0, 0] = parameters.prime
+        tail = pack_words(words, parameters) if "word" in what else bytes(message.tail[: len(message.tail) // 2])
+        return [(m.SumChunk(message.body.index, m.chunk_digest(tail)), tail)]
+
+    network.run()
+    assert not any(network.sums.values())
+    for name in names(4):
+        blamed(network, name, "a chunk that no sum has")
+
+
+# --- homomorphic: no masks, so nothing to reveal; the same rules for who is in the sum
+
+
+@only["homomorphic"]
+@pytest.mark.parametrize(
+    "body", [m.KeySet((), ()), m.SeedSet((), ()), m.SurvivorProof(())], ids=lambda b: type(b).__name__
+)
+def test_messages_of_masks_are_the_aggregators_fault(protocol: str, body: m.AnyBody) -> None:
+    network = make_network(4, size=1500)
+    attack = MaliciousAggregator(network)
+    moment = "Survivors" if isinstance(body, m.SurvivorProof) else "Credit"
+    attack.on(moment)(lambda message, to: [*keep(message), (body, b"")])
+    network.run()
+    for name in names(4):
+        blamed(network, name, f"sent {type(body).__name__} in state")
+
+
+@only["homomorphic"]
+def test_a_member_that_encrypted_on_top_of_another_sum_or_key_is_named(protocol: str) -> None:
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
+    liar = MaliciousNode(network, LIAR)
+    liar.on("UploadDone")(
+        lambda message, _data: [liar.sign(message, m.UploadDone(message.body.digest, bytes(32), message.body.tag))]
+    )
+    network.run()
+    assert expelled(network) == [LIAR]
+    for name in names(5)[1:]:
+        assert check_sum(network, name) == tuple(names(5)[1:])
+
+
+@only["homomorphic"]
+def test_hospitals_that_were_told_different_stories_of_the_last_sum_do_not_vote(protocol: str) -> None:
+    network, victim = make_network(4, size=1500, rounds=2), "hospital-01"
+    attack = MaliciousAggregator(network)
+
+    @attack.on("SumChunk", "RoundResult")
+    def lost(message: m.Message, to: str) -> Bodies:
+        return [] if (to, message.round) == (victim, 1) else keep(message)
+
+    @attack.on("RoundOpen")
+    def as_if_lost(message: m.Message, to: str) -> Bodies:
+        return [(m.RoundOpen(0), b"")] if (to, message.round) == (victim, 2) else keep(message)
+
+    @attack.hear("UploadDone")
+    def forgive(message: m.Message, data: bytes) -> list[bytes]:
+        if (message.sender, message.round) == (victim, 2):
+            network.aggregator._attempt._view = message.body.view  # type: ignore[union-attr]
+        return [data]
+
+    network.run()
+    assert not any(summed.round == 2 for sums in network.sums.values() for summed in sums)
+
+
+@only["homomorphic"]
+def test_a_complaint_is_without_ground_where_nothing_was_sealed(protocol: str) -> None:
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
+    liar = MaliciousNode(network, LIAR)
+    liar.on("MaskedChunk")(lambda message, _data: [liar.sign(message, m.Complaint("hospital-01"))])
+    network.run()
+    assert expelled(network) == [LIAR]
+    for name in names(5)[1:]:
+        assert check_sum(network, name) == tuple(names(5)[1:])
+
+
+@each
+def test_hostile_words_in_every_upload_of_a_member_lose_nothing_of_the_others(protocol: str) -> None:
+    """Random bytes of the right length: nearly every one of them is no ciphertext, and the others' sum stands."""
+    for seed in range(6):
+        network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
+        upload(network, lambda _index, data, seed=seed: np.random.default_rng(seed).bytes(len(data)))
+        network.run()
+        spoiled = any(isinstance(fault, VerificationFailed) for fault in network.faults.values())
+        assert spoiled or check_sum(network, "hospital-01") == tuple(names(5)[1:])
+        assert not any(isinstance(fault, RemoteProtocolError) for name, fault in network.faults.items() if name != LIAR)
