@@ -43,9 +43,9 @@ from protocols import messages as m  # noqa: E402
 from protocols import study_aggregator as agg  # noqa: E402
 from protocols import study_node as node  # noqa: E402
 from protocols.agreement import fit_ciphertexts, read_agreement, sparse_graph, write_agreement  # noqa: E402
+from protocols.attempt_aggregator import CREDIT_CHUNKS, AttemptAggregator, Phase, Spool  # noqa: E402
+from protocols.attempt_node import AttemptNode  # noqa: E402
 from protocols.encoding import FixedPoint, packed_bytes  # noqa: E402
-from protocols.masked_aggregator import CREDIT_CHUNKS, MaskedAggregator, Phase, Spool  # noqa: E402
-from protocols.masked_node import MaskedNode  # noqa: E402
 from protocols.packing import BfvParameters, choose  # noqa: E402
 from protocols.prg import MaskSet  # noqa: E402
 from protocols.rings import Cipher, Ciphers, Total, make_ring  # noqa: E402
@@ -108,7 +108,7 @@ class Attempt:
         self.uploading = frozenset(study.nodes) if uploading is None else uploading
         self.attempt = AttemptId(study.digest, 1, 1)
         self.clock = dict.fromkeys((AGGREGATOR, *study.nodes), 0.0)
-        self.aggregator = MaskedAggregator(
+        self.aggregator = AttemptAggregator(
             study.parties,
             self.attempt,
             study.nodes,
@@ -125,10 +125,10 @@ class Attempt:
             self._to_aggregator(name, self._timed(name, machine.open))
         self._sort([send for send in opened if not isinstance(send[1], m.AttemptOpen)])
 
-    def _make_node(self, name: str) -> MaskedNode:
+    def _make_node(self, name: str) -> AttemptNode:
         study, cohort = self.study, tuple(self.study.nodes)
         FixedPoint.from_agreement(study.agreement).check(study.vectors(name, 1))
-        return MaskedNode(
+        return AttemptNode(
             study.parties,
             study.consortium.identities[name],
             self.attempt,
@@ -276,7 +276,7 @@ def aggregator_memory(values: int, protocol: str = "masked", counts: tuple[int, 
             for index, start in enumerate(range(0, values, step)):
                 for name in study.nodes:
                     data = memoryview(bytearray(ring.sealed_bytes(min(step, values - start))))
-                    body = m.MaskedChunk(index, m.chunk_digest(data))
+                    body = m.UploadChunk(index, m.chunk_digest(data))
                     digests[name] += body.digest
                     aggregator.receive(name, m.Message(name, 1, 1, body, data), b"")
             for name in study.nodes:

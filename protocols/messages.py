@@ -120,7 +120,7 @@ class Complaint(Body, frozen=True):
     accused: Name
 
 
-class MaskedChunk(Body, frozen=True):
+class UploadChunk(Body, frozen=True):
     """Chunk `index` of my masked vector: the tail holds its packed values."""
 
     index: Number
@@ -264,7 +264,7 @@ AnyBody = (
     | RoundKeys
     | SealedSeeds
     | Complaint
-    | MaskedChunk
+    | UploadChunk
     | UploadDone
     | SurvivorVote
     | Unmasking
@@ -363,7 +363,7 @@ def decode(
         verify_signature(public_key, Label.MESSAGE, _encoder.encode(unsigned), head.signature)
     except VerificationFailed:
         raise RemoteProtocolError(peer, "a message with a wrong signature") from None
-    if isinstance(head.body, MaskedChunk | SumChunk):
+    if isinstance(head.body, UploadChunk | SumChunk):
         if chunk_digest(tail) != head.body.digest:
             raise RemoteProtocolError(peer, "a chunk that is not the one it signed")
     elif tail:

@@ -28,8 +28,8 @@ from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols import messages as m
 from protocols import transcript as t
-from protocols.masked_aggregator import ClosedAttempt, MaskedAggregator, Phase, Spool, SumOutcome
-from protocols.masked_node import Parties
+from protocols.attempt_aggregator import AttemptAggregator, ClosedAttempt, Phase, Spool, SumOutcome
+from protocols.attempt_node import Parties
 from protocols.rings import Ciphers, Total, make_ring, octets
 from protocols.sealing import AttemptId
 
@@ -150,7 +150,7 @@ class AggregatorMachine:
         self._round = 0
         self._attempts: dict[int, int] = {}
         self._ready: set[str] = set()
-        self._attempt: MaskedAggregator | None = None
+        self._attempt: AttemptAggregator | None = None
         self._attempt_phase = Phase.KEYS
         self._contributors: frozenset[str] = frozenset()
         self._record_line = b""
@@ -217,7 +217,7 @@ class AggregatorMachine:
             state, masked = kept.closed
             self._round += 1
             self._study_key = state.study_key
-            self._attempt = MaskedAggregator.resume(
+            self._attempt = AttemptAggregator.resume(
                 self._parties, state, masked, self._size, self._spool, ring=self._ring, last_record=self._last_record
             )
             self._attempt_phase, self._resume_at = self._attempt.phase, Stage.SUM
@@ -506,7 +506,7 @@ class AggregatorMachine:
         self._attempts[self._round] = number
         self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
         attempt = AttemptId(self._parties.agreement_digest, self._round, number)
-        self._attempt = MaskedAggregator(
+        self._attempt = AttemptAggregator(
             self._parties,
             attempt,
             cohort,
@@ -542,7 +542,7 @@ class AggregatorMachine:
             return answer + self._retry(attempt, now)
         return answer
 
-    def _retry(self, attempt: MaskedAggregator, now: float) -> list[Output]:
+    def _retry(self, attempt: AttemptAggregator, now: float) -> list[Output]:
         blamed = tuple(sorted(attempt.blamed))
         self._attempt = None
         self._ready -= attempt.dropped.keys()

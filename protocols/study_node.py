@@ -29,9 +29,9 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, tags
 from protocols import transcript as t
+from protocols.attempt_node import AttemptNode, Parties, State
 from protocols.ciphertexts import FrameBroken
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector
-from protocols.masked_node import MaskedNode, Parties, State
 from protocols.packing import choose
 from protocols.prg import TAG_PRIME
 from protocols.rings import Ciphers, Total, make_ring, octets
@@ -150,7 +150,7 @@ class NodeMachine:
         self._completed = completed
         self._vector: Float64Vector | None = None
         self._training = False
-        self._attempt: MaskedNode | None = None
+        self._attempt: AttemptNode | None = None
         self._attempt_number = 0
         self._voted: dict[tuple[int, int], tuple[tuple[str, bytes], ...]] = {}
         self._ciphers = ciphers
@@ -346,7 +346,7 @@ class NodeMachine:
         if self._vector is None:
             raise LocalProtocolError("no update to sum")
         self._attempt_number, self._reconnected = attempt, False
-        self._attempt = MaskedNode(
+        self._attempt = AttemptNode(
             self._parties,
             self._identity,
             AttemptId(self._parties.agreement_digest, number, attempt),

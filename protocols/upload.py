@@ -33,7 +33,7 @@ class _Chunk:
     message: bytes
 
 
-class MaskedUpload:
+class Upload:
     """The chunks of one upload. `vector` ([d] float64) must have passed `FixedPoint.check`; `pad` is added to the tag."""
 
     def __init__(

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from keys.errors import ConfigError
 from keys.files import write_public
 from keys.labels import Label
+from protocols.attempt_aggregator import ClosedAttempt
 from protocols.encoding import Float64Vector
-from protocols.masked_aggregator import ClosedAttempt
 from protocols.rings import Total, octets
 from secgeo.records import LineFile
 

@@ -1,6 +1,6 @@
 """Where unfinished uploads wait: in memory as they came while there is room, on disk beyond it.
 
-Implements `protocols.masked_aggregator.Spool`. So the aggregator's memory does not grow with the number of nodes, and a
+Implements `protocols.attempt_aggregator.Spool`. So the aggregator's memory does not grow with the number of nodes, and a
 slow or malicious node holds up nobody. What is here is masked; the files are deleted when an upload ends, and left-overs
 of a crash when the next aggregator starts.
 """

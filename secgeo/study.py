@@ -26,7 +26,7 @@ from keys.labels import Label
 from keys.roster import Roster, load_root, read_roster
 from keys.signed import verify_document
 from protocols.agreement import Agreement, agreement_digest, read_agreement
-from protocols.masked_node import Parties
+from protocols.attempt_node import Parties
 from secgeo.config import StudyFiles
 
 AGREEMENT, ROSTER, ROOT, ANCHORS = "agreement.toml", "roster.json", "authority.pem", "anchors"

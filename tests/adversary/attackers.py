@@ -19,12 +19,12 @@ from protocols import messages as m
 from protocols import sealing
 from protocols import study_node as node
 from protocols import transcript as t
+from protocols.attempt_aggregator import AttemptAggregator, SumOutcome
+from protocols.attempt_node import AttemptNode, Parties, Shares, share_digests
 from protocols.bfv import Expander, InProcess
 from protocols.chain import Entry, Unsigned
 from protocols.encoding import Uint32Vector
 from protocols.graph import MaskGraph
-from protocols.masked_aggregator import MaskedAggregator, SumOutcome
-from protocols.masked_node import MaskedNode, Parties, Shares, share_digests
 from protocols.prg import TAG_PRIME
 from protocols.rings import Total, make_ring, octets
 from protocols.transcript import aggregate_digest, read_line
@@ -52,7 +52,7 @@ class LooseParties(Parties):
         return 1
 
 
-class LooseAggregator(MaskedAggregator):
+class LooseAggregator(AttemptAggregator):
     """An attempt whose aggregator does not mind what only protects the nodes."""
 
     def _dispatch(self, peer: str, message: m.Message, signed: bytes) -> list:
@@ -79,7 +79,7 @@ class LooseGraph(MaskGraph):
         return True
 
 
-class Accomplice(MaskedNode):
+class Accomplice(AttemptNode):
     """A colluder's attempt: it checks nothing that the aggregator does."""
 
     def _check(self, holds: bool, fault: str) -> None:
@@ -173,7 +173,7 @@ class Impersonator(MaliciousAggregator):
             self.on(kind)(lambda message, to: [] if to == victim else keep(message))
         self.hear("RoundKeys")(self._on_keys)
         self.hear("SealedSeeds")(self._on_seeds)
-        self.hear("MaskedChunk", "UploadDone")(lambda message, data: [] if message.sender == victim else [data])
+        self.hear("UploadChunk", "UploadDone")(lambda message, data: [] if message.sender == victim else [data])
 
     def _attempt(self, message: m.Message) -> sealing.AttemptId:
         return sealing.AttemptId(self.network.digest, message.round, message.attempt)
@@ -235,7 +235,7 @@ class PrivateAttempt:
         network = aggregator.network
         parties = LooseParties(network.agreement, network.digest, network.parties.public_keys)
         attempt = sealing.AttemptId(network.digest, *address)
-        self.machine = MaskedAggregator(
+        self.machine = AttemptAggregator(
             parties,
             attempt,
             cohort,
@@ -361,12 +361,12 @@ class MaliciousNode:
 
 
 @contextmanager
-def behaving(names: Callable[[MaskedNode], bool], **methods: Callable[..., object]) -> Iterator[None]:
+def behaving(names: Callable[[AttemptNode], bool], **methods: Callable[..., object]) -> Iterator[None]:
     """Let the attempts of some members have other methods; each gets the genuine method as its first argument."""
-    genuine = {name: getattr(MaskedNode, name) for name in methods}
+    genuine = {name: getattr(AttemptNode, name) for name in methods}
 
     def replaced(name: str) -> Callable[..., object]:
-        def method(self: MaskedNode, *args: object) -> object:
+        def method(self: AttemptNode, *args: object) -> object:
             if names(self):
                 return methods[name](genuine[name], self, *args)
             return genuine[name](self, *args)
@@ -374,9 +374,9 @@ def behaving(names: Callable[[MaskedNode], bool], **methods: Callable[..., objec
         return method
 
     for name in methods:
-        setattr(MaskedNode, name, replaced(name))
+        setattr(AttemptNode, name, replaced(name))
     try:
         yield
     finally:
         for name, method in genuine.items():
-            setattr(MaskedNode, name, method)
+            setattr(AttemptNode, name, method)

@@ -18,10 +18,10 @@ import numpy as np
 from keys.errors import VerificationFailed
 from protocols import messages as m
 from protocols import sealing, shamir
+from protocols.attempt_node import open_contribution, open_shares
 from protocols.bfv import Decryptor, Expander
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.graph import MaskGraph
-from protocols.masked_node import open_contribution, open_shares
 from protocols.packing import DEGREE, Packing, Uint64Matrix, choose
 from protocols.prg import Coordinates, MaskSet
 from tests.keys.factory import AGGREGATOR
@@ -83,7 +83,7 @@ class Knowledge:
                 for relayed in map(peek, body.sealed):
                     if relayed is not None and isinstance(relayed.body, m.SealedSeeds):
                         seen.seals[relayed.sender, relayed.body.recipient].append(relayed.body)
-            case m.MaskedChunk():
+            case m.UploadChunk():
                 seen.chunks[sender][body.index] = bytes(m._split(data)[1])
             case m.Unmasking():
                 self.unmasked.append(sender)

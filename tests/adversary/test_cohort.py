@@ -12,13 +12,13 @@ import pytest
 
 from keys.errors import RemoteProtocolError
 from protocols import messages as m
-from protocols.masked_node import open_contribution
+from protocols.attempt_node import open_contribution
 from protocols.sealing import AttemptId, SealBroken, keys_digest, private_key
 from tests.adversary import weaken
 from tests.adversary.attackers import Bodies, Impersonator, MaliciousAggregator, keep
 from tests.adversary.knowledge import peek
 from tests.protocols.network import Network, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 
 VICTIM = "hospital-02"
 
@@ -137,7 +137,7 @@ def replay_keys(guard: Callable[[], AbstractContextManager[None]]) -> tuple[Mali
     network = make_network(5, size=1500, rounds=2, threshold=4, minimum_cohort=4)
     attack = MaliciousAggregator(network)
     old: list[bytes] = []
-    attack.hear("MaskedChunk", "UploadDone")(
+    attack.hear("UploadChunk", "UploadDone")(
         lambda message, data: [] if message.sender == lost and message.round == 1 else [data]
     )
 

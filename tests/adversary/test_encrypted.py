@@ -24,7 +24,7 @@ from tests.adversary.test_cohort import blamed
 from tests.adversary.test_members import expelled
 from tests.adversary.test_results import wrong
 from tests.protocols.network import Network, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 
 LIAR, VICTIM = "hospital-00", "hospital-02"
 
@@ -49,7 +49,7 @@ def listen(network: Network, sender: str, kind: type[m.Body]) -> list[m.Message]
 
 def uploaded(network: Network, name: str) -> np.ndarray:
     """What a node's upload of round 1 encrypts, for whoever has the study key: [blocks * 4096] coefficients."""
-    chunks = listen(network, name, m.MaskedChunk)
+    chunks = listen(network, name, m.UploadChunk)
     network.run()
     return decrypted(network, b"".join(bytes(chunk.tail) for chunk in chunks)).reshape(-1)
 
@@ -107,7 +107,7 @@ def test_the_same_vector_is_never_encrypted_to_the_same_bytes(protocol: str) -> 
     """Another round, another key of the cipher's generator: no word and no seed comes twice."""
     network = make_network(4, size=1500, rounds=2)
     network.vectors = lambda _name, _round: np.zeros(network.size)  # type: ignore[assignment]
-    chunks = listen(network, VICTIM, m.MaskedChunk)
+    chunks = listen(network, VICTIM, m.UploadChunk)
     network.run()
     data = [bytes(chunk.tail) for chunk in chunks]
     assert len(data) == 4
@@ -122,11 +122,11 @@ def upload(network: Network, change: Callable[[int, bytes], bytes]) -> None:
     liar = MaliciousNode(network, LIAR)
     digests: dict[int, bytes] = {}
 
-    @liar.on("MaskedChunk")
+    @liar.on("UploadChunk")
     def chunk(message: m.Message, _data: bytes) -> list[bytes]:
         tail = change(message.body.index, bytes(message.tail))
         digests[message.body.index] = m.chunk_digest(tail)
-        return [liar.sign(message, m.MaskedChunk(message.body.index, m.chunk_digest(tail)), tail)]
+        return [liar.sign(message, m.UploadChunk(message.body.index, m.chunk_digest(tail)), tail)]
 
     @liar.on("UploadDone")
     def done(message: m.Message, _data: bytes) -> list[bytes]:
@@ -192,7 +192,7 @@ def test_chunks_of_another_size_never_come_near_the_cipher(
 def test_a_cipher_that_is_lost_over_an_upload_costs_that_upload_and_names_its_sender(protocol: str) -> None:
     """The process that expands its seeds has crashed, say; `tests/secgeo/test_sandbox.py` has real ones that do."""
     network = make_network(5, size=2500, threshold=4, minimum_cohort=4)
-    chunks = listen(network, LIAR, m.MaskedChunk)
+    chunks = listen(network, LIAR, m.UploadChunk)
 
     def crash(self: Cipher, total: np.ndarray, data: bytes) -> None:
         if len(chunks) > 1 and bytes(data) == bytes(chunks[1].tail):
@@ -233,7 +233,7 @@ class OneUpload(WrongSum):
 
     def __init__(self, network: Network) -> None:
         super().__init__(network, lambda values: values)
-        self._chunks = listen(network, VICTIM, m.MaskedChunk)
+        self._chunks = listen(network, VICTIM, m.UploadChunk)
 
     def forged_line(self, line: bytes, number: int) -> tuple[bytes, Total]:
         ring, step = self.network.aggregator._ring, self.network.agreement.secure_sum.chunk_values
@@ -282,7 +282,7 @@ def test_a_record_that_names_another_study_key_is_the_aggregators_fault(protocol
 def test_an_upload_of_an_earlier_round_in_place_of_the_new_one(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in a ciphertext says of which round it is. Its tag does."""
     network = make_network(4, size=1500, rounds=2)
-    sent = listen(network, VICTIM, m.MaskedChunk)
+    sent = listen(network, VICTIM, m.UploadChunk)
     genuine = CiphertextRing.add
 
     def add(self: CiphertextRing, total: Total, read: Callable[[], Iterable[Chunk]]) -> None:
@@ -376,7 +376,7 @@ def test_hospitals_that_were_told_different_stories_of_the_last_sum_do_not_vote(
 def test_a_complaint_is_without_ground_where_nothing_was_sealed(protocol: str) -> None:
     network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     liar = MaliciousNode(network, LIAR)
-    liar.on("MaskedChunk")(lambda message, _data: [liar.sign(message, m.Complaint("hospital-01"))])
+    liar.on("UploadChunk")(lambda message, _data: [liar.sign(message, m.Complaint("hospital-01"))])
     network.run()
     assert expelled(network) == [LIAR]
     for name in names(5)[1:]:

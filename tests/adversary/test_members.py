@@ -13,15 +13,15 @@ import pytest
 from keys.errors import RemoteProtocolError, VerificationFailed
 from protocols import messages as m
 from protocols import sealing
-from protocols.masked_aggregator import MaskedAggregator
-from protocols.masked_node import MaskedNode, Shares
+from protocols.attempt_aggregator import AttemptAggregator
+from protocols.attempt_node import AttemptNode, Shares
 from protocols.transcript import upload_digest
 from tests.adversary import weaken
 from tests.adversary.attackers import MaliciousNode, behaving, inject
 from tests.adversary.test_cohort import blamed
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, head, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 
 LIAR = "hospital-00"
 
@@ -42,10 +42,10 @@ def upload_twice(guard: AbstractContextManager[None]) -> Network:
     network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     liar, chunks = MaliciousNode(network, LIAR), []
 
-    @liar.on("MaskedChunk")
+    @liar.on("UploadChunk")
     def remember(message: m.Message, data: bytes) -> list[bytes]:
         other = bytes(byte ^ 1 for byte in message.tail)
-        chunks.append(liar.sign(message, m.MaskedChunk(message.body.index, m.chunk_digest(other)), other))
+        chunks.append(liar.sign(message, m.UploadChunk(message.body.index, m.chunk_digest(other)), other))
         return [data]
 
     @liar.on("UploadDone")
@@ -72,7 +72,7 @@ def test_a_second_upload_with_another_digest() -> None:
 
 # --- 14
 
-STALLS = ["Join", "Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking"]
+STALLS = ["Join", "Ready", "RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking"]
 STALLS += ["Receipt", "Farewell"]
 
 
@@ -93,7 +93,7 @@ def stall(kind: str, guard: AbstractContextManager[None], *, forever: bool = Fal
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in STALLS if kind != "MaskedChunk"]
+    "kind", [kind for kind in STALLS if kind != "UploadChunk"]
 )  # an upload without chunks is a lie
 def test_a_node_that_stalls_costs_one_deadline(kind: str) -> None:
     with pytest.raises(AssertionError, match="neither ended nor made progress"):
@@ -145,7 +145,7 @@ def break_message(kind: str, how: str, sender: str, guard: AbstractContextManage
 
 
 @pytest.mark.parametrize("how", BROKEN)
-@pytest.mark.parametrize("kind", ["RoundKeys", "MaskedChunk"])
+@pytest.mark.parametrize("kind", ["RoundKeys", "UploadChunk"])
 def test_broken_messages_of_a_node(how: str, kind: str) -> None:
     if how in ("one byte", "nested", "wrong types") or (how, kind) == ("truncated", "RoundKeys"):
         with pytest.raises(SystemError):
@@ -204,7 +204,7 @@ def test_a_member_whose_shares_fit_no_secret_spoils_one_round_and_is_named() -> 
     """Nobody can see before the unmasking that shares are wrong; then the round cannot be repeated."""
     network = make_network(5, size=1500, rounds=2, threshold=4, minimum_cohort=4)
 
-    def deal_zeros(genuine: Any, self: MaskedNode, peer: str, shares: Shares) -> m.SealedSeeds:
+    def deal_zeros(genuine: Any, self: AttemptNode, peer: str, shares: Shares) -> m.SealedSeeds:
         if shares.self_share is not None:
             shares = Shares(bytes(33), shares.pair_share, shares.tag_seed)
         return genuine(self, peer, shares)
@@ -219,7 +219,7 @@ def test_a_member_whose_shares_fit_no_secret_spoils_one_round_and_is_named() -> 
 def test_false_complaints_cost_the_accuser_and_one_other_each_round() -> None:
     network = make_network(6, size=1500, rounds=2, threshold=4, minimum_cohort=4)
     liar = MaliciousNode(network, LIAR)
-    liar.on("MaskedChunk")(lambda message, data: [liar.sign(message, m.Complaint("hospital-04"))])
+    liar.on("UploadChunk")(lambda message, data: [liar.sign(message, m.Complaint("hospital-04"))])
     network.run()
     for number in (1, 2):
         assert check_sum(network, "hospital-01", number) == ("hospital-01", "hospital-02", "hospital-03", "hospital-05")
@@ -235,7 +235,7 @@ def test_a_dealer_of_one_wrong_share_disputes_with_its_holder_only() -> None:
     """The holder sees it before anything is masked. Nobody else can tell who lies, so both sit the round out; none is expelled."""
     network = make_network(6, size=1500, threshold=4, minimum_cohort=4)
 
-    def deal_one_wrong(genuine: Any, self: MaskedNode, peer: str, shares: Shares) -> m.SealedSeeds:
+    def deal_one_wrong(genuine: Any, self: AttemptNode, peer: str, shares: Shares) -> m.SealedSeeds:
         dealt = genuine(self, peer, shares)
         if peer == "hospital-03":
             wrong = genuine(self, peer, Shares(bytes(33), shares.pair_share, shares.tag_seed))
@@ -252,7 +252,7 @@ def seal_contributions_of_no_master(guard: AbstractContextManager[None], *, own_
     """A member seals other contributions than those that its pair master gives, and is gone before it uploads."""
     network = make_network(6, size=1500, rounds=2, threshold=4, minimum_cohort=4)
 
-    def seal_another(genuine: Any, self: MaskedNode, peer: str, shares: Shares) -> m.SealedSeeds:
+    def seal_another(genuine: Any, self: AttemptNode, peer: str, shares: Shares) -> m.SealedSeeds:
         dealt = genuine(self, peer, shares)
         if self._attempt.round > 1:
             return dealt
@@ -263,7 +263,7 @@ def seal_contributions_of_no_master(guard: AbstractContextManager[None], *, own_
         return dealt if own_digest else msgspec.structs.replace(dealt, contribution_digest=digest)
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        if sender == LIAR and body_type(data) == "MaskedChunk" and network.aggregator._round == 1:
+        if sender == LIAR and body_type(data) == "UploadChunk" and network.aggregator._round == 1:
             network._from_aggregator(network.aggregator.leave(LIAR, network.now))
             return []
         return [data]
@@ -306,7 +306,7 @@ def lie_about_others(network: Network, liar: str) -> None:
 
 
 def share_digests_signed_by_owners() -> AbstractContextManager[None]:
-    return weaken.replaced(MaskedAggregator, "_check_dealt", weaken.accept)
+    return weaken.replaced(AttemptAggregator, "_check_dealt", weaken.accept)
 
 
 def test_one_wrong_share_among_just_enough_cannot_have_its_owner_expelled() -> None:
@@ -342,7 +342,7 @@ def test_false_complaints_among_four_stop_rounds_and_expel_nobody() -> None:
     """A limit: nobody can tell who lies, and of four members two are fewer than any agreement allows to sum."""
     network = make_network(4, size=1500, rounds=2, threshold=3)
     liar = MaliciousNode(network, LIAR)
-    liar.on("MaskedChunk")(lambda message, data: [liar.sign(message, m.Complaint("hospital-03"))])
+    liar.on("UploadChunk")(lambda message, data: [liar.sign(message, m.Complaint("hospital-03"))])
     network.run()
     assert not any(network.sums.values())
     assert not expelled(network)

@@ -16,8 +16,8 @@ import tomli_w
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from protocols import messages as m
 from protocols.agreement import Agreement, agreement_digest
+from protocols.attempt_node import AttemptNode, Parties
 from protocols.encoding import FixedPoint
-from protocols.masked_node import MaskedNode, Parties
 from protocols.sealing import AttemptId
 from secgeo.update import precision_weight
 from tests.adversary import weaken
@@ -25,7 +25,7 @@ from tests.adversary.attackers import MaliciousAggregator, behaving
 from tests.adversary.test_results import wrong
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, make_network, names
-from tests.protocols.test_masked import check_sum, expected
+from tests.protocols.test_attempt import check_sum, expected
 
 # --- 4
 
@@ -187,7 +187,7 @@ def test_inputs_out_of_range(value: float) -> None:
 def test_a_member_that_encodes_out_of_range_is_bounded_by_the_range_of_the_sum_only() -> None:
     """There is no proof of range: a malicious member's share of the sum is bounded by n times the range, not by one."""
 
-    def own_encoding(genuine: Any, self: MaskedNode, body: m.Credit) -> Any:
+    def own_encoding(genuine: Any, self: AttemptNode, body: m.Credit) -> Any:
         with weaken.agreed_range():
             return genuine(self, body)
 

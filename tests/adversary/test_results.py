@@ -35,7 +35,7 @@ from tests.adversary.attackers import (
 from tests.adversary.test_cohort import blamed
 from tests.audit.factory import NOW, make_study
 from tests.protocols.network import Network, body_type, head, make_network, names
-from tests.protocols.test_masked import check_sum, expected
+from tests.protocols.test_attempt import check_sum, expected
 
 Guard = Callable[[], AbstractContextManager[None]]
 

@@ -17,7 +17,7 @@ from tests.adversary.knowledge import decoded, is_vector_of
 from tests.adversary.test_cohort import blamed
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 
 VICTIM = "hospital-02"
 SPARSE = {"threshold": 11, "minimum_cohort": 11, "neighbours": 8, "share_threshold": 4}
@@ -162,7 +162,7 @@ def sum_twice(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator,
             second.append(PrivateAttempt(attack, (1, 2), [name for name in names(5) if name != VICTIM]))
         return []
 
-    @attack.hear("RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking")
+    @attack.hear("RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking")
     def divert(message: m.Message, data: bytes) -> list[bytes]:
         if message.attempt == 2:
             second[0].receive(message, data)
@@ -192,7 +192,7 @@ def delay_the_upload(guard: AbstractContextManager[None]) -> tuple[MaliciousAggr
     """The aggregator holds the victim's upload back until its pair masks are revealed, and asks for its self seed after."""
     network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     attack = MaliciousAggregator(network)
-    attack.hear("MaskedChunk", "UploadDone")(lambda message, data: [] if message.sender == VICTIM else [data])
+    attack.hear("UploadChunk", "UploadDone")(lambda message, data: [] if message.sender == VICTIM else [data])
     uploads: dict[str, bytes] = {}
 
     @attack.hear("Unmasking")
@@ -286,7 +286,7 @@ def cut_off(guard: AbstractContextManager[None]) -> SparseAttack:
     """The victim's honest neighbours are called lost, so that only colluders share masks with it."""
     network = make_network(17, size=1100, **SPARSE)
     attack = SparseAttack(network)
-    attack.hear("MaskedChunk", "UploadDone")(lambda message, data: [] if message.sender in attack.honest else [data])
+    attack.hear("UploadChunk", "UploadDone")(lambda message, data: [] if message.sender in attack.honest else [data])
     with guard:
         network.run()
     return attack
@@ -325,7 +325,7 @@ def side_by_side(guard: AbstractContextManager[None]) -> tuple[Network, bool]:
             second.append(PrivateAttempt(attack, (1, 2), set(network.nodes) - {VICTIM, colluder, *left_out}))
         return keep(message) if to in (VICTIM, colluder) else []
 
-    @attack.hear("RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking")
+    @attack.hear("RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking")
     def divert(message: m.Message, data: bytes) -> list[bytes]:
         if message.attempt == 2:
             second[0].receive(message, data)

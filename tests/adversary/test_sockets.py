@@ -23,7 +23,7 @@ from tests.adversary.test_members import expelled
 from tests.adversary.wire import LIMITS, WireNetwork, make_wire_network, over_sockets
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 
 LIAR = "hospital-00"
 
@@ -42,7 +42,7 @@ AGAIN = [
         ({"colluders": test_results.COLLUDERS}, ""),
     ),
     (test_parameters, test_parameters.test_inputs_that_are_not_finite, (float("nan"),)),
-    (test_members, test_members.test_broken_messages_of_a_node, ("random", "MaskedChunk")),
+    (test_members, test_members.test_broken_messages_of_a_node, ("random", "UploadChunk")),
     (test_members, test_members.test_broken_messages_of_the_aggregator, ("truncated", "KeySet")),
     (test_members, test_members.test_one_wrong_share_among_just_enough_cannot_have_its_owner_expelled, ()),
     (test_members, test_members.test_contributions_of_no_pair_master_spoil_one_round_and_their_sender_is_named, ()),
@@ -195,7 +195,7 @@ def test_oversized_frames_cost_the_sender_its_connection() -> None:
     liar = MaliciousNode(network, LIAR)
     done: list[bytes] = []
 
-    @liar.on("MaskedChunk")
+    @liar.on("UploadChunk")
     def oversize(message: m.Message, data: bytes) -> list[bytes]:
         identity = network.consortium.identities[LIAR]
         with zmq.Context() as context, context.socket(zmq.DEALER) as raw:

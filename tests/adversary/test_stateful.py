@@ -70,7 +70,7 @@ class Study(RuleBasedStateMachine):
         self.knowledge.watch(sender, recipient, data)
         self.old.append((sender, recipient, data))
         head = peek(data)
-        if head is not None and isinstance(head.body, m.MaskedChunk):
+        if head is not None and isinstance(head.body, m.UploadChunk):
             attempt = head.round, head.attempt
             first = self.masked[sender].setdefault(self.inside(m._split(data)[1]), attempt)
             assert first == attempt, "a mask is used in two attempts"

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from protocols import masked_node, messages, sealing, study_node
+from protocols import attempt_node, messages, sealing, study_node
+from protocols.attempt_aggregator import AttemptAggregator, _Upload
+from protocols.attempt_node import AttemptNode, Parties, State
 from protocols.encoding import FixedPoint
 from protocols.graph import MaskGraph
-from protocols.masked_aggregator import MaskedAggregator, _Upload
-from protocols.masked_node import MaskedNode, Parties, State
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import AggregatorMachine
 from protocols.study_node import NodeMachine
@@ -41,22 +41,22 @@ def accept(*_: object, **__: object) -> None:
 @contextmanager
 def relayed_signatures() -> Iterator[None]:
     """Nodes do not verify who signed what the aggregator relays."""
-    genuine = MaskedNode._open_relayed
+    genuine = AttemptNode._open_relayed
 
-    def weak(self: MaskedNode, data: bytes, kind: Any) -> messages.Message:
+    def weak(self: AttemptNode, data: bytes, kind: Any) -> messages.Message:
         with replaced(messages, "verify_signature", accept):
             return genuine(self, data, kind)
 
-    with replaced(MaskedNode, "_open_relayed", weak):
+    with replaced(AttemptNode, "_open_relayed", weak):
         yield
 
 
 @contextmanager
 def relayed_freshness() -> Iterator[None]:
     """Nodes take relayed messages of any round and attempt, also round keys from before the last sum."""
-    genuine = MaskedNode._open_relayed
+    genuine = AttemptNode._open_relayed
 
-    def weak(self: MaskedNode, data: bytes, kind: Any) -> messages.Message:
+    def weak(self: AttemptNode, data: bytes, kind: Any) -> messages.Message:
         head = peek(data)
         ours = self._attempt
         if head is not None:
@@ -66,7 +66,7 @@ def relayed_freshness() -> Iterator[None]:
         finally:
             self._attempt = ours
 
-    with replaced(MaskedNode, "_open_relayed", weak), last_records():
+    with replaced(AttemptNode, "_open_relayed", weak), last_records():
         yield
 
 
@@ -84,25 +84,25 @@ def minimum_cohort() -> Any:
 
 def vote_quorum() -> Any:
     """Nodes reveal on any number of votes; they still want the agreed minimum of survivors."""
-    genuine = MaskedNode._on_proof
+    genuine = AttemptNode._on_proof
 
-    def weak(self: MaskedNode, body: messages.SurvivorProof) -> list[bytes]:
+    def weak(self: AttemptNode, body: messages.SurvivorProof) -> list[bytes]:
         with replaced(Parties, "threshold", property(lambda parties: 1)):
             return genuine(self, body)
 
-    return replaced(MaskedNode, "_on_proof", weak)
+    return replaced(AttemptNode, "_on_proof", weak)
 
 
 def vote_signatures() -> Any:
     """Nodes count votes without verifying that they are for this very survivor set."""
-    return replaced(masked_node, "verify_signature", accept)
+    return replaced(attempt_node, "verify_signature", accept)
 
 
 def one_vote_one_revelation() -> Any:
     """Nodes vote for every survivor set that they are asked about, and reveal for each."""
-    genuine = MaskedNode.receive
+    genuine = AttemptNode.receive
 
-    def weak(self: MaskedNode, body: messages.AnyBody) -> list[bytes]:
+    def weak(self: AttemptNode, body: messages.AnyBody) -> list[bytes]:
         if isinstance(body, messages.Survivors):
             self._state = State.UPLOAD
         kept = dict(self._shares)
@@ -110,7 +110,7 @@ def one_vote_one_revelation() -> Any:
         self._shares = self._shares or kept
         return answer
 
-    return replaced(MaskedNode, "receive", weak)
+    return replaced(AttemptNode, "receive", weak)
 
 
 def memory_of_votes() -> Any:
@@ -130,14 +130,14 @@ def connectivity() -> Any:
 
 def neighbours_views() -> Any:
     """Nodes do not ask what their neighbours were told."""
-    return replaced(MaskedNode, "_check_neighbours", accept)
+    return replaced(AttemptNode, "_check_neighbours", accept)
 
 
 def dealt_tag_seeds() -> Any:
     """Nodes do not compare a tag seed with what its dealer committed to."""
-    genuine = MaskedNode._open_seeds
+    genuine = AttemptNode._open_seeds
 
-    def weak(self: MaskedNode, peer: str, seeds: messages.SealedSeeds) -> bytes | None:
+    def weak(self: AttemptNode, peer: str, seeds: messages.SealedSeeds) -> bytes | None:
         graph = self._graph
         self._graph = _NoDealers(graph.order, graph.reach)
         try:
@@ -145,7 +145,7 @@ def dealt_tag_seeds() -> Any:
         finally:
             self._graph = graph
 
-    return replaced(MaskedNode, "_open_seeds", weak)
+    return replaced(AttemptNode, "_open_seeds", weak)
 
 
 class _NoDealers(MaskGraph):
@@ -187,7 +187,7 @@ def receipts_of_contributors() -> Iterator[None]:
 @contextmanager
 def last_records() -> Iterator[None]:
     """Nodes do not compare what the others, and the sum, build on."""
-    with replaced(MaskedNode, "_check_last_records", accept), sequence_of_sums():
+    with replaced(AttemptNode, "_check_last_records", accept), sequence_of_sums():
         yield
 
 
@@ -236,19 +236,19 @@ def agreed_range() -> Any:
 @contextmanager
 def digest_of_an_upload() -> Iterator[None]:
     """The aggregator forgets that it has an upload of a node, and adds the next one too."""
-    on_chunk, on_done = MaskedAggregator._on_chunk, MaskedAggregator._on_upload_done
+    on_chunk, on_done = AttemptAggregator._on_chunk, AttemptAggregator._on_upload_done
 
-    def chunk(self: MaskedAggregator, peer: str, body: messages.MaskedChunk, data: memoryview) -> Any:
+    def chunk(self: AttemptAggregator, peer: str, body: messages.UploadChunk, data: memoryview) -> Any:
         if peer in self._digests and peer not in self._uploads:
             self._uploads[peer] = _Upload([], self._chunk_count)
         return on_chunk(self, peer, body, data)
 
-    def done(self: MaskedAggregator, peer: str, body: messages.UploadDone, signed: bytes) -> None:
+    def done(self: AttemptAggregator, peer: str, body: messages.UploadDone, signed: bytes) -> None:
         if peer in self._uploads:
             self._digests.pop(peer, None)
         on_done(self, peer, body, signed)
 
-    with replaced(MaskedAggregator, "_on_chunk", chunk), replaced(MaskedAggregator, "_on_upload_done", done):
+    with replaced(AttemptAggregator, "_on_chunk", chunk), replaced(AttemptAggregator, "_on_upload_done", done):
         yield
 
 

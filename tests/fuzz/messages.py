@@ -22,7 +22,7 @@ from protocols import messages as m
 from protocols import sealing
 from protocols import study_aggregator as agg
 from protocols import study_node as node
-from protocols.masked_node import open_contribution, open_shares
+from protocols.attempt_node import open_contribution, open_shares
 from protocols.sealing import AttemptId
 from protocols.transcript import read_transcript, verify_transcript
 from tests.fuzz import mutate

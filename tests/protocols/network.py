@@ -36,10 +36,10 @@ from protocols.agreement import (
     read_agreement,
     write_agreement,
 )
+from protocols.attempt_aggregator import ClosedAttempt
+from protocols.attempt_node import Parties
 from protocols.bfv import InProcess
 from protocols.encoding import Float64Vector
-from protocols.masked_aggregator import ClosedAttempt
-from protocols.masked_node import Parties
 from protocols.packing import choose
 from protocols.rings import Ciphers
 from tests.keys.factory import AGGREGATOR, Consortium, make_consortium

@@ -18,7 +18,7 @@ from protocols.graph import DEALERS, MaskGraph
 from protocols.sealing import AttemptId
 from tests.keys.factory import AGGREGATOR, make_consortium
 from tests.protocols.network import body_type, make_agreement, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 from tests.protocols.test_schedules import check_outcome
 
 SPARSE = {"threshold": 14, "minimum_cohort": 14, "neighbours": 8, "share_threshold": 5}
@@ -119,7 +119,7 @@ def test_a_sparse_graph_needs_more_members_than_a_complete_one() -> None:
 
 def test_a_sum_over_a_sparse_graph_with_losses_in_every_phase() -> None:
     network = make_network(20, size=2500, rounds=2, **SPARSE)
-    lost_at = {"hospital-03": "SealedSeeds", "hospital-08": "MaskedChunk", "hospital-11": "Unmasking"}
+    lost_at = {"hospital-03": "SealedSeeds", "hospital-08": "UploadChunk", "hospital-11": "Unmasking"}
     gone: set[str] = set()
     seals: dict[str, int] = {}
 
@@ -147,7 +147,7 @@ def test_packed_rings_give_the_same_sum_in_fewer_bytes(ring_bits: int, bytes_per
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
         nonlocal sent
-        if sender == "hospital-00" and body_type(data) == "MaskedChunk":
+        if sender == "hospital-00" and body_type(data) == "UploadChunk":
             sent += len(data) - 4 - int.from_bytes(data[:4])
         return [data]
 
@@ -173,7 +173,7 @@ def test_a_complaint_about_a_hospital_that_sealed_nothing_to_the_accuser_is_a_li
     accused: list[str] = []
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        if sender == liar and body_type(data) == "MaskedChunk" and not accused:
+        if sender == liar and body_type(data) == "UploadChunk" and not accused:
             graph = network.aggregator._attempt._graph  # type: ignore[union-attr]
             accused.append(next(name for name in graph.order if name not in {liar, *graph.sources(liar)}))
             attempt = AttemptId(network.digest, 1, 1)

@@ -26,7 +26,7 @@ BODIES = [
     m.RoundKeys(KEY, KEY, H32, H32, H32),
     m.SealedSeeds("hospital-01", H32, b"sealed", b"", H32, None, None),
     m.Complaint("hospital-01"),
-    m.MaskedChunk(0, m.chunk_digest(TAIL)),
+    m.UploadChunk(0, m.chunk_digest(TAIL)),
     m.UploadDone(H32, H32, 7),
     m.SurvivorVote(H64),
     m.Unmasking((("hospital-01", SHARE),), ()),
@@ -50,7 +50,7 @@ BODIES = [
 
 
 def encode(body: m.AnyBody) -> bytes:
-    return m.encode(ALICE, ATTEMPT, body, TAIL if isinstance(body, m.MaskedChunk | m.SumChunk) else b"")
+    return m.encode(ALICE, ATTEMPT, body, TAIL if isinstance(body, m.UploadChunk | m.SumChunk) else b"")
 
 
 def frame(head: bytes, tail: bytes = b"") -> bytes:
@@ -63,7 +63,7 @@ def decode(data: bytes) -> m.Message:
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: type(body).__name__)
 def test_every_body_comes_back(body: m.AnyBody) -> None:
-    tail = TAIL if isinstance(body, m.MaskedChunk | m.SumChunk) else b""
+    tail = TAIL if isinstance(body, m.UploadChunk | m.SumChunk) else b""
     assert decode(encode(body)) == m.Message("hospital-00", 3, 2, body, memoryview(tail))
 
 
@@ -225,7 +225,7 @@ def test_signatures_by_another_member_and_for_another_purpose_are_refused() -> N
 
 @pytest.mark.parametrize("tail", [b"", b"1", TAIL[:-1], TAIL + b"0", bytes(8)])
 def test_a_chunk_is_bound_to_its_bytes_and_nothing_else_may_have_any(tail: bytes) -> None:
-    for kind in (m.MaskedChunk, m.SumChunk):
+    for kind in (m.UploadChunk, m.SumChunk):
         with pytest.raises(RemoteProtocolError, match="not the one it signed"):
             decode(m.encode(ALICE, ATTEMPT, kind(0, m.chunk_digest(TAIL)), tail))
     if tail:

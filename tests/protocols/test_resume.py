@@ -34,7 +34,7 @@ class CrashingNetwork(Network):
         self.tap = self._watch
 
     def _watch(self, _sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        if body_type(data) == "MaskedChunk":
+        if body_type(data) == "UploadChunk":
             self.uploads.append(data[4 + int.from_bytes(data[:4]) :])
         return [data]
 

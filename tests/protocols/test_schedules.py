@@ -18,7 +18,7 @@ from protocols import study_node as node
 from protocols.sealing import AttemptId
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 
 
 def check_outcome(network: Network, honest: list[str]) -> None:
@@ -77,7 +77,7 @@ def test_any_interleaving_of_different_nodes_gives_the_same_sum(seed: int) -> No
 
 
 @pytest.mark.parametrize(
-    "kind", ["Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking", "Receipt"]
+    "kind", ["Ready", "RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking", "Receipt"]
 )
 def test_a_repeated_message_changes_nothing(kind: str) -> None:
     network = make_network(4)
@@ -89,7 +89,7 @@ def test_a_repeated_message_changes_nothing(kind: str) -> None:
     assert check_sum(network, "hospital-00") == tuple(names(4))
 
 
-@pytest.mark.parametrize("kind", ["RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone"])
+@pytest.mark.parametrize("kind", ["RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone"])
 def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
     network = make_network(5, threshold=4)
     liar = network.consortium.identities["hospital-01"]
@@ -103,9 +103,9 @@ def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
                 other: m.AnyBody = m.RoundKeys(share, pair, bytes(32), tag, last)
             case m.SealedSeeds():
                 other = msgspec.structs.replace(message.body, shares=bytes(1202))
-            case m.MaskedChunk(index, _):
+            case m.UploadChunk(index, _):
                 tail = bytes(len(message.tail))
-                other = m.MaskedChunk(index, m.chunk_digest(tail))
+                other = m.UploadChunk(index, m.chunk_digest(tail))
             case m.UploadDone(_, view, tag):
                 other = m.UploadDone(bytes(32), view, tag)
         return [data, m.encode(liar, AttemptId(network.digest, message.round, message.attempt), other, tail)]
@@ -121,7 +121,7 @@ def test_old_messages_that_are_replayed_are_ignored_or_refused() -> None:
     kept: list[bytes] = []
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        if sender == "hospital-02" and body_type(data) in ("RoundKeys", "MaskedChunk", "Unmasking"):
+        if sender == "hospital-02" and body_type(data) in ("RoundKeys", "UploadChunk", "Unmasking"):
             kept.append(data)
             return [*kept[:1], data] if body_type(data) == "Unmasking" else [data]
         return [data]

@@ -14,20 +14,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keys.errors import LocalProtocolError, RemoteProtocolError
-from protocols import masked_node, shamir
+from protocols import attempt_node, shamir
 from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import study_node as node
 from protocols.agreement import Deadlines
-from protocols.masked_aggregator import Phase
+from protocols.attempt_aggregator import Phase
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import Stage
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 from tests.protocols.test_schedules import check_outcome
 
-FROM_NODES = ["Join", "Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking"]
+FROM_NODES = ["Join", "Ready", "RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking"]
 
 
 def from_aggregator(network: Network, body: m.AnyBody, number: int = 1, attempt: int = 0) -> bytes:
@@ -295,7 +295,7 @@ def test_an_opened_round_that_fails_is_not_attempted_again_although_enough_are_l
     def split(secret: bytes, threshold: int, holders: int, source: shamir.Coins) -> list[bytes]:
         return shamir.split(bytes(32) if source is coins else secret, threshold, holders, source)
 
-    monkeypatch.setattr(masked_node, "shamir", SimpleNamespace(split=split, is_share=shamir.is_share))
+    monkeypatch.setattr(attempt_node, "shamir", SimpleNamespace(split=split, is_share=shamir.is_share))
     network.nodes[liar]._coins = coins
     network.run()
     assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar]
@@ -334,7 +334,7 @@ def test_a_node_that_crashes_and_comes_back_with_its_journal_never_masks_twice(k
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
         nonlocal crashed, stopped
-        if sender == victim and body_type(data) == "MaskedChunk":
+        if sender == victim and body_type(data) == "UploadChunk":
             uploads.append(data)
         if stopped and victim in (sender, recipient):
             return []
@@ -378,7 +378,7 @@ def test_a_node_that_crashes_and_comes_back_with_its_journal_never_masks_twice(k
         for message in (
             m.decode(data, victim, network.consortium.identities[victim].public_key, network.digest) for data in uploads
         )
-        if isinstance(message.body, m.MaskedChunk)
+        if isinstance(message.body, m.UploadChunk)
     ]
     assert len(places) == len(set(places))
 

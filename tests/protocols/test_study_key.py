@@ -14,8 +14,8 @@ from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFai
 from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import study_node as node
+from protocols.attempt_aggregator import Phase
 from protocols.bfv import InProcess, generate_key
-from protocols.masked_aggregator import Phase
 from protocols.packing import choose
 from protocols.rings import make_ring
 from protocols.sealing import AttemptId, SealBroken
@@ -24,7 +24,7 @@ from tests.adversary.attackers import MaliciousNode, inject
 from tests.adversary.knowledge import peek
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, head, make_network, names
-from tests.protocols.test_masked import check_sum
+from tests.protocols.test_attempt import check_sum
 
 DIGEST = bytes(range(32))
 LIAR = "hospital-00"

@@ -18,7 +18,7 @@ from protocols.rings import IntegerRing
 from protocols.sealing import AttemptId
 from protocols.tags import Tagger
 from protocols.transcript import upload_digest
-from protocols.upload import MaskedUpload
+from protocols.upload import Upload
 
 TAGGER = Tagger(bytes(range(32)), AttemptId(bytes(32), 1, 1))
 KEYS = [bytes([index]) * 32 for index in range(5)]
@@ -35,11 +35,9 @@ def vector(size: int, seed: int = 0) -> Float64Vector:
     return np.random.default_rng(seed).normal(scale=5.0, size=size)
 
 
-def integers(
-    fixed_point: FixedPoint, values: np.ndarray, tagger: Tagger, masks: MaskSet, chunk_values: int
-) -> MaskedUpload:
+def integers(fixed_point: FixedPoint, values: np.ndarray, tagger: Tagger, masks: MaskSet, chunk_values: int) -> Upload:
     ring = IntegerRing(fixed_point.ring_bits, chunk_values)
-    return MaskedUpload(ring, fixed_point, values, tagger, masks, chunk_values)
+    return Upload(ring, fixed_point, values, tagger, masks, chunk_values)
 
 
 def masks(added: int = 2) -> MaskSet:

@@ -29,7 +29,7 @@ FROM_AGGREGATOR = [
     "SumChunk",
     "StudyEnded",
 ]
-FROM_NODE = ["Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "SurvivorVote", "Unmasking", "Receipt"]
+FROM_NODE = ["Ready", "RoundKeys", "SealedSeeds", "UploadChunk", "SurvivorVote", "Unmasking", "Receipt"]
 
 
 def start(site: Site, role: str, name: str, kill_before: str | None) -> subprocess.Popen[str]:
@@ -96,7 +96,7 @@ def check(site: Site, rounds: int) -> None:
         (
             "homomorphic",
             HOSPITALS[0],
-            ["SealedKey", "MaskedChunk", "SurvivorVote", "Receipt"],
+            ["SealedKey", "UploadChunk", "SurvivorVote", "Receipt"],
         ),  # the first makes the key
     ],
 )

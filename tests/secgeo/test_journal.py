@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keys.errors import ConfigError
-from protocols.masked_aggregator import ClosedAttempt
+from protocols.attempt_aggregator import ClosedAttempt
 from secgeo.journal import AggregatorJournal, NodeJournal
 
 SEED = bytes(range(32))

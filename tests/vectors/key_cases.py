@@ -271,7 +271,7 @@ def bodies() -> list[Any]:
         m.RoundKeys(public, public, H32, H32, H32),
         m.SealedSeeds("hospital-01", H32, b"sealed shares", b"sealed contribution", H32, H32, H32),
         m.Complaint("hospital-01"),
-        m.MaskedChunk(0, m.chunk_digest(TAIL)),
+        m.UploadChunk(0, m.chunk_digest(TAIL)),
         m.UploadDone(H32, H32, 2**61 - 2),
         m.SurvivorVote(H64),
         m.Unmasking((("hospital-01", SHARE),), (("hospital-02", SHARE),)),
@@ -298,7 +298,7 @@ def messages() -> Iterator[Case]:
     alice = identity(ALICE)
     given = {"peer": ALICE, "public": alice.public_key.public_bytes_raw(), "agreement_digest": DIGEST}
     for body in bodies():
-        tail = TAIL if isinstance(body, m.MaskedChunk | m.SumChunk) else b""
+        tail = TAIL if isinstance(body, m.UploadChunk | m.SumChunk) else b""
         yield case(type(body).__name__, "read_message", **given, data=m.encode(alice, AttemptId(*ATTEMPT), body, tail))
     yield case(
         "SealedSeeds of a dealer to a node that it is not linked to: no shares, nothing in the places of their digests",
@@ -375,7 +375,7 @@ def _bad_messages(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         (["AttemptOpen", ["x"] * 257], "257 names"),
     ):
         yield f"signed, but: {why}", made(body), {}
-    for kind in ("MaskedChunk", "SumChunk"):
+    for kind in ("UploadChunk", "SumChunk"):
         yield (
             f"{kind}: another tail than the signed one",
             made([kind, 0, m.chunk_digest(TAIL)], tail=TAIL[:-1] + b"!"),

@@ -19,7 +19,7 @@ from protocols.graph import MaskGraph
 from protocols.prg import TAG_PRIME, MaskSet, keystream
 from protocols.rings import IntegerRing
 from protocols.sealing import AttemptId
-from protocols.upload import MaskedUpload
+from protocols.upload import Upload
 from tests.vectors import product_encrypted
 
 
@@ -109,7 +109,7 @@ def _upload(
         np.array(encoded, dtype=np.float64) - 2.0 ** (fixed_point.value_bits - 1)
     ) / 2.0**fixed_point.fraction_bits
     tagger = tags.Tagger(tag_seed, AttemptId(*attempt))
-    upload = MaskedUpload(
+    upload = Upload(
         IntegerRing(fixed_point.ring_bits, chunk_values),
         fixed_point,
         vector,

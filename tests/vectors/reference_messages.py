@@ -82,7 +82,7 @@ BODIES: dict[str, tuple[Any, ...]] = {
     "RoundKeys": (_key, _key, _digest, _digest, _digest),
     "SealedSeeds": (_name, _digest, _binary(0, 2048), _binary(0, 2048), *3 * [lambda v: v is None or _digest(v)]),
     "Complaint": (_name,),
-    "MaskedChunk": (_number, _digest),
+    "UploadChunk": (_number, _digest),
     "UploadDone": (_digest, _digest, _tag),
     "SurvivorVote": (_signature,),
     "Unmasking": (_list(_pair(_share)), _list(_pair(_share))),
@@ -119,5 +119,5 @@ def read_message(data: bytes, peer: str, public: bytes, agreement_digest: bytes)
     kinds = BODIES[body[0]]
     need(len(body) == 1 + len(kinds) and all(kind(value) for kind, value in zip(kinds, body[1:], strict=True)))
     need(_signature(signature) and signed(public, "message", packed(fields[:6]), signature), "signature")
-    need(sha256(tail) == body[2] if body[0] in ("MaskedChunk", "SumChunk") else not tail, "tail")
+    need(sha256(tail) == body[2] if body[0] in ("UploadChunk", "SumChunk") else not tail, "tail")
     return {"round": number, "attempt": attempt, "body": body, "signature": signature, "tail": tail}

@@ -142,8 +142,8 @@ def test_uploads(name: str) -> None:
     assert ref.mask_tag(tag, *masks_of(name)).to_bytes(8) == upload["masked_tag"]
     chunk = ref.pack(masked, RING["ring_bits"])
     assert chunk == upload["chunk"]
-    sent = message(name, upload["masked_chunk_message"])
-    assert (sent["body"], sent["tail"]) == (["MaskedChunk", 0, ref.sha256(chunk)], chunk)
+    sent = message(name, upload["upload_chunk_message"])
+    assert (sent["body"], sent["tail"]) == (["UploadChunk", 0, ref.sha256(chunk)], chunk)
     assert ref.sha256(ref.label("upload"), ref.sha256(chunk), upload["masked_tag"]) == upload["upload_digest"]
     done = message(name, upload["upload_done_message"])
     assert done["body"] == ["UploadDone", upload["upload_digest"], VECTOR["view"], int.from_bytes(upload["masked_tag"])]

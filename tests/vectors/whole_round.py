@@ -20,10 +20,10 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, tags, transcript
 from protocols.agreement import agreement_digest, read_agreement
+from protocols.attempt_aggregator import AttemptAggregator
+from protocols.attempt_node import AttemptNode, Parties
 from protocols.encoding import FixedPoint
 from protocols.graph import MaskGraph
-from protocols.masked_aggregator import MaskedAggregator
-from protocols.masked_node import MaskedNode, Parties
 from protocols.prg import TAG_PRIME
 from protocols.rings import make_ring
 from protocols.sealing import AttemptId, AttemptSecrets
@@ -59,8 +59,8 @@ class Run:
         self.secrets = {name: AttemptSecrets.fresh(coins(f"attempt of {name}")) for name in NAMES}
         self.coins = {name: coins(f"attempt of {name}") for name in NAMES}
         self.drawn: dict[str, list[bytes]] = {name: [] for name in NAMES}
-        self.nodes: dict[str, MaskedNode] = {}
-        self.aggregator = MaskedAggregator(
+        self.nodes: dict[str, AttemptNode] = {}
+        self.aggregator = AttemptAggregator(
             self.parties, self.attempt, NAMES, len(UPDATES[LOST]), MemorySpool(), ring=make_ring(agreement)
         )
         self.sent: dict[str, dict[str, list[bytes]]] = {name: {} for name in NAMES}
@@ -91,7 +91,7 @@ class Run:
             body = self._replace(name, kind, body)
             self.delivered[name, kind] = body
             if isinstance(body, m.AttemptOpen):
-                self.nodes[name] = MaskedNode(
+                self.nodes[name] = AttemptNode(
                     self.parties,
                     self.identities[name],
                     self.attempt,
@@ -254,13 +254,13 @@ def _upload(run: Run, name: str) -> dict[str, Any]:
     encoded = fixed_point.encode(np.array(UPDATES[name]))
     tagger = tags.Tagger(_schedule(run)["tag_seed"], run.attempt)
     tag = (tagger.part(encoded) + tagger.pad) % TAG_PRIME
-    chunk = run.sent[name]["MaskedChunk"][0]
+    chunk = run.sent[name]["UploadChunk"][0]
     head_bytes = 4 + int.from_bytes(chunk[:4])
     return {
         "encoded": encoded.tolist(),
         "tag": tag.to_bytes(8),
         "chunk": chunk[head_bytes:],
-        "masked_chunk_message": chunk,
+        "upload_chunk_message": chunk,
         "masked_tag": run.body(name, "UploadDone").tag.to_bytes(8),
         "upload_digest": run.body(name, "UploadDone").digest,
         "upload_done_message": run.sent[name]["UploadDone"][0],

@@ -29,9 +29,9 @@ from keys.identity import verify_signature
 from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir
+from protocols.attempt_node import Parties, open_contribution
 from protocols.ciphertexts import CipherLost, FrameBroken, TotalSpoiled
 from protocols.graph import MaskGraph
-from protocols.masked_node import Parties, open_contribution
 from protocols.prg import TAG_PRIME, MaskSet
 from protocols.rings import Ring, Total
 from protocols.transcript import survivor_statement, upload_digest
@@ -70,7 +70,7 @@ _EXPECTED: dict[type[m.Body], Phase] = {
     m.RoundKeys: Phase.KEYS,
     m.SealedSeeds: Phase.SEEDS,
     m.Complaint: Phase.UPLOAD,
-    m.MaskedChunk: Phase.UPLOAD,
+    m.UploadChunk: Phase.UPLOAD,
     m.UploadDone: Phase.UPLOAD,
     m.SurvivorVote: Phase.VOTES,
     m.Unmasking: Phase.UNMASK,
@@ -120,7 +120,7 @@ Send = tuple[str, m.AnyBody]
 """A recipient and the body to sign and send to it."""
 
 
-class MaskedAggregator:
+class AttemptAggregator:
     """One attempt at the aggregator, over the members `cohort` and updates of `vector_size` values.
 
     `last_record` is the digest of the record of the last sum, on which every member must build; `study_key` the id of the key
@@ -242,7 +242,7 @@ class MaskedAggregator:
                 self._keys[peer], self._signed_keys[peer] = body, signed
             case m.SealedSeeds():
                 self._on_seeds(peer, body, signed)
-            case m.MaskedChunk():
+            case m.UploadChunk():
                 return self._on_chunk(peer, body, message.tail)
             case m.UploadDone():
                 self._on_upload_done(peer, body, signed)
@@ -404,7 +404,7 @@ class MaskedAggregator:
         self.disputed = (accuser, body.accused)
         return self._fail(f"{accuser} cannot open what {body.accused} sealed to it")
 
-    def _on_chunk(self, peer: str, body: m.MaskedChunk, data: memoryview) -> list[Send]:
+    def _on_chunk(self, peer: str, body: m.UploadChunk, data: memoryview) -> list[Send]:
         upload = self._uploads.get(peer)
         if upload is None:
             raise RemoteProtocolError(peer, "sent a chunk outside its upload")
@@ -637,7 +637,7 @@ class MaskedAggregator:
         *,
         ring: Ring,
         last_record: bytes,
-    ) -> MaskedAggregator:
+    ) -> AttemptAggregator:
         """Take up an attempt where survivors vote or unmask; each is asked again, as it joins (`rejoin`)."""
         attempt = sealing.AttemptId(parties.agreement_digest, state.round, state.attempt)
         key = state.study_key

@@ -76,7 +76,7 @@ def test_several_rounds_and_a_transcript_that_verifies() -> None:
     assert set(network.ended) == set(names(4))
 
 
-PHASES = ["Ready", "RoundKeys", "SealedSeeds", "MaskedChunk", "UploadDone", "SurvivorVote", "Unmasking", "Receipt"]
+PHASES = ["Ready", "RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking", "Receipt"]
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -98,7 +98,7 @@ def test_a_node_lost_at_any_phase_is_recovered_from(phase: str) -> None:
     assert not network.faults
 
 
-@pytest.mark.parametrize("phase", ["SealedSeeds", "MaskedChunk", "SurvivorVote", "Unmasking"])
+@pytest.mark.parametrize("phase", ["SealedSeeds", "UploadChunk", "SurvivorVote", "Unmasking"])
 def test_below_the_threshold_nothing_is_opened(phase: str) -> None:
     network, gone = make_network(4, threshold=3), set()
 
@@ -162,7 +162,7 @@ def test_a_complaint_without_ground_expels_its_author() -> None:
     liar = network.consortium.identities["hospital-01"]
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        if sender != liar.node_id or body_type(data) != "MaskedChunk":
+        if sender != liar.node_id or body_type(data) != "UploadChunk":
             return [data]
         return [m.encode(liar, AttemptId(network.digest, 1, 1), m.Complaint("hospital-01"))]
 
@@ -427,7 +427,7 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
     sent = bytearray()
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        if sender == "hospital-02" and body_type(data) == "MaskedChunk":
+        if sender == "hospital-02" and body_type(data) == "UploadChunk":
             sent.extend(data[4 + int.from_bytes(data[:4]) :])
         return [data]
 
@@ -441,9 +441,9 @@ def test_uploads_look_uniform_and_tell_nothing_of_the_vector() -> None:
 @pytest.mark.parametrize(
     ("kind", "body"),
     [
-        ("MaskedChunk", lambda b, tail: (m.MaskedChunk(b.index, m.chunk_digest(tail + b"1234")), tail + b"1234")),
-        ("MaskedChunk", lambda b, tail: (b, tail + b"1234")),
-        ("MaskedChunk", lambda b, tail: (m.MaskedChunk(b.index + 99, b.digest), tail)),
+        ("UploadChunk", lambda b, tail: (m.UploadChunk(b.index, m.chunk_digest(tail + b"1234")), tail + b"1234")),
+        ("UploadChunk", lambda b, tail: (b, tail + b"1234")),
+        ("UploadChunk", lambda b, tail: (m.UploadChunk(b.index + 99, b.digest), tail)),
         ("UploadDone", lambda b, _: m.UploadDone(bytes(32), b.view, b.tag)),
         ("UploadDone", lambda b, _: m.UploadDone(b.digest, bytes(32), b.tag)),
         ("UploadDone", lambda b, _: m.UploadDone(b.digest, b.view, (b.tag + 1) % TAG_PRIME)),
@@ -483,7 +483,7 @@ def test_a_dropout_leaves_numerator_and_denominator_alike() -> None:
 
     def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
         nonlocal gone
-        gone = gone or (sender == "hospital-03" and body_type(data) == "MaskedChunk")
+        gone = gone or (sender == "hospital-03" and body_type(data) == "UploadChunk")
         return [] if gone and "hospital-03" in (sender, recipient) else [data]
 
     network.tap = tap

@@ -5,7 +5,7 @@ the same steps. `homomorphic` has no masks: it begins at UPLOAD and ends at VOTE
 
     KEYS       KeySet          -> SealedSeeds to neighbours (a dealer: to all)  -> SEEDS
     SEEDS      SeedSet         -> (journal "used"), masks are ready             -> UPLOAD
-    UPLOAD     Credit          -> MaskedChunk..., UploadDone                    -> UPLOAD
+    UPLOAD     Credit          -> UploadChunk..., UploadDone                    -> UPLOAD
     UPLOAD     Survivors       -> (journal "voted"), SurvivorVote (if it names us) -> VOTED
     VOTED      SurvivorProof   -> Unmasking                                     -> REVEALED
     VOTED, REVEALED            -> the same again, word for word, for an aggregator that was restarted
@@ -41,7 +41,7 @@ from protocols.prg import MaskSet
 from protocols.rings import Ring
 from protocols.study_key import StudyKey
 from protocols.transcript import survivor_statement
-from protocols.upload import MaskedUpload
+from protocols.upload import Upload
 
 
 class State(Enum):
@@ -85,7 +85,7 @@ class Parties:
         return max(self.agreement.secure_sum.minimum_cohort, self.threshold, MINIMUM_CONTRIBUTORS)
 
 
-class MaskedNode:
+class AttemptNode:
     """One attempt at one node. Drive it with `open` once and `receive` for every body of the aggregator.
 
     Args:
@@ -138,7 +138,7 @@ class MaskedNode:
         self._senders: frozenset[str] = frozenset()
         self._view = b""
         self._shares: dict[str, Shares] = {}
-        self._upload: MaskedUpload | None = None
+        self._upload: Upload | None = None
         self._digest = b""
         self._survivors: tuple[tuple[str, bytes], ...] = ()
         self._answer: list[bytes] = []
@@ -320,7 +320,7 @@ class MaskedNode:
     def _begin_upload(self, tag_seed: bytes, masks: MaskSet, pad: int = 0) -> None:
         self._view = sealing.senders_view(self._attempt, self._cohort_digest, self._senders)
         self._journal("used", tag_seed)
-        self._upload = MaskedUpload(
+        self._upload = Upload(
             self._ring,
             FixedPoint.from_agreement(self._parties.agreement),
             self._vector,
@@ -365,7 +365,7 @@ class MaskedNode:
             return []  # Everything is sent already.
         answer = upload.make(
             body.chunks,
-            lambda index, digest, data: m.encode(self._identity, self._attempt, m.MaskedChunk(index, digest), data),
+            lambda index, digest, data: m.encode(self._identity, self._attempt, m.UploadChunk(index, digest), data),
         )
         if upload.made == upload.chunks:
             self._digest, self._upload = upload.digest, None
