@@ -15,10 +15,12 @@ from typing import Annotated, Final, Literal, NoReturn
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from msgspec import Meta
+from nacl.bindings import crypto_core_ed25519_is_valid_point
+from nacl.exceptions import BadSignatureError
+from nacl.signing import VerifyKey
 
 from keys import certificates
 from keys.errors import KeyFileError, LocalProtocolError, VerificationFailed
@@ -173,14 +175,14 @@ class Identity:
 
 
 def verify_signature(public_key: Ed25519PublicKey, label: Label, data: bytes, signature: bytes) -> None:
-    """Check an Ed25519 signature over label and data.
+    """Check an Ed25519 signature over label and data, strictly (docs/adr/0015): one encoding, no points of small order.
 
     Raises:
         VerificationFailed: it is not a signature of these bytes under this label and key.
     """
     try:
-        public_key.verify(signature, label + data)
-    except InvalidSignature:
+        VerifyKey(public_key.public_bytes_raw()).verify(label + data, signature)
+    except (BadSignatureError, ValueError):  # ValueError: not 64 bytes
         raise VerificationFailed("the signature is wrong: other data, another key, or changed on the way") from None
 
 
@@ -226,18 +228,11 @@ def load_signing_key(raw: bytes) -> Ed25519PublicKey:
     """Another party's Ed25519 public key, 32 bytes.
 
     Raises:
-        KeyFileError: not a canonical encoding of a point, or a point of small order.
+        KeyFileError: not the canonical encoding of a point of the prime-order group.
     """
-    y = int.from_bytes(raw, "little") & ((1 << 255) - 1)
-    try:
-        if len(raw) != 32 or y >= _FIELD_PRIME:
-            raise ValueError
-        # The birational map to curve25519 keeps the order; X25519 refuses points of small order.
-        u = (1 + y) * pow(1 - y, _FIELD_PRIME - 2, _FIELD_PRIME) % _FIELD_PRIME
-        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(u.to_bytes(32, "little")))
-        return Ed25519PublicKey.from_public_bytes(raw)
-    except ValueError:
-        raise KeyFileError("this is not a usable Ed25519 public key") from None
+    if len(raw) != 32 or not crypto_core_ed25519_is_valid_point(raw):
+        raise KeyFileError("this is not a usable Ed25519 public key")
+    return Ed25519PublicKey.from_public_bytes(raw)
 
 
 def check_curve_public(raw: bytes) -> None:

@@ -10,15 +10,18 @@ from datetime import timedelta
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from nacl.bindings import crypto_core_ed25519_add
 
 from keys import certificates, files
 from keys.authority import Authority
 from keys.enrolment import make_request, read_request
-from keys.errors import KeyFileError, LocalProtocolError
+from keys.errors import KeyFileError, LocalProtocolError, VerificationFailed
 from keys.identity import CERTIFICATE_FILE, KEY_FILE, Identity, check_curve_public, load_signing_key, verify_signature
 from keys.labels import Label
 from tests.keys.factory import NOW, enrol
 
+GROUP_ORDER = 2**252 + 27742317777372353535851937790883648493
 SMALL_ORDER_EDWARDS = [
     "0100000000000000000000000000000000000000000000000000000000000000",
     "0100000000000000000000000000000000000000000000000000000000000080",
@@ -230,14 +233,32 @@ def test_roles():
     assert Identity.generate("a" * 63, "aggregator").role == "aggregator"
 
 
-def test_why_small_order_keys_matter():
-    """Under the neutral point as a key, one fixed string is a signature of everything."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
+def test_no_string_is_a_signature_of_everything():
+    """Under the neutral point as a key, OpenSSL takes one fixed string for a signature of all data."""
     neutral = bytes.fromhex(SMALL_ORDER_EDWARDS[0])
-    key = Ed25519PublicKey.from_public_bytes(neutral)
+    key, signature = Ed25519PublicKey.from_public_bytes(neutral), neutral + bytes(32)
     for data in (b"one", b"two"):
-        verify_signature(key, Label.RECEIPT, data, neutral + bytes(32))
+        key.verify(signature, data)
+        with pytest.raises(VerificationFailed):
+            verify_signature(key, Label.RECEIPT, data, signature)
+
+
+def test_a_signature_has_one_encoding(identity):
+    signature = identity.sign(Label.RECEIPT, b"data")
+    verify_signature(identity.public_key, Label.RECEIPT, b"data", signature)
+    s = int.from_bytes(signature[32:], "little")
+    beyond = (s + GROUP_ORDER).to_bytes(32, "little")
+    for changed in (signature[:32] + beyond, signature[:63], signature + b"\0", b"", signature[1:] + signature[:1]):
+        with pytest.raises(VerificationFailed):
+            verify_signature(identity.public_key, Label.RECEIPT, b"data", changed)
+    with pytest.raises(VerificationFailed):  # a longer signature does not eat into what was signed
+        verify_signature(identity.public_key, Label.RECEIPT, b"ta", signature + Label.RECEIPT + b"da")
+
+
+def test_a_signing_key_of_mixed_order_is_refused(identity):
+    of_order_eight = bytes.fromhex(SMALL_ORDER_EDWARDS[-1])
+    with pytest.raises(KeyFileError):
+        load_signing_key(crypto_core_ed25519_add(identity.public_key.public_bytes_raw(), of_order_eight))
 
 
 @pytest.mark.parametrize("raw", [*SMALL_ORDER_EDWARDS, *NOT_CANONICAL, "", "00" * 31, "02" * 33])
