@@ -1,4 +1,4 @@
-"""Epsilon from ledger events by Google's accountants: Poisson-sampled Gaussian, add-or-remove-one. Torch-free.
+"""Epsilon from events by Google's accountants: Poisson-sampled Gaussian, add-or-remove-one. Torch-free.
 
 Independent of the node, whose claim is Opacus' RDP bound. Privacy loss distributions (PLD) give the tightest epsilon: a claim
 below it is false. Google's RDP is shown beside it; it may lie some percent above Opacus' RDP, since it is taken over fewer orders.
@@ -9,10 +9,11 @@ cost time.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from keys.errors import VerificationFailed
 from protocols.ledger import DpSgdEvent
@@ -21,33 +22,49 @@ RDP_ORDERS = [2.0 + x / 10.0 for x in range(90)] + list(range(12, 64))
 """The orders of Opacus' default from 2 up. Below, Google's series for sampled noise does not always converge."""
 
 NOISE_RANGE = (0.3, 1e4)
+
+
+class Steps(NamedTuple):
+    """`steps` DP-SGD steps: Poisson sampling of units at a rate, noise of `noise_multiplier` times the clip norm."""
+
+    sample_rate: float
+    noise_multiplier: float
+    steps: int
+
+
+History = Sequence[DpSgdEvent | Steps]
+"""What was done to one dataset."""
+
 LARGEST_EPSILON = 100.0
 """Noise multipliers and epsilon (by RDP) that are recomputed. Beyond, PLD takes minutes and the answer is of no use."""
 
 
-def epsilon_rdp(events: Sequence[DpSgdEvent], delta: float) -> float:
+def epsilon_rdp(events: History, delta: float) -> float:
     """Epsilon of the composed events at `delta` by Renyi differential privacy; infinite without noise.
 
     Raises:
         VerificationFailed: a parameter is out of range.
     """
-    groups = _grouped(events, delta)
+    groups = grouped(events, delta)
     if groups is None:
         return math.inf
     if not groups:
         return 0.0
     from dp_accounting import rdp
 
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # orders whose series does not converge are left out, which is sound
     return _compose(rdp.RdpAccountant(RDP_ORDERS), groups, delta)
 
 
-def epsilon_pld(events: Sequence[DpSgdEvent], delta: float) -> float:
+def epsilon_pld(events: History, delta: float) -> float:
     """Epsilon of the composed events at `delta` by privacy loss distributions (the tightest); infinite without noise.
 
     Raises:
         VerificationFailed: a parameter is out of range, or epsilon is too large to be worth computing.
     """
-    groups = _grouped(events, delta)
+    groups = grouped(events, delta)
     if groups is None:
         return math.inf
     if not groups:
@@ -57,7 +74,7 @@ def epsilon_pld(events: Sequence[DpSgdEvent], delta: float) -> float:
     return _pld(tuple(sorted(groups.items())), delta)
 
 
-def _grouped(events: Sequence[DpSgdEvent], delta: float) -> dict[tuple[float, float], int] | None:
+def grouped(events: History, delta: float) -> dict[tuple[float, float], int] | None:
     """Steps by (sample rate, noise multiplier); None if some step had no noise."""
     groups: dict[tuple[float, float], int] = {}
     for event in events:

@@ -30,7 +30,7 @@ from keys.roster import load_root
 from keys.signed import verify_document
 from protocols.chain import GENESIS, line_digest
 from protocols.encoding import FixedPoint
-from protocols.ledger import DpSgdEvent, read_ledger, verify_ledger
+from protocols.ledger import DpSgdEvent, EpsilonClaim, read_ledger, verify_ledger
 from protocols.rings import make_ring
 from protocols.transcript import (
     Body,
@@ -67,6 +67,10 @@ class VerificationReport:
     checks: list[Check] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     epsilons: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    ledgers: dict[str, tuple[tuple[DpSgdEvent, ...], tuple[tuple[int, EpsilonClaim], ...]]] = field(
+        default_factory=dict
+    )
+    """Of every member whose ledger links to transcript and agreement: its events, and its claims with the events before each."""
 
     @property
     def ok(self) -> bool:
@@ -252,21 +256,22 @@ def _verify_ledger(
     report: VerificationReport,
 ) -> str:
     body = read_ledger(read_public(path, FILE_LIMIT_BYTES), study.public_keys[node_id])
-    events, claim, closed = verify_ledger(body, node_id, study.agreement, study.agreement_digest)
+    events, claims, closed = verify_ledger(body, node_id, study.agreement, study.agreement_digest)
     _link_to_transcript(events, node_id, study, records, digests)
     if closed.transcript_link not in (GENESIS, *digests.values()):
         raise VerificationFailed("the node has seen the record of a round that the transcript hides")
     delta = study.agreement.privacy.delta
     rdp, pld = epsilon_rdp(events, delta), epsilon_pld(events, delta)
-    claimed = math.inf if claim.epsilon is None else claim.epsilon
+    claimed = _claimed(claims[-1][1])
     report.epsilons[node_id] = {
         "claimed_opacus_rdp": _finite(claimed),
         "google_rdp": _finite(rdp),
         "google_pld": _finite(pld),
         "delta": delta,
     }
-    if claimed < pld * (1 - EPSILON_TOLERANCE):
-        raise VerificationFailed(f"the node claims epsilon {claimed:.6g}, but its events give {pld:.6g} (PLD)")
+    for count, claim in claims:
+        check_claim(claim, events[:count], epsilon_pld(events[:count], delta), "PLD")
+    report.ledgers[node_id] = events, claims
     budget = study.agreement.privacy.epsilon_budget
     if (
         study.agreement.privacy.noise_multiplier > 0
@@ -278,6 +283,24 @@ def _verify_ledger(
     steps = sum(event.steps for event in events)
     shown = f"{claimed:.3f} claimed, {rdp:.3f} by RDP, {pld:.3f} by PLD, at delta {delta:g}, add-or-remove-one"
     return f"{len(events)} events, {steps} steps, epsilon {shown}"
+
+
+def check_claim(claim: EpsilonClaim, events: Sequence[DpSgdEvent], epsilon: float, accountant: str) -> None:
+    """Compare a claim with the `epsilon` that an accountant gives for the events before it.
+
+    Raises:
+        VerificationFailed: the claim is lower.
+    """
+    if _claimed(claim) < epsilon * (1 - EPSILON_TOLERANCE):
+        after = f"after the event of round {events[-1].round}" if events else "before any event"
+        raise VerificationFailed(
+            f"the claim {after} ({claim.steps_total} steps): the node claims epsilon {_claimed(claim):.6g}, "
+            f"but its events give {epsilon:.6g} ({accountant})"
+        )
+
+
+def _claimed(claim: EpsilonClaim) -> float:
+    return math.inf if claim.epsilon is None else claim.epsilon
 
 
 def _link_to_transcript(

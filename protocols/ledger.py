@@ -114,8 +114,10 @@ def read_ledger(lines: bytes, node_key: Ed25519PublicKey) -> tuple[Body, ...]:
 
 def verify_ledger(
     ledger: Sequence[Body], node_id: str, agreement: Agreement, agreement_digest: bytes
-) -> tuple[tuple[DpSgdEvent, ...], EpsilonClaim, LedgerClosed]:
-    """Check what a ledger says, after `read_ledger` has checked its chain; gives its events, its final claim and its closing line.
+) -> tuple[tuple[DpSgdEvent, ...], tuple[tuple[int, EpsilonClaim], ...], LedgerClosed]:
+    """Check what a ledger says, after `read_ledger` has checked its chain; gives its events, its claims and its closing line.
+
+    With each claim goes the number of events before it; the last claim counts them all.
 
     Raises:
         VerificationFailed: another node or agreement, parameters that are not the agreed ones, rounds told twice,
@@ -131,7 +133,7 @@ def verify_ledger(
     if not isinstance(closed, LedgerClosed):
         raise VerificationFailed("the ledger has no closing line: it was cut off, or the study still runs")
     events: list[DpSgdEvent] = []
-    claim: EpsilonClaim | None = None
+    claims: list[tuple[int, EpsilonClaim]] = []
     restarted = False
     for body, following in pairwise(ledger[1:]):
         match body:
@@ -150,13 +152,13 @@ def verify_ledger(
             case EpsilonClaim():
                 if body.steps_total != sum(event.steps for event in events) or body.delta != opened.delta:
                     raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count every step before it")
-                claim = body
+                claims.append((len(events), body))
             case _:
                 raise VerificationFailed(f"{type(body).__name__} stands in the middle of the ledger")
     total = sum(event.steps for event in events)
-    if (closed.rounds, closed.steps_total) != (len(events), total) or claim is None or claim.steps_total != total:
+    if (closed.rounds, closed.steps_total) != (len(events), total) or not claims or claims[-1][1].steps_total != total:
         raise VerificationFailed("the closing line and the last claim do not count every event: one is missing")
-    return tuple(events), claim, closed
+    return tuple(events), tuple(claims), closed
 
 
 def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement) -> None:

@@ -39,6 +39,9 @@ Saved = dict[str, NDArray[Any]]
 
 NONCE_BYTES = 12
 
+BUSY_SECONDS = 60.0
+"""How long one process waits for another that writes."""
+
 _NODE_TABLES = """
 CREATE TABLE IF NOT EXISTS attempts (
   round INTEGER, attempt INTEGER, event TEXT, tag_seed BLOB, PRIMARY KEY (round, attempt, event)) STRICT;
@@ -53,15 +56,20 @@ CREATE TABLE IF NOT EXISTS closed (id INTEGER PRIMARY KEY CHECK (id = 1), state 
 """
 
 
-def _open(path: Path, tables: str) -> sqlite3.Connection:
+def open_database(path: Path, tables: str) -> sqlite3.Connection:
+    """Open or make a database that its owner alone can read, durable after every commit.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        database = sqlite3.connect(path, isolation_level=None)
+        database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
         database.executescript(tables)
     except (sqlite3.Error, OSError) as error:
-        raise ConfigError(f"the journal {path} cannot be opened: {error}") from None
+        raise ConfigError(f"{path} cannot be opened as a journal: {error}") from None
     return database
 
 
@@ -104,7 +112,7 @@ class NodeJournal:
 
     def __init__(self, folder: Path, wrapping_key: bytes) -> None:
         self._wrapping = AESGCM(wrapping_key)
-        self._database = _open(folder / "state.sqlite", _NODE_TABLES)
+        self._database = open_database(folder / "state.sqlite", _NODE_TABLES)
         self._receipts = LineFile(folder / "receipts.jsonl")
         self._lines: dict[int, bytes] = {}
         for line in self._receipts.lines:
@@ -210,7 +218,7 @@ class AggregatorJournal:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._database = _open(folder / "state.sqlite", _AGGREGATOR_TABLES)
+        self._database = open_database(folder / "state.sqlite", _AGGREGATOR_TABLES)
         kept = self._database.execute("SELECT masked FROM closed").fetchone()
         for left_over in folder.glob("masked-*"):  # of a crash between the file and its entry
             if kept is None or left_over.name != kept[0]:

@@ -1,8 +1,8 @@
 """The hospital's process: checks everything, then trains and sums round by round, and books its privacy budget.
 
 Order of work, and nothing later starts before the earlier has passed: key files, study documents and pins, local policy,
-anchors, private data, ledger, connection. Before each round the ledger event is durable; the round that would pass the
-budget is refused and the study left in good order, so that the others can go on.
+anchors, private data, ledger, connection. Before each round its event is durable (`secgeo.budget`); the round that would pass
+a budget is refused and the study left in good order, so that the others can go on.
 
 Started again after a crash, the node goes on with the study: its model and an update that waits to be summed are in its
 journal. A round whose training was cut off is trained, and booked, again.
@@ -18,28 +18,26 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.errors import BudgetExceeded, ConfigError, TransportError
 from keys.identity import Identity
 from keys.labels import Label
-from protocols import ledger
 from protocols import study_node as machine
-from protocols.agreement import Agreement, Modality
-from protocols.chain import GENESIS, line_digest
+from protocols.agreement import Modality
+from protocols.chain import line_digest
 from protocols.policy import check_policy
 from secgeo import datasets
+from secgeo.budget import Budget
 from secgeo.config import AnyData, ArrayData, EntryPointData, NodeConfig, TableData
 from secgeo.geometry import debiased_cka
 from secgeo.journal import NodeJournal
-from secgeo.noise import RNG_KIND, NoiseSource
-from secgeo.records import LineFile
+from secgeo.noise import NoiseSource
 from secgeo.sandbox import Sandboxes
+from secgeo.site_budget import SiteBudget
 from secgeo.study import ANCHORS, OpenStudy, open_study
 from secgeo.transport import NodeEndpoint
 from secgeo.update import Layout, SharedState, apply_sum, private_steps
@@ -50,6 +48,9 @@ SILENCE_FACTOR = 4.0
 """A node gives up when the aggregator has been silent for this many times its longest agreed deadline."""
 
 POLL_SECONDS = 1.0
+
+LEDGER = "ledger.jsonl"
+SITE_BUDGET = "budget.sqlite"
 
 
 def load_records(data: AnyData, base: Path, modality: Modality, classes: int) -> datasets.LabelledRecords:
@@ -73,81 +74,6 @@ def load_records(data: AnyData, base: Path, modality: Modality, classes: int) ->
             return datasets.load_entry_point(data.function, shape=shape, classes=classes)
 
 
-@dataclass(slots=True)
-class Budget:
-    """The node's ledger of this study, and what it has booked so far."""
-
-    agreement: Agreement
-    writer: ledger.LedgerWriter
-    file: LineFile
-    fingerprint: str
-    steps: int = 0
-    rounds: int = 0
-    link: str = GENESIS
-
-    def book(self, round_number: int, steps: int, epsilon_after: float) -> None:
-        """Make the event of a round durable, before its noise is drawn.
-
-        Raises:
-            BudgetExceeded: the round would pass the agreed epsilon; nothing was booked.
-        """
-        privacy = self.agreement.privacy
-        if steps and privacy.noise_multiplier > 0 and epsilon_after > privacy.epsilon_budget:
-            raise BudgetExceeded(
-                f"round {round_number} would spend epsilon {epsilon_after:.4f} at delta {privacy.delta}, "
-                f"more than the budget of {privacy.epsilon_budget}; it was refused"
-            )
-        self.steps, self.rounds = self.steps + steps, self.rounds + 1
-        event = ledger.DpSgdEvent(
-            round=round_number,
-            sample_rate=privacy.sample_rate,
-            noise_multiplier=privacy.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
-            steps=steps,
-            privacy_unit=privacy.unit,
-            dataset_fingerprint=self.fingerprint,
-            rng_kind=RNG_KIND,
-            transcript_link=self.link,
-        )
-        self.file.append(self.writer.append(event))
-
-    def claim(self, epsilon: float) -> None:
-        """State what has been spent so far."""
-        self.file.append(
-            self.writer.append(
-                ledger.EpsilonClaim(
-                    steps_total=self.steps,
-                    delta=self.agreement.privacy.delta,
-                    epsilon=epsilon if np.isfinite(epsilon) else None,
-                    accountant=ledger.ACCOUNTANT,
-                    neighbouring_relation=ledger.NEIGHBOURING_RELATION,
-                )
-            )
-        )
-
-    def resume(self, lines: tuple[bytes, ...], public_key: Ed25519PublicKey, opened: ledger.LedgerOpened) -> None:
-        """Go on behind the lines of an earlier run.
-
-        Raises:
-            VerificationFailed: the lines were changed.
-            ConfigError: they belong to other data or another study.
-        """
-        before = ledger.read_ledger(b"".join(lines), public_key)
-        if before[0] != opened:
-            raise ConfigError(
-                "the ledger here was opened for other records or another study; choose another state folder"
-            )
-        events = [body for body in before if isinstance(body, ledger.DpSgdEvent)]
-        self.rounds, self.steps = len(events), sum(event.steps for event in events)
-        self.file.append(self.writer.append(ledger.LedgerReopened(self.rounds, self.steps)))
-
-    def close(self) -> None:
-        """Write the closing line."""
-        closed = ledger.LedgerClosed(rounds=self.rounds, steps_total=self.steps, transcript_link=self.link)
-        self.file.append(self.writer.append(closed))
-        self.file.close()
-
-
 class NodeProcess:
     """One study at one hospital. Everything that can be refused is refused in the constructor."""
 
@@ -161,11 +87,8 @@ class NodeProcess:
         # Torch is slow to import: a study that does not check is refused before it.
         from secgeo import training
 
-        def epsilon_after(steps: int) -> float:
-            return training.epsilon_after(agreement.privacy, steps, agreement.privacy.delta)
-
-        self._epsilon_after = epsilon_after
-        check_policy(agreement, config.policy, epsilon=self._epsilon_after(agreement.total_steps))
+        whole = training.epsilon_after(agreement.privacy, agreement.total_steps, agreement.privacy.delta)
+        check_policy(agreement, config.policy, epsilon=whole)
         anchors = datasets.load_anchors(
             base / config.study.folder / ANCHORS / f"{modality.name}.npy", modality, agreement.anchors.count
         )
@@ -181,7 +104,11 @@ class NodeProcess:
         self._folder = folder
         # Keyed by the site's identity: a bare hash of the data would confirm guesses at them to whoever reads the ledger.
         keyed = hashlib.sha256(identity.sign(Label.DATASET, bytes.fromhex(records.fingerprint))).hexdigest()
-        self._budget = self._open_budget(folder / "ledger.jsonl", keyed)
+        self._site = SiteBudget(folder.parent / SITE_BUDGET, keyed, records.features)
+        digest, most = self._study.agreement_digest, config.policy.max_epsilon
+        self._budget = Budget(
+            agreement, digest, identity, self._site, folder / LEDGER, keyed, most, training.epsilon_of
+        )
         # As the dataset's key, a signature that never leaves this process: who has the identity's keys has it, and nobody else.
         wrapping = hashlib.sha256(identity.sign(Label.KEEP_STUDY_KEY, self._study.agreement_digest)).digest()
         self._journal = NodeJournal(folder, wrapping)
@@ -201,26 +128,8 @@ class NodeProcess:
             ciphers=self._ciphers,
         )
         self._round_started = 0.0
-        self._report("checked", {"node": identity.node_id, "modality": modality.name, "records": len(records)})
-
-    def _open_budget(self, path: Path, fingerprint: str) -> Budget:
-        agreement, privacy = self._study.agreement, self._study.agreement.privacy
-        file = LineFile(path)
-        budget = Budget(agreement, ledger.LedgerWriter(self._identity, file.lines), file, fingerprint)
-        opened = ledger.LedgerOpened(
-            node_id=self._identity.node_id,
-            agreement_digest=self._study.agreement_digest.hex(),
-            dataset_fingerprint=fingerprint,
-            privacy_unit=privacy.unit,
-            neighbouring_relation=ledger.NEIGHBOURING_RELATION,
-            delta=privacy.delta,
-            epsilon_budget=privacy.epsilon_budget,
-        )
-        if file.lines:
-            budget.resume(file.lines, self._identity.public_key, opened)
-        else:
-            file.append(budget.writer.append(opened))
-        return budget
+        fields = {"node": identity.node_id, "modality": modality.name, "records": len(records)}
+        self._report("checked", fields | {"epsilon_spent_before": _finite(self._budget.epsilon_of_all()[0])})
 
     def _restore(self) -> int:
         """Take over what an earlier run of this study had reached; gives the last round that it applied."""
@@ -243,7 +152,7 @@ class NodeProcess:
     @property
     def ledger_path(self) -> Path:
         """Where this node's ledger of this study is."""
-        return self._folder / "ledger.jsonl"
+        return self._folder / LEDGER
 
     def run(self) -> None:
         """Take part until the study ends.
@@ -281,8 +190,9 @@ class NodeProcess:
                     elif time.monotonic() - heard > silence:
                         raise TransportError(f"the aggregator said nothing for {silence:.0f} seconds; ask its operator")
         finally:
-            self._budget.claim(self._epsilon_after(self._budget.steps))
+            self._budget.claim()
             self._budget.close()
+            self._site.close()
             self._journal.close()
             self._ciphers.close()
 
@@ -321,7 +231,7 @@ class NodeProcess:
         self._round_started = time.monotonic()
         steps = private_steps(self._study.agreement, self._state)
         try:
-            self._budget.book(round_number, steps, self._epsilon_after(self._budget.steps + steps))
+            self._budget.book(round_number, steps)
         except BudgetExceeded:
             for output in self._machine.decline("the privacy budget of this node is spent"):
                 if isinstance(output, machine.Send):
@@ -340,13 +250,12 @@ class NodeProcess:
         self._budget.link = line_digest(summed.line).hex()
         shared = {f"shared/{name}": value for name, value in self._state.to_arrays().items()}
         self._journal.keep_progress(summed.round, self._budget.link, shared | self._local_arrays())
-        epsilon = self._epsilon_after(self._budget.steps)
-        self._budget.claim(epsilon)
+        epsilon = self._budget.claim()
         self._trainer.load_shared(self._state)
         fields: dict[str, object] = {
             "round": summed.round,
             "contributors": len(summed.contributors),
-            "epsilon": epsilon if np.isfinite(epsilon) else None,
+            "epsilon": _finite(epsilon),
             "delta": self._study.agreement.privacy.delta,
         }
         if self._state.gram is not None:
@@ -369,6 +278,10 @@ class NodeProcess:
             np.save(
                 self._base / self._config.embeddings, self._trainer.embed(self._held_out.features), allow_pickle=False
             )
+
+
+def _finite(epsilon: float) -> float | None:
+    return epsilon if np.isfinite(epsilon) else None
 
 
 def run_node(config: NodeConfig, base: Path, passphrase: bytes | None, report: Report) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,15 +69,20 @@ class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
             p.summed_grad._processed = True
 
 
-def epsilon_after(privacy: Privacy, steps: int, delta: float) -> float:
-    """Epsilon of `steps` DP steps by Opacus' RDP accountant (add-or-remove-one); infinite without noise."""
-    if steps == 0:
-        return 0.0
-    if privacy.noise_multiplier == 0.0:
-        return math.inf
+def epsilon_of(history: Sequence[tuple[float, float, int]], delta: float) -> float:
+    """Epsilon of (noise multiplier, sample rate, steps) by Opacus' RDP accountant (add-or-remove-one); infinite without noise."""
     accountant = RDPAccountant()
-    accountant.history = [(privacy.noise_multiplier, privacy.sample_rate, steps)]
+    accountant.history = [entry for entry in history if entry[2]]
+    if not accountant.history:
+        return 0.0
+    if any(noise == 0.0 for noise, _, _ in accountant.history):
+        return math.inf
     return float(accountant.get_epsilon(delta))
+
+
+def epsilon_after(privacy: Privacy, steps: int, delta: float) -> float:
+    """Epsilon of `steps` DP steps of a study; see `epsilon_of`."""
+    return epsilon_of([(privacy.noise_multiplier, privacy.sample_rate, steps)], delta)
 
 
 def alignment_loss(embeddings: Tensor, consensus: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def verify(lines: bytes, study: Study = STUDY, node: str = NODE) -> tuple[tuple[
 
 
 def test_an_honest_ledger_verifies() -> None:
-    events, claim, _ = verify(STUDY.ledger(NODE, TRANSCRIPT))
+    events, ((counted, claim),), _ = verify(STUDY.ledger(NODE, TRANSCRIPT))
+    assert counted == len(events)
     assert [(event.round, event.steps) for event in events] == [(1, 0), (2, 2), (3, 2)]
     assert claim.steps_total == 4
     assert claim.epsilon is not None

@@ -26,6 +26,7 @@ from secgeo.aggregator import AggregatorProcess, run_aggregator
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
 from secgeo.node import NodeProcess, run_node
 from secgeo.records import write_manifest
+from secgeo.site_budget import SiteBudget, Spent
 from tests.keys.factory import AGGREGATOR, make_consortium
 from tests.secgeo.site import HOSPITALS, Site, make_site
 
@@ -116,7 +117,7 @@ def test_one_study_runs_in_one_process_only(site: Site) -> None:
     running = start(site)
     with pytest.raises(ConfigError, match="another process"):
         start(site)
-    running._budget.file.close()
+    running._budget._file.close()
     running._journal.close()
     start(site)
 
@@ -147,19 +148,6 @@ def test_refusals_come_before_torch_is_even_imported(site: Site) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["VerificationFailed", "False"]
-
-
-def test_the_step_that_would_pass_the_budget_is_refused_and_not_booked(site: Site) -> None:
-    budget = start(site)._budget
-    lines = start_lines(site)
-    with pytest.raises(BudgetExceeded):
-        budget.book(2, 8, epsilon_after=budget.agreement.privacy.epsilon_budget + 0.1)
-    assert start_lines(site) == lines
-
-
-def start_lines(site: Site) -> int:
-    (path,) = (site.base / NODE / "state").glob("*/ledger.jsonl")
-    return len(path.read_bytes().splitlines())
 
 
 # --- whole studies over sockets
@@ -243,6 +231,25 @@ def test_a_node_killed_in_mid_study_does_not_stop_the_others(tmp_path: Path) -> 
     bodies = [json.loads(line)["body"] for line in transcript]
     last = [body for body in bodies if body["type"] == "RoundRecord"][-1]
     assert [survivor["node_id"] for survivor in last["survivors"]] == list(HOSPITALS[:3])
+
+
+def test_a_node_whose_records_are_spent_leaves_and_the_others_go_on(site: Site) -> None:
+    """An earlier study of this site has spent nearly all that its policy allows on one of these records."""
+    poor = HOSPITALS[3]
+    features = np.load(site.base / poor / "records.npz")["features"]
+    (site.base / poor / "state").mkdir()
+    earlier = SiteBudget(site.base / poor / "state" / "budget.sqlite", "earlier", features[7:8])
+    earlier.book(
+        "an earlier study", 1, Spent(sample_rate=0.1, noise_multiplier=0.8, steps=200, delta=1e-3), lambda _: None
+    )
+    earlier.close()
+    codes = run_study(site)
+    assert codes == dict.fromkeys((AGGREGATOR, *HOSPITALS[:3]), 0) | {poor: BudgetExceeded.exit_code}
+    assert "all studies on these records" in (site.base / poor / "stderr").read_text()
+    records = collect(site)
+    report = verify_folder(records, authority_fingerprint=site.consortium.authority.fingerprint, now=datetime.now(UTC))
+    assert report.ok, report.to_json()
+    assert [sum(event.steps for event in events) > 0 for events, _ in report.ledgers.values()] == [True] * 3 + [False]
 
 
 def test_the_verifier_never_imports_torch(site: Site) -> None:

@@ -1,0 +1,126 @@
+"""Epsilon by three accountants, two of Opacus (RDP, PRV) and Google's PLD, each only where it can be trusted.
+
+    RDP   an upper bound (Mironov 2017, 2019); loose when the best order is the largest or smallest that is tried
+    PRV   numerical (Gopi et al. 2021), an upper bound within 0.01; fails for tiny delta and huge epsilon
+    PLD   numerical (Koskela et al. 2020, Doroshenko et al. 2022), pessimistic: the tightest of the three
+
+All are for Poisson sampling and Gaussian noise, add-or-remove-one. Opacus needs torch; `audit.budget` does without.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from audit.budget import LARGEST_EPSILON, History, epsilon_pld, grouped
+from keys.errors import VerificationFailed
+from protocols.ledger import NEIGHBOURING_RELATION
+
+PRV_ERROR = 0.02
+"""PRV is asked for an error of 0.01 and gives the upper end; further from PLD one of the two is wrong, and it is not known which."""
+
+MAXIMUM_STEPS = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Epsilons:
+    """Epsilon at `delta` by accountant; None where it has no answer, and then `refused` says why."""
+
+    delta: float
+    epsilon: dict[str, float | None]
+    refused: dict[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON-able form; infinite epsilon (no noise) is null, with its reason."""
+        answer: dict[str, object] = {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "neighbouring_relation": NEIGHBOURING_RELATION,
+        }
+        return answer | ({"refused": self.refused} if self.refused else {})
+
+
+def opacus_rdp(history: History, delta: float) -> tuple[float, bool]:
+    """Opacus' RDP bound, infinite without noise, and whether its best order is inside the range that Opacus tries.
+
+    Raises:
+        VerificationFailed: a parameter is out of range.
+    """
+    groups = grouped(history, delta)
+    if groups is None:
+        return math.inf, True
+    if not groups:
+        return 0.0, True
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(noise, rate, steps) for (rate, noise), steps in groups.items()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        epsilon = max(0.0, float(accountant.get_epsilon(delta)))
+    return epsilon, not any("Optimal order" in str(warning.message) for warning in caught)
+
+
+def opacus_prv(history: History, delta: float) -> float:
+    """Opacus' PRV bound, infinite without noise.
+
+    Raises:
+        VerificationFailed: a parameter is out of range, or PRV gives no sound number.
+    """
+    groups = grouped(history, delta)
+    if groups is None:
+        return math.inf
+    if not groups:
+        return 0.0
+    tight = epsilon_pld(history, delta)  # refuses what is too large to compute
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [(noise, rate, steps) for (rate, noise), steps in groups.items()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            epsilon = float(accountant.get_epsilon(delta))
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise VerificationFailed(f"PRV gives no number here: {error}") from None
+    if not tight * 0.99 - PRV_ERROR <= epsilon <= tight * 1.01 + PRV_ERROR:
+        raise VerificationFailed(
+            f"PRV gives {epsilon:.4g} where PLD gives {tight:.4g}: one of the two discretisations does not hold here"
+        )
+    return epsilon
+
+
+def epsilons(history: History, delta: float) -> Epsilons:
+    """Ask all three.
+
+    Raises:
+        VerificationFailed: no accountant has an answer to such parameters.
+    """
+    if sum(steps.steps for steps in history) > MAXIMUM_STEPS:
+        raise VerificationFailed(f"epsilon is computed for at most {MAXIMUM_STEPS:,} steps")
+    found: dict[str, float | None] = {}
+    refused: dict[str, str] = {}
+    rdp, inside = opacus_rdp(history, delta)
+    if math.isinf(rdp):
+        return Epsilons(
+            delta,
+            dict.fromkeys(("rdp", "prv", "pld")),
+            dict.fromkeys(("rdp", "prv", "pld"), "no noise: epsilon is infinite"),
+        )
+    found["rdp"] = rdp if inside else None
+    if not inside:
+        refused["rdp"] = (
+            f"the best order is at the end of the range that Opacus tries; all it says is that epsilon is at most {rdp:.4g}"
+        )
+    if rdp > LARGEST_EPSILON:
+        refused |= dict.fromkeys(
+            ("prv", "pld"), f"epsilon is above {LARGEST_EPSILON:g}, which is no privacy; it is not computed"
+        )
+        return Epsilons(delta, found | {"prv": None, "pld": None}, refused)
+    for name, accountant in (("prv", opacus_prv), ("pld", epsilon_pld)):
+        try:
+            found[name] = accountant(history, delta)
+        except VerificationFailed as error:
+            found[name], refused[name] = None, str(error)
+    return Epsilons(delta, found, refused)

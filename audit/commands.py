@@ -1,0 +1,193 @@
+"""The commands of whoever plans, spends or checks a privacy budget: `secgeo budget`."""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from keys.enrolment import ungroup_digits
+from keys.errors import ConfigError, VerificationFailed
+from secgeo.console import emit, show
+
+if TYPE_CHECKING:
+    from audit.accountants import Epsilons
+
+budget_app = typer.Typer(no_args_is_help=True, help="The differential-privacy budget: plan it, compute it, verify it.")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for machines.")]
+Delta = Annotated[float, typer.Option(help="The delta of (epsilon, delta)-DP.", min=1e-15, max=0.5)]
+Authority = Annotated[str | None, typer.Option(help="The authority's fingerprint, from a source you trust.")]
+At = Annotated[datetime | None, typer.Option(help="Check certificates against this moment (UTC) instead of now.")]
+
+
+@budget_app.command("epsilon")
+def budget_epsilon(
+    sample_rate: Annotated[float, typer.Option(help="Probability that a unit is in a batch (Poisson).", max=1.0)],
+    noise_multiplier: Annotated[float, typer.Option(help="Noise standard deviation over the clip norm.", min=0.0)],
+    steps: Annotated[int, typer.Option(help="DP-SGD steps.", min=0)],
+    delta: Delta,
+    json: Json = False,
+) -> None:
+    """Epsilon of DP-SGD by three accountants: Opacus RDP, Opacus PRV, Google PLD. One that has no sound answer says why.
+
+    Example: secgeo budget epsilon --sample-rate 0.01 --noise-multiplier 1.0 --steps 1000 --delta 1e-5
+    """
+    from audit.accountants import epsilons
+    from audit.budget import Steps
+
+    answer = epsilons([Steps(sample_rate, noise_multiplier, steps)], delta)
+    if not emit(json, **answer.to_json()):
+        _show_epsilons(answer)
+
+
+@budget_app.command("plan")
+def budget_plan(
+    epsilon: Annotated[float, typer.Option(help="The budget of the whole study.", min=0.01, max=100.0)],
+    delta: Delta,
+    patients: Annotated[
+        int, typer.Option(help="Patients (or records, if the unit is a record) of one hospital.", min=1)
+    ],
+    rounds: Annotated[int, typer.Option(help="Rounds of the study.", min=1)],
+    batch: Annotated[int, typer.Option(help="Expected batch size of that hospital.", min=1)],
+    steps_per_round: Annotated[int, typer.Option(help="DP-SGD steps per round.", min=1)] = 1,
+    plot: Annotated[Path | None, typer.Option(help="Write the trade-off as a plot (.png or .svg).")] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="TOML that `secgeo agreement make` reads: take its other parameters ...")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="... and write it here with the planned ones (a new file).")] = None,
+    json: Json = False,
+) -> None:
+    """Turn a budget into noise: the smallest noise multiplier that keeps the study within it, as nodes count it (Opacus RDP).
+
+    The table shows other batch sizes at the same budget; noise per step is that on the averaged gradient, in clip norms. What
+    any of this does to accuracy nobody can tell beforehand.
+
+    Examples:
+
+      secgeo budget plan --epsilon 3 --delta 1e-5 --patients 2000 --rounds 20 --steps-per-round 10 --batch 64 --plot plan.png
+
+      secgeo budget plan --epsilon 3 --delta 1e-5 --patients 2000 --rounds 20 --batch 64 --study study.toml --out new.toml
+    """
+    from rich.console import Console
+
+    from audit.plan import Budget, calibrate, plot_plans, trade_offs, write_spec
+
+    if (study is None) != (out is None):
+        raise ConfigError("--study and --out go together: the one is read, the other written")
+    budget = Budget(epsilon, delta, patients, rounds, steps_per_round)
+    with Console(stderr=True).status("trying noise multipliers ..."):
+        plan = calibrate(budget, batch)
+        plans = trade_offs(budget, batch)
+        if plot is not None:
+            plot_plans(plot, plans, batch)
+    if out is not None and study is not None:
+        write_spec(_read_toml(study), plan, out)
+    if emit(json, plan=plan.to_json(), trade_offs=[other.to_json() for other in plans]):
+        return
+    show(
+        f"epsilon {epsilon:g} at delta {delta:g}, add or remove one; {rounds} rounds of {steps_per_round} steps, {patients} patients"
+    )
+    show(
+        f"\n{'batch':>8} {'sample rate':>12} {'noise multiplier':>17} {'noise per step':>15} {'RDP':>8} {'PRV':>8} {'PLD':>8}"
+    )
+    for other in plans:
+        answers = "".join(
+            f"{'-' if value is None else format(value, '.3f'):>9}" for value in other.answer.epsilon.values()
+        )
+        mark = "  <-" if other.batch == batch else ""
+        show(
+            f"{other.batch:>8} {other.sample_rate:>12.5f} {other.noise_multiplier:>17.4f} {other.noise_per_step:>15.5f}{answers}{mark}"
+        )
+    show("\nRDP is what the node enforces; PRV and PLD show how much of it is slack of the accountant.")
+    for path in (out, plot):
+        if path is not None:
+            show(f"written: {path}")
+
+
+@budget_app.command("verify")
+def budget_verify(
+    folder: Annotated[Path, typer.Argument(help="A study's folder of records.")],
+    authority: Authority = None,
+    at: At = None,
+    json: Json = False,
+) -> None:
+    """Verify every hospital's claim without trusting it: signatures, chains, transcript, agreement, then epsilon by three accountants.
+
+    Exits 8 and names the event if a claim is too low, an event is missing, or a parameter is not the agreed one.
+
+    Example: secgeo budget verify runs/demo --authority "3f0a 91c2 ..."
+    """
+    from audit.ledgers import verify_budgets
+
+    now = (at or datetime.now(UTC)).replace(tzinfo=UTC)
+    report = verify_budgets(folder, authority_fingerprint=ungroup_digits(authority) if authority else None, now=now)
+    if not emit(json, **report.to_json()):
+        for check in report.failed:
+            show(f"FAILED  {check.name}: {check.detail}")
+        for name, (claimed, answer) in report.budgets.items():
+            show(
+                f"{name}: claims epsilon {'infinite' if claimed is None else format(claimed, '.4f')} at delta {answer.delta:g}"
+            )
+            _show_epsilons(answer, indent="  ")
+        for warning in report.warnings:
+            show(f"note    {warning}")
+        show("every claim holds" if report.ok else "verification FAILED")
+    if not report.ok:
+        raise typer.Exit(VerificationFailed.exit_code)
+
+
+@budget_app.command("compose")
+def budget_compose(
+    ledgers: Annotated[list[str], typer.Argument(help="Two or more of FOLDER:HOSPITAL, as in runs/a:hospital-01.")],
+    delta: Annotated[
+        float | None, typer.Option(help="By default the smallest delta of the studies.", min=1e-15, max=0.5)
+    ] = None,
+    authority: Authority = None,
+    at: At = None,
+    json: Json = False,
+) -> None:
+    """Epsilon of patients who are in several ledgers: at two hospitals, or in two studies of one. Every folder is verified first.
+
+    A patient who is in one of them only has that one's epsilon: over disjoint patients the whole system has the maximum, over shared
+    patients the composition, which this computes from all events (less than the sum of epsilons).
+
+    Example: secgeo budget compose runs/a:hospital-01 runs/b:hospital-02
+    """
+    from audit.ledgers import compose
+
+    now = (at or datetime.now(UTC)).replace(tzinfo=UTC)
+    pinned = ungroup_digits(authority) if authority else None
+    single, composed = compose([_ledger_of(name) for name in ledgers], delta, authority_fingerprint=pinned, now=now)
+    alone = {name: answer.to_json() for name, answer in zip(ledgers, single, strict=True)}
+    if emit(json, patients_of_one=alone, patients_of_all=composed.to_json()):
+        return
+    for name, answer in zip(ledgers, single, strict=True):
+        show(f"a patient in {name} only, at delta {answer.delta:g}")
+        _show_epsilons(answer, indent="  ")
+    show(f"a patient in all of them, at delta {composed.delta:g}")
+    _show_epsilons(composed, indent="  ")
+
+
+def _show_epsilons(answer: Epsilons, indent: str = "") -> None:
+    for name, title in (("rdp", "Opacus RDP"), ("prv", "Opacus PRV"), ("pld", "Google PLD")):
+        value = answer.epsilon[name]
+        show(f"{indent}{title}  " + (f"no answer: {answer.refused[name]}" if value is None else f"epsilon {value:.4f}"))
+    show(f"{indent}delta {answer.delta:g}, neighbouring relation: add or remove one")
+
+
+def _ledger_of(name: str) -> tuple[Path, str]:
+    folder, _, node = name.rpartition(":")
+    if not folder or not node:
+        raise ConfigError(f"{name!r} is not FOLDER:HOSPITAL, as in runs/a:hospital-01")
+    return Path(folder), node
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None

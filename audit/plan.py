@@ -1,0 +1,158 @@
+"""Calibration: from a budget (epsilon, delta, patients, rounds, batch) to the noise that keeps it, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from audit.accountants import Epsilons, epsilons, opacus_rdp
+from audit.budget import NOISE_RANGE, Steps
+from keys.errors import ConfigError
+from keys.files import write_public
+
+NOISE_DIGITS = 4
+BATCH_FACTORS = (0.25, 0.5, 1.0, 2.0)
+NOISE_FACTORS = (0.7, 1.0, 1.4, 2.0, 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be spent, on how many units, over how many steps."""
+
+    epsilon: float
+    delta: float
+    patients: int
+    rounds: int
+    steps_per_round: int
+
+    @property
+    def steps(self) -> int:
+        """Of the whole study. The first round spends nothing, but is counted."""
+        return self.rounds * self.steps_per_round
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The noise multiplier for one batch size, and what it gives by every accountant."""
+
+    budget: Budget
+    batch: int
+    noise_multiplier: float
+    answer: Epsilons
+
+    @property
+    def sample_rate(self) -> float:
+        """The probability that a unit is in a batch."""
+        return self.batch / self.budget.patients
+
+    @property
+    def noise_per_step(self) -> float:
+        """The standard deviation of the noise on the averaged gradient, in clip norms."""
+        return self.noise_multiplier / self.batch
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON-able form."""
+        numbers = {"batch": self.batch, "sample_rate": self.sample_rate, "noise_multiplier": self.noise_multiplier}
+        return {**numbers, "noise_per_step": self.noise_per_step, "steps": self.budget.steps, **self.answer.to_json()}
+
+
+def calibrate(budget: Budget, batch: int) -> Plan:
+    """The smallest noise multiplier (to four decimals) that keeps `budget` by Opacus' RDP accountant, as nodes enforce it.
+
+    Raises:
+        ConfigError: the batch is larger than the data, or no noise multiplier in range keeps the budget.
+        VerificationFailed: no accountant has an answer to such parameters.
+    """
+    if batch > budget.patients:
+        raise ConfigError(f"a batch of {batch} cannot be drawn from {budget.patients} patients")
+    noise = noise_for(budget, batch / budget.patients)
+    return Plan(budget, batch, noise, epsilons([Steps(batch / budget.patients, noise, budget.steps)], budget.delta))
+
+
+def noise_for(budget: Budget, sample_rate: float) -> float:
+    """See `calibrate`."""
+
+    from scipy.optimize import brentq
+
+    @cache
+    def spent(units: int) -> float:
+        return opacus_rdp([Steps(sample_rate, units / 10**NOISE_DIGITS, budget.steps)], budget.delta)[0]
+
+    least, most = (round(bound * 10**NOISE_DIGITS) for bound in NOISE_RANGE)
+    high = least
+    while spent(high) > budget.epsilon:
+        if high == most:
+            raise ConfigError(
+                f"no noise keeps epsilon {budget.epsilon:g} at delta {budget.delta:g} by RDP; a larger epsilon or delta would"
+            )
+        high = min(2 * high, most)
+    units = high
+    if high > least:
+        units = round(brentq(lambda noise: spent(round(noise)) - budget.epsilon, max(high // 2, least), high, xtol=0.5))
+    while spent(units) > budget.epsilon:
+        units += 1
+    while units > least and spent(units - 1) <= budget.epsilon:
+        units -= 1
+    return float(units / 10**NOISE_DIGITS)
+
+
+def trade_offs(budget: Budget, batch: int) -> list[Plan]:
+    """Plans for a quarter of the batch to twice it, as far as there are patients."""
+    batches = sorted({max(1, round(batch * factor)) for factor in BATCH_FACTORS})
+    return [calibrate(budget, size) for size in batches if size <= budget.patients]
+
+
+def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
+    """Write a study's parameters with the planned ones in them. Comments of the original are lost.
+
+    Raises:
+        ConfigError: `path` exists, or the spec has no [privacy], [training] or [study].
+    """
+    import tomli_w
+
+    changed = msgspec.to_builtins(dict(spec))
+    if path.exists():
+        raise ConfigError(f"{path} exists already; name a new file")
+    missing = [section for section in ("study", "privacy", "training") if not isinstance(changed.get(section), dict)]
+    if missing:
+        raise ConfigError(f"the study's parameters have no [{missing[0]}]")
+    changed["study"]["rounds"] = plan.budget.rounds
+    changed["training"]["steps_per_round"] = plan.budget.steps_per_round
+    changed["privacy"] |= {
+        "sample_rate": plan.sample_rate,
+        "noise_multiplier": plan.noise_multiplier,
+        "delta": plan.budget.delta,
+        "epsilon_budget": plan.budget.epsilon,
+    }
+    write_public(path, tomli_w.dumps(changed).encode())
+
+
+def plot_plans(path: Path, plans: Sequence[Plan], batch: int) -> None:
+    """Draw noise against epsilon for several batch sizes: the multiplier, and the noise per step that it comes to."""
+    import matplotlib
+
+    budget = plans[0].budget
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    title = f"delta {budget.delta:g}, {budget.steps} steps, {budget.patients} patients; add or remove one, Opacus RDP"
+    figure.suptitle(title, fontsize=10)
+    for plan in plans:
+        noises = [max(plan.noise_multiplier * factor, NOISE_RANGE[0]) for factor in NOISE_FACTORS]
+        spent = [opacus_rdp([Steps(plan.sample_rate, noise, budget.steps)], budget.delta)[0] for noise in noises]
+        label = f"batch {plan.batch}" + (" (planned)" if plan.batch == batch else "")
+        axes[0].plot(spent, noises, "o-", markersize=3, label=label)
+        axes[1].plot(spent, [noise / plan.batch for noise in noises], "o-", markersize=3, label=label)
+    for axis, name in zip(axes, ("noise multiplier", "noise on the averaged gradient (clip norms)"), strict=True):
+        axis.axvline(budget.epsilon, color="gray", linewidth=0.8, linestyle="--")
+        axis.set(xlabel="epsilon", ylabel=name, xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

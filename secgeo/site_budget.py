@@ -1,0 +1,119 @@
+"""What all studies together have spent on this site's records: SQLite with a write-ahead log, synchronous=FULL, in the state folder.
+
+Spending belongs to records, not to the name of a dataset: a study inherits what was spent on every dataset that shares even one
+record with its own, so that neither a new study nor an added record nor a new identity begins anew. A record is known by a keyed hash
+of its features; the same patient in other columns or other units is not recognised (docs/privacy.md). No clock is asked.
+
+An event is on disk before its noise is drawn. Two studies at a time are booked one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secgeo.journal import open_database
+
+DIGEST_BYTES = 16
+KEY_BYTES = 32
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS site (id INTEGER PRIMARY KEY CHECK (id = 1), key BLOB) STRICT;
+CREATE TABLE IF NOT EXISTS records (dataset TEXT, digest BLOB, PRIMARY KEY (digest, dataset)) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS of_dataset ON records (dataset);
+CREATE TABLE IF NOT EXISTS events (
+  id INTEGER PRIMARY KEY, dataset TEXT, study TEXT, round INTEGER,
+  sample_rate REAL, noise_multiplier REAL, steps INTEGER, delta REAL) STRICT;
+"""
+
+_SPENT = """
+SELECT sample_rate, noise_multiplier, steps, delta FROM events WHERE dataset IN (
+  SELECT theirs.dataset FROM records AS ours JOIN records AS theirs USING (digest) WHERE ours.dataset = ?)
+ORDER BY id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """`steps` DP-SGD steps, and the delta at which their study counts."""
+
+    sample_rate: float
+    noise_multiplier: float
+    steps: int
+    delta: float
+
+
+class SiteBudget:
+    """The spending on one dataset and on all that overlap with it.
+
+    Args:
+        path: the database; made if it is missing.
+        dataset: the dataset's name: its fingerprint.
+        features: its records [n, ...].
+
+    Raises:
+        ConfigError: the database cannot be opened.
+    """
+
+    def __init__(self, path: Path, dataset: str, features: NDArray[Any]) -> None:
+        self._database, self._dataset = open_database(path, _TABLES), dataset
+        rows = np.ascontiguousarray(features, dtype="<f4").reshape(len(features), -1)
+        with self._transaction():
+            self._database.execute("INSERT OR IGNORE INTO site VALUES (1, ?)", (os.urandom(KEY_BYTES),))
+            (key,) = self._database.execute("SELECT key FROM site").fetchone()
+            digests = {hashlib.blake2b(row.tobytes(), digest_size=DIGEST_BYTES, key=key).digest() for row in rows}
+            self._database.executemany(
+                "INSERT OR IGNORE INTO records VALUES (?, ?)", [(dataset, digest) for digest in digests]
+            )
+
+    def spent(self) -> tuple[Spent, ...]:
+        """All events on datasets that share a record with this one."""
+        return tuple(Spent(*row) for row in self._database.execute(_SPENT, (self._dataset,)))
+
+    def book(self, study: str, round_number: int, event: Spent, permit: Callable[[tuple[Spent, ...]], None]) -> None:
+        """Make an event durable, if `permit` does not raise over all that would then be spent."""
+        with self._transaction():
+            permit((*self.spent(), event))
+            row = (
+                self._dataset,
+                study,
+                round_number,
+                event.sample_rate,
+                event.noise_multiplier,
+                event.steps,
+                event.delta,
+            )
+            self._database.execute("INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def steps_of(self, study: str) -> int:
+        """Steps that were booked for a study."""
+        row = self._database.execute("SELECT COALESCE(SUM(steps), 0) FROM events WHERE study = ?", (study,)).fetchone()
+        return int(row[0])
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._database)
+
+
+class _Transaction:
+    """All or nothing, with no other process in between."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._database.execute("COMMIT" if kind is None else "ROLLBACK")

@@ -1,0 +1,281 @@
+"""`secgeo budget`: answers, plans, and claims that are checked without trust in whoever made them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import tomli_w
+from typer.testing import CliRunner, Result
+
+from audit import accountants
+from audit.accountants import epsilons, opacus_prv, opacus_rdp
+from audit.budget import Steps, epsilon_pld
+from audit.plan import Budget, calibrate
+from keys.errors import ConfigError, VerificationFailed
+from secgeo import cli
+from tests.audit.factory import NOW, Study, make_study
+from tests.secgeo.site import make_spec
+
+replace = msgspec.structs.replace
+
+KNOWN = [
+    (0.01, 1.0, 1000, 1e-5, 1.828),
+    (0.004266, 0.7, 14100, 1e-5, 6.547),
+    (0.05, 0.8, 500, 1e-5, 12.035),
+    (1.0, 5.0, 30, 1e-6, 5.423),
+]
+"""Sampling rate, noise multiplier, steps, delta, epsilon by PLD: Poisson, add or remove one."""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["budget", *map(str, arguments)])
+
+
+def ask(rate: float, noise: float, steps: int, delta: float) -> dict:
+    options = ["--sample-rate", rate, "--noise-multiplier", noise, "--steps", steps, "--delta", delta, "--json"]
+    result = run("epsilon", *options)
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+# --- epsilon
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "delta", "known"), KNOWN)
+def test_the_answers_are_the_known_ones(rate: float, noise: float, steps: int, delta: float, known: float) -> None:
+    answer = ask(rate, noise, steps, delta)
+    assert answer["epsilon"]["pld"] == pytest.approx(known, abs=1e-3)
+    assert answer["epsilon"]["pld"] <= answer["epsilon"]["prv"] <= answer["epsilon"]["pld"] + accountants.PRV_ERROR
+    assert answer["epsilon"]["rdp"] > answer["epsilon"]["prv"]
+    assert answer["delta"] == delta
+    assert answer["neighbouring_relation"] == "add-or-remove-one"
+    assert "refused" not in answer
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ((0.01, 0.0, 10, 1e-5), {"rdp": "no noise", "prv": "no noise", "pld": "no noise"}),
+        ((0.01, 50.0, 1000, 1e-5), {"rdp": "at most 0.1041"}),
+        ((0.5, 0.3, 100, 1e-5), {"rdp": "at most 40", "prv": "above 100", "pld": "above 100"}),
+        ((0.01, 1.0, 10, 0.5), {"prv": "does not hold here"}),
+    ],
+)
+def test_outside_its_range_an_accountant_says_why_it_has_no_number(settings: tuple, refused: dict[str, str]) -> None:
+    answer = ask(*settings)
+    assert (
+        {name for name, value in answer["epsilon"].items() if value is None}
+        == answer["refused"].keys()
+        == refused.keys()
+    )
+    for name, reason in refused.items():
+        assert reason in answer["refused"][name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (0.0, 1.0, 10, 1e-5),
+        (0.1, 0.01, 10, 1e-5),
+        (0.1, 1e9, 10, 1e-5),
+        (0.1, 1.0, 10**9, 1e-5),
+        (math.nan, 1.0, 1, 1e-5),
+    ],
+)
+def test_what_no_accountant_can_answer_is_refused(settings: tuple) -> None:
+    rate, noise, steps, delta = settings
+    with pytest.raises(VerificationFailed):
+        epsilons([Steps(rate, noise, steps)], delta)
+
+
+def test_no_step_costs_nothing() -> None:
+    assert ask(0.1, 1.0, 0, 1e-5)["epsilon"] == {"rdp": 0.0, "prv": 0.0, "pld": 0.0}
+
+
+def test_a_numerical_accountant_that_is_off_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = [Steps(0.01, 1.0, 1000)]
+    for wrong in (1.0, 2.5):
+        monkeypatch.setattr(
+            "opacus.accountants.PRVAccountant.get_epsilon", lambda *_args, wrong=wrong, **_kwargs: wrong
+        )
+        with pytest.raises(VerificationFailed, match="where PLD gives"):
+            opacus_prv(history, 1e-5)
+
+
+# --- plan
+
+
+def test_a_plan_is_the_smallest_noise_that_keeps_the_budget() -> None:
+    plan = calibrate(Budget(3.0, 1e-5, 2000, 20, 10), 64)
+    for noise, kept in ((plan.noise_multiplier, True), (plan.noise_multiplier - 1e-4, False)):
+        assert (opacus_rdp([Steps(64 / 2000, noise, 200)], 1e-5)[0] <= 3.0) is kept
+    pld = plan.answer.epsilon["pld"]
+    assert pld is not None
+    assert pld < 3.0
+
+
+def test_and_back(tmp_path: Path) -> None:
+    """What is planned and written is what `budget epsilon` and the agreement's own rules give."""
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(make_spec(rounds=7)))
+    options = [
+        "--epsilon",
+        4,
+        "--delta",
+        1e-4,
+        "--patients",
+        400,
+        "--rounds",
+        12,
+        "--steps-per-round",
+        3,
+        "--batch",
+        40,
+    ]
+    files = ["--study", tmp_path / "study.toml", "--out", tmp_path / "new.toml", "--plot", tmp_path / "plan.png"]
+    result = run("plan", *options, *files, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)["plan"]
+    written = tomllib.loads((tmp_path / "new.toml").read_text())
+    assert written["study"] == {"id": "test-study", "rounds": 12, "classes": 2}
+    assert written["training"]["steps_per_round"] == 3
+    privacy = written["privacy"]
+    assert (privacy["sample_rate"], privacy["delta"], privacy["epsilon_budget"]) == (0.1, 1e-4, 4.0)
+    assert privacy["noise_multiplier"] == plan["noise_multiplier"]
+    assert ask(0.1, privacy["noise_multiplier"], 36, 1e-4)["epsilon"] == plan["epsilon"]
+    assert plan["epsilon"]["rdp"] <= 4.0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("budget", "batch", "why"),
+    [
+        (Budget(3.0, 1e-5, 50, 20, 10), 64, "cannot be drawn"),
+        (Budget(0.01, 1e-9, 100, 1000, 100), 100, "no noise keeps"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(budget: Budget, batch: int, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        calibrate(budget, batch)
+
+
+def test_a_plan_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(make_spec()))
+    options = ["--epsilon", 4, "--delta", 1e-4, "--patients", 400, "--rounds", 2, "--batch", 40]
+    result = run("plan", *options, "--study", tmp_path / "study.toml", "--out", tmp_path / "study.toml")
+    assert isinstance(result.exception, ConfigError)
+    assert tomllib.loads((tmp_path / "study.toml").read_text()) == make_spec()
+    assert isinstance(run("plan", *options, "--out", tmp_path / "new.toml").exception, ConfigError)
+
+
+# --- verify and compose
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return make_study(count=4, rounds=3)
+
+
+@pytest.fixture(scope="module")
+def honest(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return study.write(tmp_path_factory.mktemp("honest") / "study")
+
+
+@pytest.fixture
+def folder(honest: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(honest, tmp_path / "study"))
+
+
+def verify(study: Study, folder: Path) -> tuple[int, dict]:
+    at = NOW.replace(tzinfo=None).isoformat(timespec="seconds")
+    result = run("verify", folder, "--authority", study.consortium.authority.fingerprint, "--at", at, "--json")
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_honest_claims_verify_by_three_accountants(study: Study, honest: Path) -> None:
+    code, report = verify(study, honest)
+    assert code == 0, report
+    assert report["budgets"].keys() == set(study.names)
+    for budget in report["budgets"].values():
+        assert budget["claimed"] >= budget["epsilon"]["rdp"] > budget["epsilon"]["prv"] > budget["epsilon"]["pld"] > 0
+        assert budget["neighbouring_relation"] == "add-or-remove-one"
+
+
+LIES: dict[str, tuple[Callable[[list], object], str]] = {
+    "a claim below PLD": (lambda b: b.__setitem__(4, replace(b[4], epsilon=1.0)), "after the event of round 3"),
+    "a claim between PLD and RDP": (
+        lambda b: b.__setitem__(4, replace(b[4], epsilon=0.9 * b[4].epsilon)),
+        "Opacus RDP",
+    ),
+    "an early claim that a later one mends": (
+        lambda b: b.insert(3, replace(b[4], steps_total=b[2].steps, epsilon=0.1)),
+        "after the event of round 2",
+    ),
+    "an event missing": (lambda b: b.pop(3), "does not count"),
+    "other noise than agreed": (
+        lambda b: b.__setitem__(2, replace(b[2], noise_multiplier=0.5)),
+        "the event of round 2",
+    ),
+    "another rate than agreed": (lambda b: b.__setitem__(3, replace(b[3], sample_rate=0.01)), "the event of round 3"),
+    "fewer steps than agreed": (lambda b: b.__setitem__(3, replace(b[3], steps=1)), "the event of round 3"),
+}
+
+
+@pytest.mark.parametrize("lie", sorted(LIES))
+def test_a_lie_exits_8_and_names_the_event(study: Study, folder: Path, lie: str) -> None:
+    change, named = LIES[lie]
+    name = study.names[2]
+    transcript = (folder / "transcript.jsonl").read_bytes()
+    study.put(folder, transcript, {name: study.ledger(name, transcript, change)})
+    code, report = verify(study, folder)
+    assert code == VerificationFailed.exit_code
+    ((found),) = report["failed"]
+    assert found["name"] == f"ledgers/{name}.jsonl"
+    assert named in found["detail"]
+
+
+def test_a_changed_byte_of_a_ledger_exits_8(study: Study, folder: Path) -> None:
+    path = folder / "ledgers" / f"{study.names[0]}.jsonl"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    study.seal(folder)
+    code, report = verify(study, folder)
+    assert code == VerificationFailed.exit_code
+    assert study.names[0] in report["failed"][0]["name"]
+
+
+def test_a_patient_in_two_ledgers_has_the_composition_and_one_in_one_has_that(study: Study, honest: Path) -> None:
+    ledgers = [f"{honest}:{name}" for name in study.names[:2]]
+    at = NOW.replace(tzinfo=None).isoformat(timespec="seconds")
+    result = run("compose", *ledgers, "--at", at, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    privacy, steps = study.agreement.privacy, 2 * study.agreement.training.steps_per_round
+    for count, found in ((1, answer["patients_of_one"][ledgers[0]]), (2, answer["patients_of_all"])):
+        expected = epsilon_pld([Steps(privacy.sample_rate, privacy.noise_multiplier, count * steps)], privacy.delta)
+        assert found["epsilon"]["pld"] == pytest.approx(expected, rel=1e-6)
+    one, both = answer["patients_of_one"][ledgers[0]]["epsilon"]["pld"], answer["patients_of_all"]["epsilon"]["pld"]
+    assert one < both < 2 * one
+
+
+@pytest.mark.parametrize(
+    "wrong", [["x"], ["A:a", "A:a"], ["{honest}:nobody", "{honest}:hospital-00"], ["{honest}:hospital-00"]]
+)
+def test_ledgers_that_cannot_be_composed_are_refused(honest: Path, wrong: list[str]) -> None:
+    at = NOW.replace(tzinfo=None).isoformat(timespec="seconds")
+    result = run("compose", *(name.format(honest=honest) for name in wrong), "--at", at)
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_a_folder_that_does_not_verify_is_not_composed(study: Study, folder: Path) -> None:
+    (folder / "ledgers" / f"{study.names[3]}.jsonl").unlink()
+    ledgers = [f"{folder}:{name}" for name in study.names[:2]]
+    at = NOW.replace(tzinfo=None).isoformat(timespec="seconds")
+    assert isinstance(run("compose", *ledgers, "--at", at).exception, VerificationFailed)

@@ -1,0 +1,267 @@
+"""Budgets are refused before they are passed: in one study, over all studies on the same records, and across kill -9."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from keys.errors import BudgetExceeded, ConfigError
+from keys.identity import Identity
+from protocols import ledger
+from protocols.agreement import Agreement
+from secgeo.budget import Accountant, Budget
+from secgeo.site_budget import SiteBudget, Spent
+from secgeo.training import epsilon_of
+from tests.keys.factory import make_consortium
+from tests.protocols.network import make_agreement, names
+
+CONSORTIUM = make_consortium(names(4))
+IDENTITY = CONSORTIUM.identities[names(1)[0]]
+STUDY, OTHER_STUDY = b"a" * 32, b"b" * 32
+STEPS = 5
+
+
+def records(first: int, last: int) -> np.ndarray:
+    """Records that are the same whenever their number is."""
+    return np.stack([np.full(3, number, np.float32) for number in range(first, last)])
+
+
+def agreement(**privacy: object) -> Agreement:
+    agreed = make_agreement(CONSORTIUM)
+    return msgspec.structs.replace(agreed, privacy=msgspec.structs.replace(agreed.privacy, **privacy))
+
+
+def open_budget(
+    folder: Path,
+    features: np.ndarray | None = None,
+    study: bytes = STUDY,
+    max_epsilon: float = 100.0,
+    identity: Identity = IDENTITY,
+    accountant: Accountant = epsilon_of,
+    **privacy: object,
+) -> Budget:
+    folder.mkdir(exist_ok=True)
+    features = records(0, 10) if features is None else features
+    fingerprint = hashlib.sha256(features.tobytes()).hexdigest()
+    site = SiteBudget(folder / "budget.sqlite", fingerprint, features)
+    path = folder / study.hex()[:4] / "ledger.jsonl"
+    return Budget(agreement(**privacy), study, identity, site, path, fingerprint, max_epsilon, accountant)
+
+
+def close(budget: Budget) -> None:
+    budget.close()
+    budget._site.close()
+
+
+def events(folder: Path, study: bytes = STUDY) -> list[ledger.DpSgdEvent]:
+    path = folder / study.hex()[:4] / "ledger.jsonl"
+    whole, _, _ = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+    lines = whole + b"\n" if whole else b""
+    return [body for body in ledger.read_ledger(lines, IDENTITY.public_key) if isinstance(body, ledger.DpSgdEvent)]
+
+
+def steps_until_refused(budget: Budget, most: int = 50) -> int:
+    for number in range(most):
+        try:
+            budget.book(number + 2, STEPS)
+        except BudgetExceeded:
+            return number * STEPS
+    return most * STEPS
+
+
+def test_the_step_that_would_pass_the_agreed_budget_is_refused_and_not_booked(tmp_path: Path) -> None:
+    budget = open_budget(tmp_path, epsilon_budget=3.0)
+    taken = steps_until_refused(budget)
+    privacy = agreement().privacy
+    assert 0 < taken == sum(event.steps for event in events(tmp_path)) == budget._site.steps_of(STUDY.hex())
+    spent = [
+        epsilon_of([(privacy.noise_multiplier, privacy.sample_rate, taken + more)], privacy.delta)
+        for more in (0, STEPS)
+    ]
+    assert spent[0] <= 3.0 < spent[1]
+    assert budget.claim() == spent[0]
+
+
+def test_without_noise_nothing_is_within_a_finite_limit(tmp_path: Path) -> None:
+    with pytest.raises(BudgetExceeded, match="inf"):
+        open_budget(tmp_path, noise_multiplier=0.0).book(2, STEPS)
+    open_budget(tmp_path, study=OTHER_STUDY, noise_multiplier=0.0, max_epsilon=float("inf")).book(2, STEPS)
+
+
+def test_rounds_without_private_steps_cost_nothing(tmp_path: Path) -> None:
+    budget = open_budget(tmp_path, max_epsilon=1e-9)
+    budget.book(1, 0)
+    assert budget.claim() == 0.0
+    assert budget._site.spent() == ()
+
+
+@pytest.mark.parametrize(
+    "features",
+    [records(0, 10), records(0, 10)[::-1].copy(), records(0, 11), records(9, 30), np.repeat(records(3, 4), 5, axis=0)],
+    ids=["the same", "another order", "a record added", "one record in common", "one record many times"],
+)
+def test_a_second_study_inherits_what_was_spent_on_any_of_its_records(tmp_path: Path, features: np.ndarray) -> None:
+    first = open_budget(tmp_path, max_epsilon=3.0)
+    taken = steps_until_refused(first)
+    close(first)
+    second = open_budget(tmp_path, features, OTHER_STUDY, max_epsilon=3.0)
+    with pytest.raises(BudgetExceeded, match="all studies on these records"):
+        second.book(2, STEPS)
+    assert events(tmp_path, OTHER_STUDY) == []
+    assert sum(event.steps for event in second._site.spent()) == taken
+
+
+def test_other_records_have_their_own_budget(tmp_path: Path) -> None:
+    first = open_budget(tmp_path, max_epsilon=3.0)
+    taken = steps_until_refused(first)
+    close(first)
+    assert steps_until_refused(open_budget(tmp_path, records(10, 20), OTHER_STUDY, max_epsilon=3.0)) == taken
+
+
+def test_new_keys_of_the_site_do_not_begin_anew(tmp_path: Path) -> None:
+    first = open_budget(tmp_path, max_epsilon=3.0)
+    taken = steps_until_refused(first)
+    close(first)
+    renewed = open_budget(tmp_path, records(0, 10), OTHER_STUDY, 3.0, CONSORTIUM.identities[names(2)[1]])
+    assert sum(event.steps for event in renewed._site.spent()) == taken
+
+
+def test_studies_of_different_delta_compose_at_the_smallest(tmp_path: Path) -> None:
+    first = open_budget(tmp_path, delta=1e-7)
+    first.book(2, STEPS)
+    close(first)
+    second = open_budget(tmp_path, study=OTHER_STUDY, delta=1e-3)
+    second.book(2, STEPS)
+    epsilon, delta = second.epsilon_of_all()
+    privacy = agreement().privacy
+    assert delta == 1e-7
+    assert epsilon == epsilon_of([(privacy.noise_multiplier, privacy.sample_rate, 2 * STEPS)], 1e-7)
+
+
+def test_restarts_go_on_counting(tmp_path: Path) -> None:
+    for _ in range(3):
+        budget = open_budget(tmp_path)
+        budget.book(2, STEPS)
+        close(budget)
+    assert budget.steps == 3 * STEPS
+    assert sum(event.steps for event in spent_by(tmp_path)) == 3 * STEPS
+
+
+def spent_by(folder: Path) -> tuple[Spent, ...]:
+    site = SiteBudget(folder / "budget.sqlite", "looking", records(0, 1))
+    try:
+        return site.spent()
+    finally:
+        site.close()
+
+
+def test_books_that_were_deleted_are_filled_from_the_ledger(tmp_path: Path) -> None:
+    budget = open_budget(tmp_path)
+    budget.book(2, STEPS)
+    close(budget)
+    for path in tmp_path.glob("budget.sqlite*"):
+        path.unlink()
+    close(open_budget(tmp_path))
+    assert sum(event.steps for event in spent_by(tmp_path)) == STEPS
+
+
+def test_books_that_are_damaged_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "budget.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(ConfigError, match=r"budget\.sqlite"):
+        open_budget(tmp_path)
+
+
+def test_two_studies_at_the_same_time_cannot_both_take_the_last_step(tmp_path: Path) -> None:
+    """Each would stay within the limit alone, and sees the other's steps only in the books."""
+    alone = steps_until_refused(open_budget(tmp_path / "alone", max_epsilon=3.0))
+
+    def run(study: bytes) -> int:
+        return steps_until_refused(open_budget(tmp_path, study=study, max_epsilon=3.0))
+
+    close(open_budget(tmp_path, study=b"c" * 32))
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(run, (STUDY, OTHER_STUDY))) == alone
+
+
+def test_the_books_are_the_owners_alone_and_hold_no_record(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    budget = open_budget(tmp_path, features)
+    budget.book(2, STEPS)
+    close(budget)
+    path = tmp_path / "budget.sqlite"
+    assert path.stat().st_mode & 0o077 == 0
+    assert not any(row.tobytes() in path.read_bytes() for row in features)
+
+
+class Countdown:
+    """Kills this process (SIGKILL) at the k-th call."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self, *_: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def book_and_draw(folder: Path, study: bytes, drawn: int, countdown: Countdown) -> None:
+    """Book two rounds, and a byte into `drawn` for each step whose noise is used; the countdown runs at every durable write.
+
+    Those are the ledger's (with half of the line written, before and after the disk has it) and the statements of SQLite.
+    """
+    fsync, write, made = os.fsync, os.write, SiteBudget.__init__
+
+    def synced(descriptor: int) -> None:
+        countdown()
+        fsync(descriptor)
+        countdown()
+
+    def written(descriptor: int, data: bytes) -> int:
+        half = write(descriptor, data[: len(data) // 2])
+        countdown()
+        return half + write(descriptor, data[len(data) // 2 :])
+
+    def watched(site: SiteBudget, *arguments: object) -> None:
+        made(site, *arguments)  # type: ignore[arg-type]
+        site._database.set_trace_callback(countdown)
+
+    os.fsync, os.write, SiteBudget.__init__ = synced, written, watched  # type: ignore[method-assign, assignment]
+    budget = open_budget(folder, study=study, accountant=lambda *_: 0.0)  # nothing is refused here
+    for round_number in (2, 3):
+        budget.book(round_number, STEPS)
+        write(drawn, b"." * STEPS)
+        countdown()
+    close(budget)
+
+
+@pytest.mark.parametrize("study", [STUDY, OTHER_STUDY], ids=["the same study", "another study"])
+def test_kill_9_between_any_two_writes_never_undercounts(tmp_path: Path, study: bytes) -> None:
+    """A child is killed at its k-th durable write, for every k until it lives, and the next one goes on with what is there."""
+    close(open_budget(tmp_path))
+    drawn = tmp_path / "drawn"
+    descriptor, killed, alive = os.open(drawn, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 0, False
+    while not alive:
+        child = os.fork()
+        if child == 0:
+            try:
+                book_and_draw(tmp_path, study, descriptor, Countdown(killed + 1))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        alive = status == 0
+        assert alive or os.WTERMSIG(status) == signal.SIGKILL
+        ledger_steps = sum(event.steps for event in events(tmp_path, study))
+        site_steps = sum(event.steps for event in spent_by(tmp_path))
+        assert drawn.stat().st_size <= ledger_steps <= site_steps, f"killed at write {killed + 1}"
+        killed += not alive
+    assert killed > 15
+    assert drawn.stat().st_size > 2 * STEPS
