@@ -143,6 +143,8 @@ class AggregatorMachine:
         self._wanting: dict[str, str] = {}
         """Who lacks the study key, and who was asked to deal it."""
         self._makers: list[str] = []
+        self._dealt: set[tuple[str, bytes]] = set()
+        """Who has sealed a key in answer to which Join, in this round: it is not asked again, whatever that was."""
         self._dealer = ""
         self._waited_enough = False
         self._out: dict[str, str] = {}
@@ -237,11 +239,11 @@ class AggregatorMachine:
     def leave(self, peer: str, now: float) -> list[Output]:
         """The transport cannot reach `peer` any more. It may join again later."""
         self._wanting.pop(peer, None)
+        self._forget_dealer(peer)
         if peer not in self._joined:
             return []
         self._joined.discard(peer)
         self._ready.discard(peer)
-        self._forget_dealer(peer)
         return [Progress("left", {"node": peer}), *self._ask_dealer(), *self._lose(peer, now)]
 
     def tick(self, now: float) -> list[Output]:
@@ -310,6 +312,8 @@ class AggregatorMachine:
                 return []
 
     def _on_join(self, peer: str, body: m.Join, data: bytes, now: float) -> list[Output]:
+        if body.next_round > self._agreement.study.rounds + 1:
+            raise RemoteProtocolError(peer, f"asked for round {body.next_round}, which the agreement does not have")
         if body.next_round > self._asked_for.get(peer, 0):
             self._asked_for[peer], self._joins[peer] = body.next_round, 0
         self._joins[peer] += 1
@@ -390,12 +394,14 @@ class AggregatorMachine:
     def _ask_dealer(self) -> list[Output]:
         """Ask the next of those who hold the study key to seal it to those for whom nobody was asked."""
         waiting = sorted(name for name, dealer in self._wanting.items() if not dealer)
-        holders = sorted(self._joined)
-        if not waiting or not holders:
-            return []
-        self._dealer = next((name for name in holders if name > self._dealer), holders[0])
-        self._wanting |= dict.fromkeys(waiting, self._dealer)
-        return [self._send(self._dealer, m.DealKey(tuple(self._said[name] for name in waiting), make=False), 0, 0)]
+        for dealer in sorted(self._joined, key=lambda name: (name <= self._dealer, name)):
+            unserved = [name for name in waiting if (dealer, self._said[name]) not in self._dealt]
+            if unserved:
+                self._dealer = dealer
+                self._wanting |= dict.fromkeys(unserved, dealer)
+                joins = tuple(self._said[name] for name in unserved)
+                return [self._send(dealer, m.DealKey(joins, make=False), 0, 0)]
+        return []  # All have sealed something to them that was no key to them; the next who joins is asked.
 
     def _forget_dealer(self, dealer: str) -> None:
         self._wanting = {name: "" if asked == dealer else asked for name, asked in self._wanting.items()}
@@ -403,6 +409,9 @@ class AggregatorMachine:
     def _on_sealed_key(self, peer: str, body: m.SealedKey, data: bytes) -> list[Output]:
         if peer not in self._joined or self._wanting.get(body.recipient) != peer or body.key_id != self._study_key:
             return []
+        if (peer, self._said[body.recipient]) in self._dealt:
+            return []
+        self._dealt.add((peer, self._said[body.recipient]))
         return [self._send(body.recipient, m.DealtKey(data), 0, 0)]
 
     # --- rounds that a node has missed
@@ -486,6 +495,7 @@ class AggregatorMachine:
         self._round += 1
         self._ready.clear()
         self._joins.clear()
+        self._dealt.clear()
         self._received_bytes = self._sent_bytes = 0
         self._round_started = now
         self.stage, self._deadline = Stage.TRAIN, now + self._agreement.deadlines.train_seconds
@@ -674,7 +684,7 @@ class AggregatorMachine:
         closed = t.StudyClosed(rounds_completed=len(self._records), reason=reason)
         return [
             Record(self._transcript.append(closed)),
-            *(self._send(name, m.StudyEnded(reason)) for name in sorted(self._joined)),
+            *(self._send(name, m.StudyEnded(reason)) for name in sorted(self._joined | self._wanting.keys())),
             Progress("ended", {"reason": reason, "rounds_completed": len(self._records), "away": away}),
         ]
 

@@ -30,11 +30,11 @@ from protocols import messages as m
 from protocols import sealing, tags
 from protocols import transcript as t
 from protocols.attempt_node import AttemptNode, Parties, State
-from protocols.ciphertexts import FrameBroken
+from protocols.ciphertexts import FrameBroken, unpack_words
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector
-from protocols.packing import choose
+from protocols.packing import Packing, choose
 from protocols.prg import TAG_PRIME
-from protocols.rings import Ciphers, Total, make_ring, octets
+from protocols.rings import Ciphers, Ring, Total, make_ring, octets
 from protocols.sealing import AttemptId
 from protocols.shamir import Coins
 from protocols.study_key import Box, StudyKey
@@ -157,9 +157,9 @@ class NodeMachine:
         self._encrypted = parties.agreement.secure_sum.encrypted
         self._box = Box(coins, parties.agreement_digest) if self._encrypted else None
         self._study_key: StudyKey | None = None
-        self._ring = make_ring(parties.agreement)
+        self._made_ring: Ring | None = None
         if kept := journal.study_key():
-            self._adopt(StudyKey(kept))
+            self._study_key = StudyKey(kept)
         self._sum: Total | None = None
         self._sum_round, self._sum_chunks = 0, 0
         self._asked_again, self._reconnected = 0, False
@@ -248,9 +248,28 @@ class NodeMachine:
 
     # --- the study key
 
+    @property
+    def _packing(self) -> Packing:
+        agreement = self._parties.agreement
+        return choose(agreement.secure_sum.value_bits, len(agreement.members))
+
+    @property
+    def _ring(self) -> Ring:
+        """Made when it is first used, with processes for ciphers; from then on the study key stays."""
+        if self._made_ring is None:
+            key = b"" if self._study_key is None else self._study_key.secret
+            self._made_ring = make_ring(self._parties.agreement, self._ciphers, key)
+        return self._made_ring
+
+    @property
+    def _key_in_use(self) -> bool:
+        """Whether a round was begun under the study key, in this life or in one before."""
+        begun = self._completed or self._round or self._journal.last() > (0, 0)
+        return self._study_key is not None and (bool(begun) or self._made_ring is not None)
+
     def _adopt(self, key: StudyKey) -> None:
-        self._study_key = key
-        self._ring = make_ring(self._parties.agreement, self._ciphers, key.secret)
+        self._journal.keep_study_key(key.secret)
+        self._study_key, self._made_ring = key, None
 
     def _on_deal(self, body: m.DealKey) -> list[Output]:
         """Seal the key to the members who ask for it; make it first, if we are to and have none."""
@@ -274,10 +293,7 @@ class NodeMachine:
         self._check(not self._completed, "asked for a new study key in the midst of a study")
         if self._ciphers is None:
             raise LocalProtocolError("there are no ciphers to make a study key for")
-        agreement = self._parties.agreement
-        packing = choose(agreement.secure_sum.value_bits, len(agreement.members))
-        key = StudyKey(self._ciphers.generate_key(packing.parameters))
-        self._journal.keep_study_key(key.secret)
+        key = StudyKey(self._ciphers.generate_key(self._packing.parameters))
         self._adopt(key)
         return key
 
@@ -290,15 +306,16 @@ class NodeMachine:
             raise LocalProtocolError("unreachable")
         me = self._identity.node_id
         self._check(sealed.recipient == me, f"brought a study key that {dealer} sealed to {sealed.recipient}")
-        if self._study_key is not None and (self._completed or self._round):
+        if self._study_key is not None and sealed.key_id == self._study_key.id:
+            return [self._join()]
+        if self._key_in_use:
             return []
         try:
             key = self._box.open(sealed.sealed, dealer, me, sealed.key_id)
-        except sealing.SealBroken:
-            return [
-                self._join()
-            ]  # Sealed to our life before a restart, or not at all: we ask again, and another one deals.
-        self._journal.keep_study_key(key.secret)
+            unpack_words(key.secret, self._packing.parameters, 1)
+        except (sealing.SealBroken, FrameBroken):
+            # Sealed to our life before a restart, or no key: we ask again, and another one deals.
+            return [self._join()]
         self._adopt(key)
         return [self._join()]
 
@@ -362,8 +379,8 @@ class NodeMachine:
         return [Send(data) for data in self._attempt.open()]
 
     def _on_attempt_body(self, number: int, attempt: int, body: m.AnyBody) -> list[Output]:
-        if (number, attempt) <= self._abandoned:
-            return []  # We left it when our connection or our process was lost; its messages may still come.
+        if not self._round or (number, attempt) <= self._abandoned:
+            return []  # Meant for our life before a restart, or we left it with a lost connection; its messages may still come.
         if self._attempt is None and self._reconnected:
             return []  # It was opened to our old connection.
         self._check(
@@ -422,6 +439,7 @@ class NodeMachine:
         )
         values = self._ring.open(total, self._size)
         if not self._check_tags(record, body, values):
+            self._asked_again = 0  # Whole, and the next one: members owe receipts, the aggregator nothing.
             return []  # Not yet. We ask again when the next round is opened.
         decoded = self._fixed_point.decode(values, len(record.survivors))
         caught_up = number == self._round
@@ -454,14 +472,14 @@ class NodeMachine:
         if not isinstance(record, t.RoundRecord):
             raise RemoteProtocolError(m.AGGREGATOR, "sent another kind of record as a round's result")
         self._check(record.round == number, "sent the record of another round")
-        held = "" if self._study_key is None else self._study_key.id.hex()
-        self._check(record.study_key == held, "sent a record of a sum under another study key than ours")
         kept = self._journal.receipt(number)
         if kept != line:
             self._journal.keep_receipt(number, line)
         self._check(
             kept in (b"", line), f"signed two different records of round {number}; both are in our receipts, as proof"
         )
+        held = "" if self._study_key is None else self._study_key.id.hex()
+        self._check(record.study_key == held, "sent a record of a sum under another study key than ours")
         try:
             t.verify_round(record, self._parties.agreement, self._parties.agreement_digest, self._parties.public_keys)
         except VerificationFailed as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import msgspec
@@ -22,6 +23,7 @@ from protocols.agreement import Deadlines
 from protocols.attempt_aggregator import Phase
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import Stage
+from tests.adversary.attackers import MaliciousNode
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, make_network, names
 from tests.protocols.test_attempt import check_sum
@@ -647,6 +649,29 @@ def test_a_withheld_receipt_keeps_a_latecomer_waiting_and_no_more() -> None:
     assert check_sum(network, silent, 1) == ("hospital-00", "hospital-02", "hospital-03")
     if network.sums[late]:
         assert check_sum(network, late, 1) == ("hospital-00", "hospital-02", "hospital-03")
+
+
+@pytest.mark.parametrize("protocol", ["masked", "layered"], indirect=True)
+def test_withheld_receipts_are_never_held_against_the_aggregator(protocol: str) -> None:
+    """A node that lacks the first sum waits for receipts of it through more rounds than there are repeats before blame."""
+    rounds, late = node.MAX_REPEATS + 6, "hospital-05"
+    network = make_network(6, size=50, threshold=5, minimum_cohort=5, rounds=rounds)
+    for liar in names(2):
+        MaliciousNode(network, liar).on("Receipt")(lambda *_: [])
+    inner, lost = network.tap, False
+
+    def tap(sender: str, recipient: str, data: bytes) -> Sequence[bytes]:
+        nonlocal lost
+        if sender == late and body_type(data) == "RoundKeys" and not lost:
+            lost = True
+            return []
+        return inner(sender, recipient, data)
+
+    network.tap = tap
+    network.run()
+    assert lost
+    assert not network.faults
+    assert len(network.sums[names(3)[2]]) == rounds
 
 
 def test_a_stop_while_receipts_come_in_keeps_those_that_are_there() -> None:

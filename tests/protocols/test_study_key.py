@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import types
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import study_node as node
 from protocols.attempt_aggregator import Phase
-from protocols.bfv import InProcess, generate_key
-from protocols.packing import choose
+from protocols.bfv import Cipher, InProcess, generate_key
+from protocols.packing import BfvParameters, choose
 from protocols.rings import make_ring
 from protocols.sealing import AttemptId, SealBroken
 from protocols.study_key import Box, StudyKey
-from tests.adversary.attackers import MaliciousNode, inject
+from tests.adversary.attackers import MaliciousNode, inject, resign
 from tests.adversary.knowledge import peek
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, head, make_network, names
@@ -304,6 +305,165 @@ def test_a_dealer_that_seals_rubbish_is_passed_over(protocol: str) -> None:
     liar.on("SealedKey")(rubbish)
     network.run()
     everyone_is_served(network, rounds=2)
+
+
+@encrypted
+@pytest.mark.parametrize("liar_name", [LIAR, "hospital-03"], ids=["who was asked to make it", "who claims one first"])
+def test_a_liar_that_seals_rubbish_to_everybody_does_not_stop_the_study(protocol: str, liar_name: str) -> None:
+    """The honest are heard however often they say that it was no key: nobody answers the same Join twice."""
+    network = make_network(5, size=100, threshold=4, minimum_cohort=4)
+    liar = MaliciousNode(network, liar_name)
+    liar.on("SealedKey")(
+        lambda message, _: [liar.sign(message, m.SealedKey(message.body.recipient, message.body.key_id, bytes(2000)))]
+    )
+    if liar_name != LIAR:
+        network.journals[liar_name].secret = generate_key(choose(24, 5).parameters)
+        network.nodes[liar_name] = network.new_node(liar_name)
+    network.run(order=lambda all_names: [liar_name, *(name for name in all_names if name != liar_name)])
+    everyone_is_served(network, [name for name in names(5) if name != liar_name])
+
+
+@encrypted
+@pytest.mark.parametrize("secret", [b"not a key", b"", b"\xff" * 28672], ids=["short", "empty", "words above q"])
+def test_bytes_that_are_no_key_are_taken_by_nobody(protocol: str, secret: bytes) -> None:
+    network = make_network(5, size=100, threshold=4, minimum_cohort=4)
+    liar, bad = MaliciousNode(network, LIAR), StudyKey(secret)
+
+    def deal(message: m.Message, _: bytes) -> list[bytes]:
+        recipient = message.body.recipient
+        box = network.nodes[recipient]._box
+        assert box is not None
+        sealed = bad.seal(box.public, network.digest, LIAR, recipient)
+        return [liar.sign(message, m.SealedKey(recipient, bad.id, sealed))]
+
+    liar.on("Join")(
+        lambda message, data: (
+            [data] if message.body.study_key == m.NO_KEY else [liar.sign(message, m.Join(1, bad.id, message.body.box))]
+        )
+    )
+    liar.on("SealedKey")(deal)
+    network.run()
+    everyone_is_served(network, names(5)[1:])
+    assert secret not in {journal.secret for name, journal in network.journals.items() if name != LIAR}
+
+
+@encrypted
+def test_a_member_that_claims_another_key_after_a_crash_of_the_aggregator_stops_nobody(protocol: str) -> None:
+    """It joins again first, in round 1; all honest hospitals hold one key, and an honest maker deals that one again."""
+    network = make_network(5, size=100, threshold=4, minimum_cohort=4, rounds=2)
+    network.start()
+    while network.aggregator._round < 1 or not all(machine._round for machine in network.nodes.values()):
+        network._deliver(*network._queue.popleft())
+    before = keys(network)
+    liar = MaliciousNode(network, LIAR)
+    liar.on("Join")(lambda message, _: [liar.sign(message, m.Join(1, b"?" * 32, message.body.box))])
+    liar.on("SealedKey")(lambda *_: [])
+    network.restart_aggregator()
+    network.finish()
+    everyone_is_served(network, names(5)[1:], rounds=2)
+    assert keys(network) == before
+
+
+@encrypted
+def test_a_key_under_which_we_have_voted_stays_after_a_restart(protocol: str) -> None:
+    network, name = study(), "hospital-01"
+    network.start()
+    while not network.journals[name].voted(1):
+        network._deliver(*network._queue.popleft()) if network._queue else network.pass_time()
+    before = network.journals[name].secret
+    restarted = network.new_node(name)
+    other, box = StudyKey(generate_key(choose(24, 4).parameters)), restarted._box
+    assert box is not None
+    sealed = m.SealedKey(name, other.id, other.seal(box.public, network.digest, LIAR, name))
+    network.nodes[name] = restarted
+    assert handed(network, name, m.DealtKey(said(network, LIAR, sealed))) == []
+    assert network.journals[name].secret == before
+
+
+class Counting(InProcess):
+    """Counts the ciphers that were made: each is a process for each core, with its memory."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def cipher(self, parameters: BfvParameters, key: bytes) -> Cipher:
+        self.made += 1
+        return super().cipher(parameters, key)
+
+
+@encrypted
+def test_keys_that_are_dealt_again_and_again_take_no_processes(protocol: str) -> None:
+    """The same key, and many keys of a colluding member, with chunks of sums in between."""
+    network, name, ciphers = study(), "hospital-01", Counting()
+    network.nodes[name] = machine = network.new_node(name, ciphers)
+    box, first = machine._box, None
+    assert box is not None
+    for number in range(30):
+        key = StudyKey(generate_key(choose(24, 4).parameters))
+        first = first or key
+        sealed = m.SealedKey(name, key.id, key.seal(box.public, network.digest, LIAR, name))
+        handed(network, name, m.DealtKey(said(network, LIAR, sealed)))
+        if number > 20:
+            chunk = m.encode(
+                network.consortium.identities[AGGREGATOR],
+                AttemptId(network.digest, 1, 0),
+                m.SumChunk(0, m.chunk_digest(b"")),
+                b"",
+            )
+            with contextlib.suppress(RemoteProtocolError):
+                machine.receive(chunk)
+    assert ciphers.made <= 1
+
+
+def test_messages_of_an_attempt_before_a_restart_are_nobodys_fault() -> None:
+    """In `homomorphic` an attempt is opened and credit given at once: both may reach the node's next life."""
+    network, name = study(protocol="homomorphic"), "hospital-01"
+    network.start()
+    while not any(body_type(data) == "AttemptOpen" and recipient == name for _, recipient, data in network._queue):
+        network._deliver(*network._queue.popleft())
+    waiting = [data for _, recipient, data in network._queue if recipient == name]
+    assert [body_type(data) for data in waiting] == ["AttemptOpen", "Credit"]
+    restarted = network.new_node(name)
+    restarted.start()
+    assert [restarted.receive(data) for data in waiting] == [[], []]
+
+
+@encrypted
+def test_who_asks_for_rounds_that_are_not_agreed_keeps_no_dealer_busy(protocol: str) -> None:
+    network, liar_name = make_network(5, size=100, threshold=4, minimum_cohort=4, rounds=2), "hospital-04"
+    network.start()
+    while network.aggregator._round < 1:
+        network._deliver(*network._queue.popleft())
+    box, asked = network.nodes[liar_name]._box, 0
+    assert box is not None
+    for number in range(1, 3000):
+        join = said(network, liar_name, m.Join(number, m.NO_KEY, box.public))
+        outputs = network.aggregator.receive(liar_name, join, network.now)
+        asked += sum(isinstance(out, agg.SendTo) and body_type(out.data) == "DealKey" for out in outputs)
+    assert asked < 4 * agg.MAX_REPEATED_JOINS
+    assert liar_name in network.aggregator._out
+
+
+@encrypted
+def test_a_second_record_under_another_key_is_kept_as_proof(protocol: str) -> None:
+    network, name = study(rounds=2), "hospital-01"
+    network.start()
+    while not network.sums[name]:
+        network._deliver(*network._queue.popleft())
+    identity = network.consortium.identities[AGGREGATOR]
+    second = resign(identity, network.sums[name][0].line, study_key="0" * 64)
+    with pytest.raises(RemoteProtocolError, match="two different records"):
+        network.nodes[name].receive(m.encode(identity, AttemptId(network.digest, 1, 0), m.RoundResult(second)))
+    assert second in {line for _, line in network.journals[name].receipts}
+
+
+@layered
+def test_those_who_wait_for_the_key_are_told_the_end(protocol: str) -> None:
+    network = study()
+    for name in names(4):
+        MaliciousNode(network, name).on("SealedKey")(lambda *_: [])
+    network.run()
+    assert network.ended.keys() == set(names(4))
 
 
 @encrypted
