@@ -14,7 +14,10 @@ from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement, Protocol
 
 
 class LocalPolicy(Struct, frozen=True, forbid_unknown_fields=True):
-    """What this hospital accepts. The defaults are cautious; a study that needs more must be allowed to by hand."""
+    """What this hospital accepts. The defaults are cautious; a study that needs more must be allowed to by hand.
+
+    `max_epsilon` is the most that one study, and that all studies on the same records together, may spend.
+    """
 
     max_epsilon: Annotated[float, Meta(gt=0.0)] = 10.0
     max_delta: Annotated[float, Meta(gt=0.0, lt=1.0)] = 1e-3
