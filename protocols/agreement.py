@@ -107,19 +107,24 @@ class SecureSum(Struct, frozen=True, forbid_unknown_fields=True):
         return self.protocol != "homomorphic"
 
 
+PrivacyUnit = Literal["record", "patient"]
+
+
 class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     """The DP-SGD parameters that every node uses, and the budget that no node may pass.
 
-    The neighbouring relation is add or remove one `unit`; sampling is Poisson with rate `sample_rate`.
+    The neighbouring relation is add or remove one `unit`; sampling is Poisson over units with rate `sample_rate`. With `patient` the
+    gradients of a patient's records are summed before they are clipped; of each the first `records_per_patient` are used.
     A noise multiplier of 0 means no differential privacy (for baselines); epsilon is then infinite.
     """
 
-    unit: Literal["record"]
+    unit: PrivacyUnit
     sample_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
     noise_multiplier: NonNegative
     max_grad_norm: Positive
     delta: Annotated[float, Meta(gt=0.0, lt=0.1)]
     epsilon_budget: Positive
+    records_per_patient: Annotated[int, Meta(ge=0, le=10_000)] = 0
 
 
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
@@ -328,6 +333,10 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
         (
             "coordinate_rank must be below the number of anchors",
             agreement.training.coordinate_rank < agreement.anchors.count,
+        ),
+        (
+            "records_per_patient must be 1 or more if the privacy unit is a patient, and 0 if it is a record",
+            (agreement.privacy.unit == "patient") == (agreement.privacy.records_per_patient > 0),
         ),
         ("all numbers must be finite", all(_finite(section) for section in msgspec.structs.astuple(agreement))),
     ]

@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from keys.errors import VerificationFailed
 from keys.identity import Identity
 from keys.labels import Label
-from protocols.agreement import Agreement, Name
+from protocols.agreement import Agreement, Name, PrivacyUnit
 from protocols.chain import GENESIS, ChainWriter, Entry, Hex32, read_chain
 
 NEIGHBOURING_RELATION: Literal["add-or-remove-one"] = "add-or-remove-one"
@@ -41,7 +41,7 @@ class LedgerOpened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     node_id: Name
     agreement_digest: Hex32
     dataset_fingerprint: Hex32
-    privacy_unit: Literal["record"]
+    privacy_unit: PrivacyUnit
     neighbouring_relation: Literal["add-or-remove-one"]
     delta: NonNegative
     epsilon_budget: NonNegative
@@ -58,7 +58,7 @@ class DpSgdEvent(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     noise_multiplier: NonNegative
     max_grad_norm: NonNegative
     steps: Number
-    privacy_unit: Literal["record"]
+    privacy_unit: PrivacyUnit
     dataset_fingerprint: Hex32
     rng_kind: Annotated[str, Meta(max_length=100)]
     transcript_link: Hex32
@@ -128,8 +128,9 @@ def verify_ledger(
     opened, closed = ledger[0], ledger[-1]
     if opened.node_id != node_id or opened.agreement_digest != agreement_digest.hex():
         raise VerificationFailed("the ledger belongs to another node or study")
-    if (opened.delta, opened.epsilon_budget) != (agreement.privacy.delta, agreement.privacy.epsilon_budget):
-        raise VerificationFailed("the ledger was opened with another delta or budget than agreed")
+    agreed = (agreement.privacy.delta, agreement.privacy.epsilon_budget, agreement.privacy.unit)
+    if (opened.delta, opened.epsilon_budget, opened.privacy_unit) != agreed:
+        raise VerificationFailed("the ledger was opened with another delta, budget or privacy unit than agreed")
     if not isinstance(closed, LedgerClosed):
         raise VerificationFailed("the ledger has no closing line: it was cut off, or the study still runs")
     events: list[DpSgdEvent] = []

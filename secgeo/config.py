@@ -30,21 +30,22 @@ class StudyFiles(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TableData(Struct, frozen=True, forbid_unknown_fields=True, tag="table", tag_field="kind"):
-    """A CSV or Parquet table: one patient per row, a label column with class numbers, numeric feature columns."""
+    """A CSV or Parquet table: one record per row, a label column with class numbers, numeric feature columns, and whose a record is."""
 
     path: str
     label_column: str
     feature_columns: tuple[str, ...] = ()
+    patient_column: str | None = None
 
 
 class ArrayData(Struct, frozen=True, forbid_unknown_fields=True, tag="arrays", tag_field="kind"):
-    """An NPZ file with `features` [n, ...] and `labels` [n]."""
+    """An NPZ file with `features` [n, ...], `labels` [n] and maybe `patients` [n]."""
 
     path: str
 
 
 class EntryPointData(Struct, frozen=True, forbid_unknown_fields=True, tag="entry-point", tag_field="kind"):
-    """A Python function `module:function` that returns (features [n, ...], labels [n]); the module may lie in `folder`."""
+    """A Python function `module:function` that returns (features, labels) or (features, labels, patients); it may lie in `folder`."""
 
     function: str
     folder: str = "."

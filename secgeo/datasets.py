@@ -45,7 +45,9 @@ def anchor_digest(view: NDArray[np.float32]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class LabelledRecords:
-    """A node's private records: features [n, *shape] float32 and labels [n] int64. The repr shows no data.
+    """A node's private records: features [n, *shape] float32, labels [n] int64, and whose they are: patients [n], text or None.
+
+    The repr shows no data.
 
     Raises:
         ConfigError: no records, types or lengths that do not fit, values that are not finite, or negative labels.
@@ -53,6 +55,7 @@ class LabelledRecords:
 
     features: Features
     labels: Labels
+    patients: NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
         if self.features.dtype != np.float32 or self.labels.dtype != np.int64 or self.labels.ndim != 1:
@@ -65,6 +68,8 @@ class LabelledRecords:
             raise ConfigError("the features hold NaN or infinity; impute or drop those records first")
         if int(self.labels.min()) < 0:
             raise ConfigError("labels are class numbers from 0; a label is negative")
+        if self.patients is not None and (self.patients.dtype.kind != "U" or self.patients.shape != self.labels.shape):
+            raise ConfigError("patients are one name or number for each record")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,10 +80,35 @@ class LabelledRecords:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) that names this dataset in the budget ledger. It confirms guesses: keep it inside."""
-        return _array_digest(Label.DATASET, self.features, self.labels)
+        patients = () if self.patients is None else (self.patients,)
+        return _array_digest(Label.DATASET, self.features, self.labels, *patients)
+
+    @property
+    def identities(self) -> set[bytes]:
+        """What is recognised in another dataset: the features of each record, and each patient. It holds data: keep it inside."""
+        rows = np.ascontiguousarray(self.features, dtype="<f4").reshape(len(self), -1)
+        known = {b"record" + row.tobytes() for row in rows}
+        return known | {b"patient" + str(name).encode() for name in set(() if self.patients is None else self.patients)}
+
+    def by_patient(self, most: int) -> list[NDArray[np.int64]]:
+        """For each patient which records are used: the first `most` of them.
+
+        Raises:
+            ConfigError: it is not known whose the records are.
+        """
+        if self.patients is None:
+            raise ConfigError(
+                "the agreement protects patients, but the data do not say whose each record is: name the patient column "
+                "(`patient_column` of a table, `patients` of an NPZ file, a third value of an entry point)"
+            )
+        order = np.argsort(self.patients, kind="stable")
+        starts = np.flatnonzero(self.patients[order][1:] != self.patients[order][:-1]) + 1
+        return [own[:most] for own in np.split(order, starts)]
 
 
-def _checked(features: Any, labels: Any, shape: Sequence[int], classes: int, source: str) -> LabelledRecords:
+def _checked(
+    features: Any, labels: Any, shape: Sequence[int], classes: int, source: str, patients: Any = None
+) -> LabelledRecords:
     values, numbers = _real(features, np.float32, source), _real(labels, np.float64, source)
     if values.shape[1:] != tuple(shape):
         flat = int(np.prod(shape))
@@ -88,9 +118,21 @@ def _checked(features: Any, labels: Any, shape: Sequence[int], classes: int, sou
     if numbers.ndim != 1 or not np.isin(numbers, np.arange(classes)).all():
         raise ConfigError(f"{source}: labels must be whole class numbers from 0 to {classes - 1}, one per record")
     try:
-        return LabelledRecords(np.ascontiguousarray(values), numbers.astype(np.int64))
+        return LabelledRecords(np.ascontiguousarray(values), numbers.astype(np.int64), _names(patients, source))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def _names(patients: Any, source: str) -> NDArray[np.str_] | None:
+    """Patients as text: names stay, whole numbers are written out."""
+    if patients is None:
+        return None
+    found = np.asarray(patients)
+    if found.dtype.kind == "O" and all(isinstance(name, str | int) for name in found.flat):
+        found = found.astype(np.str_)
+    if found.dtype.kind not in "iuU":
+        raise ConfigError(f"{source}: patients are text or whole numbers")
+    return found.astype(np.str_)
 
 
 def _real(array: Any, kind: type[np.floating[Any]], source: str) -> NDArray[Any]:
@@ -106,9 +148,15 @@ def _real(array: Any, kind: type[np.floating[Any]], source: str) -> NDArray[Any]
 
 
 def load_table(
-    path: Path, *, label_column: str, shape: Sequence[int], classes: int, feature_columns: Sequence[str] | None = None
+    path: Path,
+    *,
+    label_column: str,
+    shape: Sequence[int],
+    classes: int,
+    feature_columns: Sequence[str] | None = None,
+    patient_column: str | None = None,
 ) -> LabelledRecords:
-    """Records from a .csv (with a header) or .parquet file. By default every column but the label is a feature.
+    """Records from a .csv (with a header) or .parquet file. By default every column but the label and the patient is a feature.
 
     Raises:
         ConfigError: the file cannot be read, a column is missing, a cell is empty or not a number, a label is wrong.
@@ -126,14 +174,18 @@ def load_table(
         raise ConfigError(
             f"{path.name} cannot be read as {path.suffix}; check that the file exists, is complete, and is in UTF-8"
         ) from None
-    columns = list(feature_columns) if feature_columns else [name for name in found if name != label_column]
-    missing = [name for name in [label_column, *columns] if found.count(name) != 1]
+    others = [label_column] if patient_column is None else [label_column, patient_column]
+    columns = list(feature_columns) if feature_columns else [name for name in found if name not in others]
+    missing = [name for name in [*others, *columns] if found.count(name) != 1]
     if missing or not columns:
         raise ConfigError(f"{path.name}: needs exactly one column each of: {', '.join(missing) or 'features'}")
-    if any(table.column(name).null_count for name in [label_column, *columns]):
+    if any(table.column(name).null_count for name in [*others, *columns]):
         raise ConfigError(f"{path.name}: a cell is empty; impute or drop those records first")
     features = [_real(table.column(name).to_numpy(), np.float32, f"{path.name}: {name}") for name in columns]
-    return _checked(np.stack(features, axis=1), table.column(label_column).to_numpy(), shape, classes, path.name)
+    patients = None if patient_column is None else table.column(patient_column).to_numpy()
+    return _checked(
+        np.stack(features, axis=1), table.column(label_column).to_numpy(), shape, classes, path.name, patients
+    )
 
 
 def _read_numpy(path: Path, *names: str) -> NDArray[Any] | dict[str, NDArray[Any]]:
@@ -151,19 +203,21 @@ def _read_numpy(path: Path, *names: str) -> NDArray[Any] | dict[str, NDArray[Any
 
 
 def load_arrays(path: Path, *, shape: Sequence[int], classes: int) -> LabelledRecords:
-    """Records from an .npz file with the arrays `features` [n, *shape] and `labels` [n]. Pickled objects are refused.
+    """Records from an .npz file with the arrays `features` [n, *shape], `labels` [n] and, if it has it, `patients` [n].
+
+    Pickled objects are refused.
 
     Raises:
         ConfigError: the file cannot be read, or its arrays do not fit.
     """
-    arrays = _read_numpy(path, "features", "labels")
+    arrays = _read_numpy(path, "features", "labels", "patients")
     if not isinstance(arrays, dict) or not {"features", "labels"} <= arrays.keys():
         raise ConfigError(f"{path.name}: expected an .npz file with plain numeric arrays named features and labels")
-    return _checked(arrays["features"], arrays["labels"], shape, classes, path.name)
+    return _checked(arrays["features"], arrays["labels"], shape, classes, path.name, arrays.get("patients"))
 
 
 def load_entry_point(entry_point: str, *, shape: Sequence[int], classes: int) -> LabelledRecords:
-    """Records from a Python function `module:function` that takes nothing and returns (features, labels).
+    """Records from a Python function `module:function` that takes nothing and returns (features, labels) or (features, labels, patients).
 
     Runs code of the hospital's own choice: the name comes from its local configuration, never from the agreement.
 
@@ -176,9 +230,10 @@ def load_entry_point(entry_point: str, *, shape: Sequence[int], classes: int) ->
     except (ImportError, AttributeError, ValueError):
         raise ConfigError(f"{entry_point!r} is not an importable module:function") from None
     result = function()
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ConfigError(f"{entry_point} must return (features, labels)")
-    return _checked(*result, shape, classes, entry_point)
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        raise ConfigError(f"{entry_point} must return (features, labels) or (features, labels, patients)")
+    features, labels, patients = (*result, None)[:3]
+    return _checked(features, labels, shape, classes, entry_point, patients)
 
 
 def load_anchors(path: Path, modality: Modality, count: int) -> Features:

@@ -64,7 +64,12 @@ def load_records(data: AnyData, base: Path, modality: Modality, classes: int) ->
         case TableData():
             columns = data.feature_columns or None
             return datasets.load_table(
-                base / data.path, label_column=data.label_column, feature_columns=columns, shape=shape, classes=classes
+                base / data.path,
+                label_column=data.label_column,
+                feature_columns=columns,
+                patient_column=data.patient_column,
+                shape=shape,
+                classes=classes,
             )
         case ArrayData():
             return datasets.load_arrays(base / data.path, shape=shape, classes=classes)
@@ -104,7 +109,7 @@ class NodeProcess:
         self._folder = folder
         # Keyed by the site's identity: a bare hash of the data would confirm guesses at them to whoever reads the ledger.
         keyed = hashlib.sha256(identity.sign(Label.DATASET, bytes.fromhex(records.fingerprint))).hexdigest()
-        self._site = SiteBudget(folder.parent / SITE_BUDGET, keyed, records.features)
+        self._site = SiteBudget(folder.parent / SITE_BUDGET, keyed, records.identities)
         digest, most = self._study.agreement_digest, config.policy.max_epsilon
         self._budget = Budget(
             agreement, digest, identity, self._site, folder / LEDGER, keyed, most, training.epsilon_of
@@ -129,6 +134,8 @@ class NodeProcess:
         )
         self._round_started = 0.0
         fields = {"node": identity.node_id, "modality": modality.name, "records": len(records)}
+        if records.patients is not None:
+            fields["patients"] = len(set(records.patients))
         self._report("checked", fields | {"epsilon_spent_before": _finite(self._budget.epsilon_of_all()[0])})
 
     def _restore(self) -> int:

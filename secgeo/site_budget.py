@@ -1,8 +1,9 @@
 """What all studies together have spent on this site's records: SQLite with a write-ahead log, synchronous=FULL, in the state folder.
 
-Spending belongs to records, not to the name of a dataset: a study inherits what was spent on every dataset that shares even one
-record with its own, so that neither a new study nor an added record nor a new identity begins anew. A record is known by a keyed hash
-of its features; the same patient in other columns or other units is not recognised (docs/privacy.md). No clock is asked.
+Spending belongs to records and patients, not to the name of a dataset: a study inherits what was spent on every dataset that shares
+even one of them with its own, so that neither a new study nor an added record nor a new identity begins anew. A record is known by
+a keyed hash of its features, a patient by one of the name that the data give; who is in another file under another name is not
+recognised (docs/privacy.md). No clock is asked.
 
 An event is on disk before its noise is drawn. Two studies at a time are booked one after the other.
 """
@@ -12,13 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from secgeo.journal import open_database
 
@@ -57,21 +54,20 @@ class SiteBudget:
     Args:
         path: the database; made if it is missing.
         dataset: the dataset's name: its fingerprint.
-        features: its records [n, ...].
+        identities: of its records and patients, as `secgeo.datasets.LabelledRecords` gives them.
 
     Raises:
         ConfigError: the database cannot be opened.
     """
 
-    def __init__(self, path: Path, dataset: str, features: NDArray[Any]) -> None:
+    def __init__(self, path: Path, dataset: str, identities: Iterable[bytes]) -> None:
         self._database, self._dataset = open_database(path, _TABLES), dataset
-        rows = np.ascontiguousarray(features, dtype="<f4").reshape(len(features), -1)
         with self._transaction():
             self._database.execute("INSERT OR IGNORE INTO site VALUES (1, ?)", (os.urandom(KEY_BYTES),))
             (key,) = self._database.execute("SELECT key FROM site").fetchone()
-            digests = {hashlib.blake2b(row.tobytes(), digest_size=DIGEST_BYTES, key=key).digest() for row in rows}
+            hashed = (hashlib.blake2b(identity, digest_size=DIGEST_BYTES, key=key).digest() for identity in identities)
             self._database.executemany(
-                "INSERT OR IGNORE INTO records VALUES (?, ?)", [(dataset, digest) for digest in digests]
+                "INSERT OR IGNORE INTO records VALUES (?, ?)", ((dataset, digest) for digest in hashed)
             )
 
     def spent(self) -> tuple[Spent, ...]:

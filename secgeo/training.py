@@ -12,7 +12,9 @@ Rounds: the first round has no consensus, so it spends no privacy: the node send
 Every later round starts with an anchor warm-up (tokeniser and magnitudes only, public data, no cost) and then takes
 `steps_per_round` DP steps. The shared coordinates of a record are the first `coordinate_rank` entries of its embedding.
 
-The neighbouring relation is add or remove one record. The number of private records is used for sampling only.
+The neighbouring relation is add or remove one unit: a record, or a patient with all his records. Then patients are sampled, and the
+gradients of a patient's records (the first `records_per_patient`) are summed before they are clipped; b counts patients. The number
+of private units is used for sampling only.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ from secgeo.update import Layout, SharedState, gram_weight, pack, precision_weig
 EVALUATION_BATCH = 1024
 
 PHYSICAL_BATCH = 256
-"""Records per backward pass. Larger Poisson samples are clipped and summed piece by piece; the step stays one step."""
+"""Records per backward pass, and more only if one patient has more. Larger Poisson samples are clipped and summed piece by piece;
+the step stays one step."""
 
 # Expected: the tokeniser's input is data and needs no gradient, and Opacus hooks every trainable layer.
 warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
@@ -124,6 +127,26 @@ class RoundUpdate:
         return pack(layout, self.delta_b, self.weights, self.gram, self.gram_weight)
 
 
+def _units(agreement: Agreement, records: LabelledRecords) -> list[NDArray[np.int64]]:
+    """Which records each privacy unit has."""
+    if agreement.privacy.unit == "patient":
+        return records.by_patient(agreement.privacy.records_per_patient)
+    return list(np.arange(len(records)).reshape(-1, 1))
+
+
+def _pieces(units: Sequence[NDArray[np.int64]]) -> list[list[NDArray[np.int64]]]:
+    """Units, none of them split, in groups of at most `PHYSICAL_BATCH` records; a larger unit is a group of its own."""
+    pieces: list[list[NDArray[np.int64]]] = []
+    size = PHYSICAL_BATCH
+    for unit in units:
+        if size + len(unit) > PHYSICAL_BATCH or not pieces:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(unit)
+        size += len(unit)
+    return pieces
+
+
 class LocalTrainer:
     """Trains one node's model on its private records.
 
@@ -164,6 +187,7 @@ class LocalTrainer:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._features = torch.from_numpy(records.features).to(self._device)
         self._labels = torch.from_numpy(records.labels).to(self._device)
+        self._units = _units(agreement, records)
         self._anchors = torch.from_numpy(anchors).to(self._device)
         self.model = build_model(agreement, modality.name, anchors).to(self._device).train()
         self._hooked = GradSampleModule(self.model, loss_reduction="sum")
@@ -265,21 +289,24 @@ class LocalTrainer:
             self._warm_up_optimizer.step()
 
     def _private_gradient(self, chosen: NDArray[np.bool_]) -> None:
-        """Per-record gradients of the chosen records, into `p.grad_sample`; an empty sample gives empty ones.
+        """Per-unit gradients of the chosen units, into `p.grad_sample`; an empty sample gives empty ones.
 
-        A gradient that is not finite becomes zero, record by record: clipping cannot bound NaN, and one NaN in the sum
-        would tell that its record was sampled.
+        A gradient that is not finite becomes zero, unit by unit: clipping cannot bound NaN, and one NaN in the sum
+        would tell that its unit was sampled.
         """
         parameters = self._optimizer.params
-        pieces = torch.split(torch.from_numpy(np.flatnonzero(chosen)).to(self._device), PHYSICAL_BATCH)
-        for number, index in enumerate(pieces, start=1):
-            if len(index) == 0:
-                for p in parameters:
-                    p.grad_sample = p.new_zeros((0, *p.shape))
-                return
+        pieces = _pieces([self._units[unit] for unit in np.flatnonzero(chosen)])
+        if not pieces:
+            for p in parameters:
+                p.grad_sample = p.new_zeros((0, *p.shape))
+        for number, piece in enumerate(pieces, start=1):
+            index = torch.from_numpy(np.concatenate(piece)).to(self._device)
+            owner = torch.from_numpy(np.repeat(np.arange(len(piece)), [len(own) for own in piece])).to(self._device)
             loss = functional.cross_entropy(self._hooked(self._features[index]), self._labels[index], reduction="sum")
             loss.backward()  # type: ignore[no-untyped-call]
             for p in parameters:
+                if len(owner) > len(piece):
+                    p.grad_sample = p.grad_sample.new_zeros((len(piece), *p.shape)).index_add_(0, owner, p.grad_sample)
                 torch.nan_to_num_(p.grad_sample, nan=0.0, posinf=0.0, neginf=0.0)
             if number < len(pieces):
                 self._optimizer.clip_and_accumulate()
@@ -292,7 +319,7 @@ class LocalTrainer:
         optimizer, parameters = self._optimizer, self._optimizer.params
         optimizer.zero_grad(set_to_none=True)
         public = self._public_gradient(parameters)
-        self._private_gradient(self._noise.poisson_mask(len(self._features), self._agreement.privacy.sample_rate))
+        self._private_gradient(self._noise.poisson_mask(len(self._units), self._agreement.privacy.sample_rate))
         if not optimizer.pre_step():
             raise LocalProtocolError("Opacus skipped a DP step; no step may be skipped here")
         for p, gradient in zip(parameters, public, strict=True):

@@ -108,16 +108,18 @@ def _check(records: LabelledRecords) -> None:
     require(records.features.shape == (len(records), *SHAPE), "every record has the agreed shape")
     require(bool(np.isfinite(records.features).all()), "every value is finite")
     require(set(records.labels.tolist()) <= set(range(CLASSES)), "every label is a class number")
+    require(records.patients is None or records.patients.shape == records.labels.shape, "every record has one patient")
 
 
 @cache
 def _array_seeds() -> list[bytes]:
     good = {"features": _ANCHORS, "labels": np.array([0, 1, 2, 0])}
+    owned = good | {"patients": np.array(["a", "b", "b", "c"])}
     other = {"features": _ANCHORS.astype(np.float16), "labels": np.array([0.0, 1.0, 2.0, 0.0])}
     strange = {"features": np.array([[1 + 2j, 2], [3, 4]]), "labels": np.array(["a", "b"]), "more": np.zeros(0)}
     dates = {"features": np.zeros((2, 2), dtype="M8[s]"), "labels": np.array([True, False])}
     seeds = []
-    for arrays in (good, other, strange, dates):
+    for arrays in (good, owned, other, strange, dates):
         for save in (np.savez, np.savez_compressed):
             buffer = io.BytesIO()
             save(buffer, **arrays)  # type: ignore[arg-type]

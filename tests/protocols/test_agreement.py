@@ -47,6 +47,8 @@ BROKEN = {
     "every member's modality": members(modality="unheard-of"),
     "multiple of heads": changed(model={"heads": 3}),
     "rank must not exceed": changed(model={"rank": 9}),
+    "records_per_patient must be 1 or more": changed(privacy={"unit": "patient"}),
+    "and 0 if it is a record": changed(privacy={"records_per_patient": 2}),
     "coordinate_rank must be below": changed(training={"coordinate_rank": 9}),
 }
 

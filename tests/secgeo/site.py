@@ -61,12 +61,13 @@ class Site:
         write_public(self.base / "study" / "agreement.toml.sig", signature)
 
 
-def make_spec(rounds: int = 2, protocol: str = "masked") -> dict[str, Any]:
+def make_spec(rounds: int = 2, protocol: str = "masked", **privacy: Any) -> dict[str, Any]:
     settings = preset("breast-cancer", 4, rounds)
     sections = {
         name: msgspec.to_builtins(getattr(settings, name)) for name in ("training", "privacy", "precision", "model")
     }
     del sections["model"]["trunk_digest"]
+    sections["privacy"] |= privacy
     return sections | {
         "study": {"id": "test-study", "rounds": rounds, "classes": 2},
         "secure_sum": {
@@ -85,11 +86,13 @@ def make_spec(rounds: int = 2, protocol: str = "masked") -> dict[str, Any]:
     }
 
 
-def make_site(base: Path, rounds: int = 2, protocol: str = "masked") -> Site:
+def make_site(base: Path, rounds: int = 2, protocol: str = "masked", **privacy: Any) -> Site:
     consortium = make_consortium(HOSPITALS, now=datetime.now(UTC))
     generator = np.random.default_rng(7)
     anchors = {name: generator.normal(size=(128, 10)).astype(np.float32) for name in MODALITIES}
-    agreement = complete(make_spec(rounds, protocol), consortium.roster, consortium.authority.fingerprint, anchors)
+    agreement = complete(
+        make_spec(rounds, protocol, **privacy), consortium.roster, consortium.authority.fingerprint, anchors
+    )
     document = write_agreement(agreement)
     study = base / "study"
     (study / "anchors").mkdir(parents=True)
@@ -106,6 +109,9 @@ def make_site(base: Path, rounds: int = 2, protocol: str = "masked") -> Site:
         if name != AGGREGATOR:
             labels = np.arange(40) % 2
             features = generator.normal(size=(40, 10)) + labels[:, None]
-            np.savez(base / name / "records.npz", features=features.astype(np.float32), labels=labels)
+            patients = np.arange(40) // 4
+            np.savez(
+                base / name / "records.npz", features=features.astype(np.float32), labels=labels, patients=patients
+            )
         site.write_config(name)
     return site

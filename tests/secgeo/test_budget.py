@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from keys.identity import Identity
 from protocols import ledger
 from protocols.agreement import Agreement
 from secgeo.budget import Accountant, Budget
+from secgeo.datasets import LabelledRecords
 from secgeo.site_budget import SiteBudget, Spent
 from secgeo.training import epsilon_of
 from tests.keys.factory import make_consortium
@@ -31,6 +33,11 @@ STEPS = 5
 def records(first: int, last: int) -> np.ndarray:
     """Records that are the same whenever their number is."""
     return np.stack([np.full(3, number, np.float32) for number in range(first, last)])
+
+
+def identities(features: np.ndarray, patients: Sequence[str] | None = None) -> set[bytes]:
+    names = None if patients is None else np.array(patients)
+    return LabelledRecords(features, np.zeros(len(features), np.int64), names).identities
 
 
 def agreement(**privacy: object) -> Agreement:
@@ -50,7 +57,7 @@ def open_budget(
     folder.mkdir(exist_ok=True)
     features = records(0, 10) if features is None else features
     fingerprint = hashlib.sha256(features.tobytes()).hexdigest()
-    site = SiteBudget(folder / "budget.sqlite", fingerprint, features)
+    site = SiteBudget(folder / "budget.sqlite", fingerprint, identities(features))
     path = folder / study.hex()[:4] / "ledger.jsonl"
     return Budget(agreement(**privacy), study, identity, site, path, fingerprint, max_epsilon, accountant)
 
@@ -118,6 +125,14 @@ def test_a_second_study_inherits_what_was_spent_on_any_of_its_records(tmp_path: 
     assert sum(event.steps for event in second._site.spent()) == taken
 
 
+def test_a_patient_is_recognised_in_other_records(tmp_path: Path) -> None:
+    earlier = SiteBudget(tmp_path / "budget.sqlite", "earlier", identities(records(0, 3), ["ann", "bob", "bob"]))
+    earlier.book("study", 1, Spent(0.1, 1.0, STEPS, 1e-5), lambda _: None)
+    for patients, known in ((["bob", "cy"], True), (["cy", "dan"], False)):
+        other = SiteBudget(tmp_path / "budget.sqlite", str(patients), identities(records(50, 52), patients))
+        assert bool(other.spent()) is known
+
+
 def test_other_records_have_their_own_budget(tmp_path: Path) -> None:
     first = open_budget(tmp_path, max_epsilon=3.0)
     taken = steps_until_refused(first)
@@ -155,7 +170,7 @@ def test_restarts_go_on_counting(tmp_path: Path) -> None:
 
 
 def spent_by(folder: Path) -> tuple[Spent, ...]:
-    site = SiteBudget(folder / "budget.sqlite", "looking", records(0, 1))
+    site = SiteBudget(folder / "budget.sqlite", "looking", identities(records(0, 1)))
     try:
         return site.spent()
     finally:

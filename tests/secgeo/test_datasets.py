@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+import types
 
 import msgspec
 import numpy as np
@@ -123,6 +125,43 @@ def test_csv_and_parquet_give_the_same_records(tmp_path) -> None:
     np.testing.assert_array_equal(first.features, [[1.5, 2.0], [3.0, 4.0]])
     chosen = load_table(tmp_path / "a.csv", label_column="outcome", shape=(1,), classes=2, feature_columns=["lab"])
     np.testing.assert_array_equal(chosen.features, [[2.0], [4.0]])
+
+
+def test_all_sources_say_whose_a_record_is(tmp_path) -> None:
+    (tmp_path / "a.csv").write_text("who,age,lab,outcome\nx,1,2,0\ny,3,4,1\nx,5,6,0\n")
+    numbered = pa.table({"who": [7, 9, 7], "age": [1, 3, 5], "lab": [2, 4, 6], "outcome": [0, 1, 0]})
+    parquet.write_table(numbered, tmp_path / "a.parquet")
+    np.savez(tmp_path / "a.npz", features=np.ones((3, 2)), labels=[0, 1, 0], patients=["x", "y", "x"])
+    loaded = [
+        load_table(tmp_path / "a.csv", label_column="outcome", patient_column="who", **GOOD),
+        load_table(tmp_path / "a.parquet", label_column="outcome", patient_column="who", **GOOD),
+        load_arrays(tmp_path / "a.npz", **GOOD),
+        load_entry_point(f"{__name__}:owned_source", **GOOD),
+    ]
+    for data in loaded:
+        assert [list(own) for own in data.by_patient(5)] == [[0, 2], [1]]
+        assert [list(own) for own in data.by_patient(1)] == [[0], [1]]
+        assert sum(identity.startswith(b"patient") for identity in data.identities) == 2
+    assert loaded[0].features.shape == (3, 2)
+    with pytest.raises(ConfigError, match="absent"):
+        load_table(tmp_path / "a.csv", label_column="outcome", patient_column="absent", **GOOD)
+
+
+def owned_source():
+    return np.ones((3, 2)), np.array([0, 1, 0]), np.array(["x", "y", "x"], dtype=object)
+
+
+STRANGE = [[1.5, 2.0], ["a"], [["a"], ["b"]], [None, "a"], [b"a", b"b"]]
+
+
+@pytest.mark.parametrize("index", range(len(STRANGE)))
+def test_patients_that_are_no_names_are_refused(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    patients = np.array(STRANGE[index], dtype=object if None in STRANGE[index] else None)
+    source = types.ModuleType("strange_source")
+    source.load = lambda: (np.ones((2, 2)), np.array([0, 1]), patients)
+    monkeypatch.setitem(sys.modules, "strange_source", source)
+    with pytest.raises(ConfigError, match="patients"):
+        load_entry_point("strange_source:load", **GOOD)
 
 
 @pytest.mark.parametrize(

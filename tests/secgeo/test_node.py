@@ -24,6 +24,7 @@ from protocols.study_aggregator import SendTo
 from protocols.transcript import StudyOpened, TranscriptWriter
 from secgeo.aggregator import AggregatorProcess, run_aggregator
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
+from secgeo.datasets import LabelledRecords
 from secgeo.node import NodeProcess, run_node
 from secgeo.records import write_manifest
 from secgeo.site_budget import SiteBudget, Spent
@@ -207,7 +208,9 @@ def collect(site: Site) -> Path:
     return records
 
 
-def test_a_study_over_sockets_without_torch_at_the_aggregator(site: Site) -> None:
+@pytest.mark.parametrize("unit", ["record", "patient"])
+def test_a_study_over_sockets_without_torch_at_the_aggregator(tmp_path: Path, unit: str) -> None:
+    site = make_site(tmp_path, unit=unit, records_per_patient=3 if unit == "patient" else 0)
     codes = run_study(site)
     assert codes == dict.fromkeys((AGGREGATOR, *HOSPITALS), 0)
     imported = (site.base / AGGREGATOR / "stderr").read_text()
@@ -218,6 +221,7 @@ def test_a_study_over_sockets_without_torch_at_the_aggregator(site: Site) -> Non
     records = collect(site)
     report = verify_folder(records, authority_fingerprint=site.consortium.authority.fingerprint, now=datetime.now(UTC))
     assert report.ok, report.to_json()
+    assert {event.privacy_unit for events, _ in report.ledgers.values() for event in events} == {unit}
 
 
 def test_a_node_killed_in_mid_study_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -238,7 +242,11 @@ def test_a_node_whose_records_are_spent_leaves_and_the_others_go_on(site: Site) 
     poor = HOSPITALS[3]
     features = np.load(site.base / poor / "records.npz")["features"]
     (site.base / poor / "state").mkdir()
-    earlier = SiteBudget(site.base / poor / "state" / "budget.sqlite", "earlier", features[7:8])
+    earlier = SiteBudget(
+        site.base / poor / "state" / "budget.sqlite",
+        "earlier",
+        LabelledRecords(features[7:8], np.zeros(1, np.int64)).identities,
+    )
     earlier.book(
         "an earlier study", 1, Spent(sample_rate=0.1, noise_multiplier=0.8, steps=200, delta=1e-3), lambda _: None
     )

@@ -344,3 +344,93 @@ def test_wrong_anchors_records_and_labels_are_refused() -> None:
         LocalTrainer(study, member, records("image"), anchors("table"), noise=noise)
     with pytest.raises(ConfigError, match="3 classes"):
         LocalTrainer(study, member, dataclasses.replace(data, labels=data.labels + 3), anchors("table"), noise=noise)
+
+
+# --- patients with several records
+
+
+MOST = 3
+OWNERS = np.array([f"patient-{number // 4}" for number in range(24)])
+"""Six patients with four records each, of which three are used."""
+
+
+def patient_trainer(unit: str, sample_rate: float = 0.25, max_grad_norm: float = 0.01) -> LocalTrainer:
+    most = MOST if unit == "patient" else 0
+    privacy = {"unit": unit, "records_per_patient": most, "sample_rate": sample_rate, "max_grad_norm": max_grad_norm}
+    study, data = agreement(privacy=privacy), records("table")
+    features = np.repeat(
+        data.features[::4], 4, axis=0
+    )  # the records of a patient are alike, and so are their gradients
+    labels = np.repeat(data.labels[::4], 4)
+    owned = LabelledRecords(features, labels, OWNERS)
+    return LocalTrainer(study, study.members[0], owned, anchors("table"), noise=NoiseSource(bytes(32)), device="cpu")
+
+
+def without_patient(t: LocalTrainer, patient: int) -> torch.Tensor:
+    """How the clipped sum moves when a patient is taken out of a batch of all."""
+    units = len(t._units)
+    everyone, others = np.ones(units, dtype=bool), np.ones(units, dtype=bool)
+    others[[unit for unit in range(units) if OWNERS[t._units[unit][0]] == f"patient-{patient}"]] = False
+    return (noised_gradient(t, everyone)[0] - noised_gradient(t, others)[0]).norm()
+
+
+def test_a_patient_moves_the_sum_by_at_most_the_clip_norm_and_clipping_by_record_would_not_hold_that() -> None:
+    by_patient, by_record = patient_trainer("patient"), patient_trainer("record")
+    for patient in range(6):
+        assert without_patient(by_patient, patient) <= 0.01 * (1 + 1e-3)
+        assert (
+            without_patient(by_record, patient) > 0.03
+        )  # four records, each with a norm of 0.01, in nearly one direction
+
+
+def test_gradients_of_a_patient_are_summed_before_they_are_clipped() -> None:
+    t = patient_trainer("patient", max_grad_norm=1e6)
+    one = np.arange(6) == 2
+    records_of = np.flatnonzero(OWNERS == "patient-2")[:MOST]
+    x, y = t._features[records_of], t._labels[records_of]
+    loss = functional.cross_entropy(t.model(x), y, reduction="sum")
+    wanted = flat(torch.autograd.grad(loss, t._optimizer.params))
+    torch.testing.assert_close(noised_gradient(t, one)[0], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_no_more_records_of_a_patient_are_used_than_agreed() -> None:
+    t = patient_trainer("patient")
+    assert [list(unit) for unit in t._units] == [
+        [4 * patient + record for record in range(MOST)] for patient in range(6)
+    ]
+
+
+def test_patients_are_sampled_whole_with_the_agreed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    t, chosen = patient_trainer("patient"), []
+    monkeypatch.setattr(
+        t, "_private_gradient", lambda mask: (chosen.append(mask), t.__class__._private_gradient(t, mask))
+    )
+    for _ in range(200):
+        t.step()
+    sampled = np.stack(chosen)
+    assert sampled.shape == (200, 6)
+    assert sampled.mean() == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_patient_is_never_split_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    t, everyone = patient_trainer("patient"), np.ones(6, dtype=bool)
+    whole = noised_gradient(t, everyone)[0]
+    for size in (1, 4, 7):
+        monkeypatch.setattr(training, "PHYSICAL_BATCH", size)
+        assert {len(piece) for piece in training._pieces(t._units)} <= {max(1, size // MOST)}
+        torch.testing.assert_close(noised_gradient(t, everyone)[0], whole, rtol=1e-4, atol=1e-6)
+
+
+def test_one_record_that_is_not_finite_takes_its_patient_out_and_nobody_else() -> None:
+    t = patient_trainer("patient")
+    clean = noised_gradient(t, np.arange(6) != 0)[0]
+    t._features[1] = torch.finfo(torch.float32).max
+    dirty = noised_gradient(t, np.ones(6, dtype=bool))[0]
+    assert torch.isfinite(dirty).all()
+    assert (dirty - clean).norm() <= 0.01 * (1 + 1e-3)
+
+
+def test_patients_cannot_be_protected_if_it_is_not_known_who_they_are() -> None:
+    study = agreement(privacy={"unit": "patient", "records_per_patient": 2})
+    with pytest.raises(ConfigError, match="whose each record is"):
+        LocalTrainer(study, study.members[0], records("table"), anchors("table"), noise=NoiseSource(), device="cpu")
