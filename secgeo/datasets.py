@@ -29,6 +29,9 @@ Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
 TokeniserKind = Literal["tabular", "image", "signal", "embedding"]
 
+MAX_PATIENT_CHARACTERS = 256
+"""The longest name of a patient; the array of names takes four bytes for each character of the longest."""
+
 
 def _array_digest(label: Label, *arrays: NDArray[Any]) -> str:
     digest = hashlib.sha256(label)
@@ -118,21 +121,37 @@ def _checked(
     if numbers.ndim != 1 or not np.isin(numbers, np.arange(classes)).all():
         raise ConfigError(f"{source}: labels must be whole class numbers from 0 to {classes - 1}, one per record")
     try:
-        return LabelledRecords(np.ascontiguousarray(values), numbers.astype(np.int64), _names(patients, source))
+        return LabelledRecords(
+            np.ascontiguousarray(values), numbers.astype(np.int64), _names(patients, numbers.shape, source)
+        )
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _names(patients: Any, source: str) -> NDArray[np.str_] | None:
-    """Patients as text: names stay, whole numbers are written out."""
+def _names(patients: Any, shape: tuple[int, ...], source: str) -> NDArray[np.str_] | None:
+    """Patients as text, one for each record: names stay, whole numbers are written out."""
     if patients is None:
         return None
     found = np.asarray(patients)
-    if found.dtype.kind == "O" and all(isinstance(name, str | int) for name in found.flat):
-        found = found.astype(np.str_)
-    if found.dtype.kind not in "iuU":
-        raise ConfigError(f"{source}: patients are text or whole numbers")
+    if found.shape != shape:  # before anything is made of them: names without a character cost a file no bytes
+        raise ConfigError(f"{source}: patients are one name or number for each record")
+    if found.dtype.kind == "O":
+        named = all(_is_name(name) for name in found.flat)
+    else:
+        named = found.dtype.kind in "iu" or (
+            found.dtype.kind == "U" and found.dtype.itemsize <= 4 * MAX_PATIENT_CHARACTERS
+        )
+    if not named:
+        raise ConfigError(
+            f"{source}: patients are text of at most {MAX_PATIENT_CHARACTERS} characters, or whole numbers"
+        )
     return found.astype(np.str_)
+
+
+def _is_name(value: object) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_PATIENT_CHARACTERS
+    return isinstance(value, int) and abs(value) < 2**64
 
 
 def _real(array: Any, kind: type[np.floating[Any]], source: str) -> NDArray[Any]:

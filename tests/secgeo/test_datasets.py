@@ -151,12 +151,21 @@ def owned_source():
     return np.ones((3, 2)), np.array([0, 1, 0]), np.array(["x", "y", "x"], dtype=object)
 
 
-STRANGE = [[1.5, 2.0], ["a"], [["a"], ["b"]], [None, "a"], [b"a", b"b"]]
+NOT_NAMES = {
+    "fractions": np.array([1.5, 2.0]),
+    "too few": np.array(["a"]),
+    "two columns": np.array([["a"], ["b"]]),
+    "missing": np.array([None, "a"], dtype=object),
+    "bytes": np.array([b"a", b"b"]),
+    "long": np.array(["a" * 257, "b"]),
+    "long, of a table": np.array(["a" * 257, "b"], dtype=object),
+    "a number without end": np.array([10**5000, 1], dtype=object),
+    "a million million names in a few bytes": np.broadcast_to(np.array("a"), (2**40,)),
+}
 
 
-@pytest.mark.parametrize("index", range(len(STRANGE)))
-def test_patients_that_are_no_names_are_refused(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    patients = np.array(STRANGE[index], dtype=object if None in STRANGE[index] else None)
+@pytest.mark.parametrize("patients", NOT_NAMES.values(), ids=NOT_NAMES)
+def test_patients_that_are_no_names_are_refused(patients: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     source = types.ModuleType("strange_source")
     source.load = lambda: (np.ones((2, 2)), np.array([0, 1]), patients)
     monkeypatch.setitem(sys.modules, "strange_source", source)
