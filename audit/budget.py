@@ -21,6 +21,8 @@ from protocols.ledger import DpSgdEvent
 RDP_ORDERS = [2.0 + x / 10.0 for x in range(90)] + list(range(12, 64))
 """The orders of Opacus' default from 2 up. Below, Google's series for sampled noise does not always converge."""
 
+CONCENTRATED_ORDERS = [1.0 + x / 20.0 for x in range(1, 1000)] + [52.0 * 1.02**x for x in range(200)]
+
 NOISE_RANGE = (0.3, 1e4)
 
 
@@ -56,6 +58,23 @@ def epsilon_rdp(events: History, delta: float) -> float:
         logging.ERROR
     )  # orders whose series does not converge are left out, which is sound
     return _compose(rdp.RdpAccountant(RDP_ORDERS), groups, delta)
+
+
+def epsilon_concentrated(rho: float, delta: float) -> float:
+    """Epsilon of rho-zCDP at `delta`, by Google's conversion over more orders than a node tries.
+
+    Raises:
+        VerificationFailed: rho is too large to be worth computing.
+    """
+    if not 0.0 <= rho <= LARGEST_EPSILON:
+        raise VerificationFailed(f"epsilon of {rho:g}-zCDP is not computed: that is no privacy")
+    if rho == 0.0:
+        return 0.0
+    from dp_accounting import dp_event, rdp
+
+    accountant = rdp.RdpAccountant(CONCENTRATED_ORDERS)
+    accountant.compose(dp_event.ZCDpEvent(rho))
+    return float(accountant.get_epsilon(delta))
 
 
 def epsilon_pld(events: History, delta: float) -> float:

@@ -11,6 +11,7 @@ import typer
 
 from keys.enrolment import ungroup_digits
 from keys.errors import ConfigError, VerificationFailed
+from protocols.ledger import ACCOUNTANT, HOSPITAL_RELATION
 from secgeo.console import emit, show
 
 if TYPE_CHECKING:
@@ -106,6 +107,48 @@ def budget_plan(
     for path in (out, plot):
         if path is not None:
             show(f"written: {path}")
+
+
+@budget_app.command("hospital")
+def budget_hospital(
+    epsilon: Annotated[float, typer.Option(help="The hospital's budget in the whole study.", min=0.01, max=100.0)],
+    delta: Delta,
+    rounds: Annotated[int, typer.Option(help="Rounds of the study.", min=2)],
+    members: Annotated[int, typer.Option(help="Hospitals of the study.", min=3, max=256)],
+    contributors: Annotated[
+        int, typer.Option(help="Honest ones whose noise is counted on: the minimum cohort without colluders.", min=1)
+    ],
+    json: Json = False,
+) -> None:
+    """Turn a budget of the whole hospital into the noise that hospitals share out inside the sums ([hospital_privacy]).
+
+    The neighbouring relation is: one hospital's updates are zero. With fewer counted on than there are members, the sum of all has more
+    noise than a trusted centre would add; that is the price of dropouts and colluders.
+
+    Example: secgeo budget hospital --epsilon 8 --delta 1e-5 --rounds 20 --members 12 --contributors 8
+    """
+    from audit.plan import plan_hospital
+
+    if contributors > members:
+        raise ConfigError(f"{contributors} of {members} hospitals cannot be counted on")
+    plan = plan_hospital(epsilon, delta, rounds, contributors)
+    excess = (members / contributors) ** 0.5
+    answer = {
+        "noise_multiplier": plan.noise_multiplier,
+        "epsilon": plan.epsilon,
+        "delta": delta,
+        "neighbouring_relation": HOSPITAL_RELATION,
+        "accountant": ACCOUNTANT,
+        "share_over_max_update_norm": plan.share,
+        "noise_of_all_over_central": excess,
+    }
+    if emit(json, **answer):
+        return
+    show(
+        f"noise multiplier {plan.noise_multiplier:.4f}: epsilon {plan.epsilon:.4f} at delta {delta:g}, one hospital's updates zero"
+    )
+    show(f"each hospital adds noise of {plan.share:.4f} times max_update_norm to every value of its update")
+    show(f"if all {members} stay, the sum has {excess:.2f} times the noise that a trusted centre would add")
 
 
 @budget_app.command("verify")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from audit.accountants import Epsilons, epsilons, opacus_rdp
 from audit.budget import NOISE_RANGE, Steps
 from keys.errors import ConfigError
 from keys.files import write_public
+from secgeo.accountant import hospital_epsilon
 
 NOISE_DIGITS = 4
 BATCH_FACTORS = (0.25, 0.5, 1.0, 2.0)
@@ -99,6 +101,42 @@ def noise_for(budget: Budget, sample_rate: float) -> float:
     while units > least and spent(units - 1) <= budget.epsilon:
         units -= 1
     return float(units / 10**NOISE_DIGITS)
+
+
+@dataclass(frozen=True, slots=True)
+class HospitalPlan:
+    """Noise inside the sums for a budget of the whole hospital, counted for `contributors` shares.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise of a sum, in max_update_norm.
+        epsilon: what the study then spends, as nodes enforce it.
+        share: standard deviation of one hospital's share, in max_update_norm.
+    """
+
+    noise_multiplier: float
+    epsilon: float
+    share: float
+
+
+def plan_hospital(epsilon: float, delta: float, rounds: int, contributors: int) -> HospitalPlan:
+    """The smallest noise multiplier (to four decimals) that keeps all noised rounds of a study within `epsilon`.
+
+    Raises:
+        ConfigError: no noise multiplier in range does.
+    """
+    from scipy.optimize import brentq
+
+    def spent(noise: float) -> float:
+        return hospital_epsilon((rounds - 1) / (2.0 * noise**2), delta)  # the first round's sum is public
+
+    low, high = 0.01, 1e5
+    if spent(high) > epsilon:
+        raise ConfigError(
+            f"no noise keeps epsilon {epsilon:g} at delta {delta:g} over {rounds} rounds; allow more, or fewer rounds"
+        )
+    exact = low if spent(low) <= epsilon else brentq(lambda noise: spent(noise) - epsilon, low, high, xtol=1e-9)
+    noise = math.ceil(exact * 10**NOISE_DIGITS) / 10**NOISE_DIGITS
+    return HospitalPlan(noise, spent(noise), noise / math.sqrt(contributors))
 
 
 def trade_offs(budget: Budget, batch: int) -> list[Plan]:

@@ -21,13 +21,14 @@ import msgspec
 import numpy as np
 from cryptography import x509
 
-from audit.budget import epsilon_pld, epsilon_rdp
+from audit.budget import epsilon_concentrated, epsilon_pld, epsilon_rdp
 from keys.certificates import check_root, fingerprint, from_pem
 from keys.errors import SecGeoError, VerificationFailed
 from keys.files import read_public
 from keys.labels import Label
 from keys.roster import load_root
 from keys.signed import verify_document
+from protocols.agreement import Agreement
 from protocols.chain import GENESIS, line_digest
 from protocols.encoding import FixedPoint
 from protocols.ledger import DpSgdEvent, EpsilonClaim, read_ledger, verify_ledger
@@ -272,6 +273,7 @@ def _verify_ledger(
     for count, claim in claims:
         check_claim(claim, events[:count], epsilon_pld(events[:count], delta), "PLD")
     report.ledgers[node_id] = events, claims
+    hospital = _verify_hospital(node_id, study.agreement, events, claims, records, report)
     budget = study.agreement.privacy.epsilon_budget
     if (
         study.agreement.privacy.noise_multiplier > 0
@@ -282,7 +284,43 @@ def _verify_ledger(
         )
     steps = sum(event.steps for event in events)
     shown = f"{claimed:.3f} claimed, {rdp:.3f} by RDP, {pld:.3f} by PLD, at delta {delta:g}, add-or-remove-one"
-    return f"{len(events)} events, {steps} steps, epsilon {shown}"
+    return f"{len(events)} events, {steps} steps, epsilon {shown}{hospital}"
+
+
+def _verify_hospital(
+    node_id: str,
+    agreement: Agreement,
+    events: Sequence[DpSgdEvent],
+    claims: Sequence[tuple[int, EpsilonClaim]],
+    records: Mapping[int, RoundRecord],
+    report: VerificationReport,
+) -> str:
+    """Check what is claimed for the hospital as a whole: counted for the fewest shares of noise, and shown for those that were summed."""
+    if agreement.hospital_privacy is None:
+        return ""
+    delta, counted = agreement.hospital_privacy.delta, 0.0
+    for number, claim in claims:
+        shares = [event.noise_share for event in events[:number] if event.noise_share is not None]
+        counted = epsilon_concentrated(sum(share.concentrated for share in shares), delta)
+        if claim.hospital is None or claim.hospital.epsilon < counted * (1 - EPSILON_TOLERANCE):
+            raise VerificationFailed(
+                f"the claim for the hospital after {len(shares)} noised rounds is lower than epsilon {counted:.6g} (Google RDP)"
+            )
+        if claim.hospital.epsilon > agreement.hospital_privacy.epsilon_budget:
+            raise VerificationFailed(
+                f"the hospital spent epsilon {claim.hospital.epsilon:.6g}, more than the budget of "
+                f"{agreement.hospital_privacy.epsilon_budget:g}"
+            )
+    summed = {event.round: event.noise_share for event in events if event.noise_share and event.round in records}
+    everyone = [
+        msgspec.structs.replace(share, contributors=len(records[number].survivors)) for number, share in summed.items()
+    ]
+    outside = epsilon_concentrated(sum(share.concentrated for share in everyone), delta)
+    report.epsilons[node_id] |= {"hospital": counted, "hospital_if_nobody_colludes": outside, "hospital_delta": delta}
+    return (
+        f"; the hospital as a whole: {counted:.3f} counting on {agreement.noise_share.contributors if agreement.noise_share else 0} shares "
+        f"of noise, {outside:.3f} with all that were summed, at delta {delta:g}, one hospital's updates zero"
+    )
 
 
 def check_claim(claim: EpsilonClaim, events: Sequence[DpSgdEvent], epsilon: float, accountant: str) -> None:

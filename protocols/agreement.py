@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 
 from keys.errors import ConfigError
 from keys.labels import Label
+from protocols.hospital_noise import HEADROOM_STDS, LEAST_STD_STEPS, NoiseShare, noise_share
 from protocols.packing import choose
 
 MINIMUM_CONTRIBUTORS = 3
@@ -127,6 +128,19 @@ class Privacy(Struct, frozen=True, forbid_unknown_fields=True):
     records_per_patient: Annotated[int, Meta(ge=0, le=10_000)] = 0
 
 
+class HospitalPrivacy(Struct, frozen=True, forbid_unknown_fields=True):
+    """Noise inside the secure sum that hides a whole hospital, beside the noise of DP-SGD (docs/privacy.md, docs/adr/0016).
+
+    The neighbouring relation is: one hospital's updates are zero. `max_update_norm` bounds the L2 norm of an update's weighted dB;
+    the noise of a sum has a standard deviation of at least `noise_multiplier` times that.
+    """
+
+    noise_multiplier: Positive
+    max_update_norm: Positive
+    delta: Annotated[float, Meta(gt=0.0, lt=0.1)]
+    epsilon_budget: Positive
+
+
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
     """The local objective and optimiser (DESIGN section 8)."""
 
@@ -190,7 +204,7 @@ class Deadlines(Struct, frozen=True, forbid_unknown_fields=True):
     phase_seconds: Positive = 30.0
 
 
-class Agreement(Struct, frozen=True, forbid_unknown_fields=True):
+class Agreement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole study agreement. Build it with `read_agreement`; a value that exists satisfies every rule below."""
 
     study: Study
@@ -204,6 +218,7 @@ class Agreement(Struct, frozen=True, forbid_unknown_fields=True):
     deadlines: Deadlines
     modalities: Annotated[tuple[Modality, ...], Meta(min_length=1, max_length=64)]
     members: Annotated[tuple[Member, ...], Meta(min_length=MINIMUM_CONTRIBUTORS, max_length=MAXIMUM_MEMBERS)]
+    hospital_privacy: HospitalPrivacy | None = None
 
     def member(self, node_id: str) -> Member:
         """The member of that name.
@@ -241,6 +256,15 @@ class Agreement(Struct, frozen=True, forbid_unknown_fields=True):
         if not ring.masked:
             return 0
         return min(ring.shares_needed - 1, 2 * ring.threshold - len(self.members) - 1)
+
+    @property
+    def noise_share(self) -> NoiseShare | None:
+        """What each hospital adds to its update, if hospitals share out noise."""
+        if self.hospital_privacy is None:
+            return None
+        counted = self.secure_sum.minimum_cohort - self.colluders_tolerated
+        step = 2.0**-self.secure_sum.fraction_bits
+        return noise_share(self.hospital_privacy.noise_multiplier, self.hospital_privacy.max_update_norm, counted, step)
 
     @property
     def total_steps(self) -> int:
@@ -338,7 +362,30 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
             "records_per_patient must be 1 or more if the privacy unit is a patient, and 0 if it is a record",
             (agreement.privacy.unit == "patient") == (agreement.privacy.records_per_patient > 0),
         ),
+        *_hospital_rules(agreement),
         ("all numbers must be finite", all(_finite(section) for section in msgspec.structs.astuple(agreement))),
+    ]
+
+
+def _hospital_rules(agreement: Agreement) -> list[tuple[str, bool]]:
+    ring = agreement.secure_sum
+    if ring.minimum_cohort <= agreement.colluders_tolerated:
+        return []  # that breaks a rule above
+    share = agreement.noise_share
+    if share is None:
+        return []
+    limit = (2 ** (ring.value_bits - 1) - 1) / 2**ring.fraction_bits
+    return [
+        (
+            f"a noise share of standard deviation {share.std:.3g} needs a finer grid: at least {LEAST_STD_STEPS:g} steps of "
+            f"2^-{ring.fraction_bits}; raise fraction_bits",
+            share.fine_enough,
+        ),
+        (
+            f"max_update_norm {share.max_update_norm:g} and {HEADROOM_STDS:g} times the noise of {share.std:.3g} must lie within the "
+            f"encoding's {limit:.4g}; lower fraction_bits",
+            share.fits(limit),
+        ),
     ]
 
 

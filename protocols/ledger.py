@@ -23,8 +23,10 @@ from keys.identity import Identity
 from keys.labels import Label
 from protocols.agreement import Agreement, Name, PrivacyUnit
 from protocols.chain import GENESIS, ChainWriter, Entry, Hex32, read_chain
+from protocols.hospital_noise import NoiseShare
 
 NEIGHBOURING_RELATION: Literal["add-or-remove-one"] = "add-or-remove-one"
+HOSPITAL_RELATION: Literal["one-hospital-zero"] = "one-hospital-zero"
 ACCOUNTANT: Literal["opacus-rdp"] = "opacus-rdp"
 
 Number = Annotated[int, Meta(ge=0, lt=1 << 53)]
@@ -47,10 +49,11 @@ class LedgerOpened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     epsilon_budget: NonNegative
 
 
-class DpSgdEvent(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+class DpSgdEvent(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
     """`steps` DP-SGD steps of one round: Poisson sampling, per-unit clipping, Gaussian noise.
 
-    `transcript_link` is the digest of the last round record that the node has countersigned (zeros before the first).
+    `transcript_link` is the digest of the last round record that the node has countersigned (zeros before the first). `noise_share` is
+    what was added to the update of that round, if hospitals share out noise.
     """
 
     round: Number
@@ -62,9 +65,19 @@ class DpSgdEvent(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     dataset_fingerprint: Hex32
     rng_kind: Annotated[str, Meta(max_length=100)]
     transcript_link: Hex32
+    noise_share: NoiseShare | None = None
 
 
-class EpsilonClaim(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+class HospitalClaim(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the sums of this study tell of the hospital as a whole, by the noise inside them."""
+
+    delta: NonNegative
+    epsilon: NonNegative
+    accountant: Literal["opacus-rdp"]
+    neighbouring_relation: Literal["one-hospital-zero"]
+
+
+class EpsilonClaim(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
     """What the node believes it has spent after `steps_total` steps; null epsilon means infinite (no noise)."""
 
     steps_total: Number
@@ -72,6 +85,7 @@ class EpsilonClaim(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     epsilon: NonNegative | None
     accountant: Literal["opacus-rdp"]
     neighbouring_relation: Literal["add-or-remove-one"]
+    hospital: HospitalClaim | None = None
 
 
 class LedgerReopened(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -153,6 +167,11 @@ def verify_ledger(
             case EpsilonClaim():
                 if body.steps_total != sum(event.steps for event in events) or body.delta != opened.delta:
                     raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count every step before it")
+                hospital = agreement.hospital_privacy
+                if (None if body.hospital is None else body.hospital.delta) != (hospital and hospital.delta):
+                    raise VerificationFailed(
+                        "a claim for the whole hospital is missing, or at another delta than agreed"
+                    )
                 claims.append((len(events), body))
             case _:
                 raise VerificationFailed(f"{type(body).__name__} stands in the middle of the ledger")
@@ -170,6 +189,7 @@ def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement)
         privacy.max_grad_norm,
         privacy.unit,
         opened.dataset_fingerprint,
+        agreement.noise_share if event.steps else None,
     )
     booked = (
         event.sample_rate,
@@ -177,6 +197,7 @@ def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement)
         event.max_grad_norm,
         event.privacy_unit,
         event.dataset_fingerprint,
+        event.noise_share,
     )
     if booked != agreed:
         raise VerificationFailed(f"the event of round {event.round} has other parameters than agreed")

@@ -5,6 +5,7 @@ Every rule says what must hold, so that NaN breaks it.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -16,7 +17,8 @@ from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement, Protocol
 class LocalPolicy(Struct, frozen=True, forbid_unknown_fields=True):
     """What this hospital accepts. The defaults are cautious; a study that needs more must be allowed to by hand.
 
-    `max_epsilon` is the most that one study, and that all studies on the same records together, may spend.
+    `max_epsilon` is the most that one study, and that all studies on the same records together, may spend. Whoever sets
+    `max_hospital_epsilon` takes part only where noise in the sums hides the hospital as a whole.
     """
 
     max_epsilon: Annotated[float, Meta(gt=0.0)] = 10.0
@@ -29,6 +31,7 @@ class LocalPolicy(Struct, frozen=True, forbid_unknown_fields=True):
     min_threshold: Annotated[int, Meta(ge=2)] = 2
     min_colluders_tolerated: Annotated[int, Meta(ge=0)] = 1
     protocols: tuple[Protocol, ...] = ("masked", "layered")
+    max_hospital_epsilon: Annotated[float, Meta(gt=0.0)] = math.inf
 
 
 def check_policy(agreement: Agreement, policy: LocalPolicy, *, epsilon: float) -> None:
@@ -45,6 +48,8 @@ def check_policy(agreement: Agreement, policy: LocalPolicy, *, epsilon: float) -
     privacy, ring = agreement.privacy, agreement.secure_sum
     # A node stops at the budget; without noise there is nothing to stop it.
     spent = min(epsilon, privacy.epsilon_budget) if privacy.noise_multiplier > 0 else float("inf")
+    hospital = agreement.hospital_privacy
+    whole = math.inf if hospital is None else hospital.epsilon_budget
     rules = [
         ("epsilon of the whole study", spent, "at most", policy.max_epsilon, spent <= policy.max_epsilon),
         ("delta", privacy.delta, "at most", policy.max_delta, privacy.delta <= policy.max_delta),
@@ -84,6 +89,13 @@ def check_policy(agreement: Agreement, policy: LocalPolicy, *, epsilon: float) -
             "at least",
             policy.min_colluders_tolerated,
             agreement.colluders_tolerated >= policy.min_colluders_tolerated,
+        ),
+        (
+            "epsilon of the whole hospital",
+            whole,
+            "at most",
+            policy.max_hospital_epsilon,
+            whole <= policy.max_hospital_epsilon,
         ),
         ("protocol", ring.protocol, "one of", ", ".join(policy.protocols), ring.protocol in policy.protocols),
     ]

@@ -322,10 +322,17 @@ def agreement_show(path: Annotated[Path, typer.Argument(help="agreement.toml")],
         )
     if ring.neighbours:
         show(f"  each shares masks with {ring.neighbours} others; {ring.share_threshold} of them recover a secret")
+    most = f" (at most {privacy.records_per_patient} records each)" if privacy.records_per_patient else ""
     show(
-        f"  DP-SGD per {privacy.unit}: noise multiplier {privacy.noise_multiplier}, sample rate {privacy.sample_rate}, "
+        f"  DP-SGD per {privacy.unit}{most}: noise multiplier {privacy.noise_multiplier}, sample rate {privacy.sample_rate}, "
         f"{agreement.total_steps} steps, epsilon at most {privacy.epsilon_budget} at delta {privacy.delta}"
     )
+    hospital, share = agreement.hospital_privacy, agreement.noise_share
+    if hospital and share:
+        show(
+            f"  noise for the whole hospital: multiplier {hospital.noise_multiplier}, updates of norm {hospital.max_update_norm}, "
+            f"{share.contributors} shares counted on, epsilon at most {hospital.epsilon_budget} at delta {hospital.delta}"
+        )
 
 
 def complete(spec: dict[str, Any], roster: Roster, fingerprint: str, anchors: dict[str, np.ndarray]) -> Agreement:

@@ -7,7 +7,7 @@ was never trained; none is trained that was not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from keys.errors import BudgetExceeded, ConfigError
@@ -15,12 +15,10 @@ from keys.identity import Identity
 from protocols import ledger
 from protocols.agreement import Agreement
 from protocols.chain import GENESIS
+from secgeo.accountant import epsilon_of, hospital_epsilon
 from secgeo.noise import RNG_KIND
 from secgeo.records import LineFile
 from secgeo.site_budget import SiteBudget, Spent
-
-Accountant = Callable[[Sequence[tuple[float, float, int]], float], float]
-"""Epsilon of (noise multiplier, sample rate, steps) at a delta."""
 
 
 class Budget:
@@ -34,7 +32,6 @@ class Budget:
         path: the ledger; it is gone on with if it is there.
         fingerprint: of the dataset, keyed.
         max_epsilon: what local policy allows all studies on the same records together.
-        accountant: `secgeo.training.epsilon_of`; here it would pull in torch.
 
     Attributes:
         steps: DP-SGD steps that the ledger counts.
@@ -54,13 +51,12 @@ class Budget:
         path: Path,
         fingerprint: str,
         max_epsilon: float,
-        accountant: Accountant,
     ) -> None:
         self._agreement, self._study = agreement, agreement_digest.hex()
-        self._site, self._fingerprint, self._max_epsilon, self._accountant = site, fingerprint, max_epsilon, accountant
+        self._site, self._fingerprint, self._max_epsilon = site, fingerprint, max_epsilon
         self._file = LineFile(path)
         self._writer = ledger.LedgerWriter(identity, self._file.lines)
-        self.steps, self._rounds, self.link = 0, 0, GENESIS
+        self.steps, self._rounds, self._noised, self.link = 0, 0, 0, GENESIS
         privacy = agreement.privacy
         opened = ledger.LedgerOpened(
             node_id=identity.node_id,
@@ -81,6 +77,7 @@ class Budget:
             )
         events = [body for body in before if isinstance(body, ledger.DpSgdEvent)]
         self._rounds, self.steps = len(events), sum(event.steps for event in events)
+        self._noised = sum(event.noise_share is not None for event in events)
         self._append(ledger.LedgerReopened(self._rounds, self.steps))
         missing = self.steps - site.steps_of(self._study)
         if missing > 0:  # the site's books were lost, or are younger than this ledger
@@ -90,19 +87,29 @@ class Budget:
         """Make a round's steps durable, before its noise is drawn.
 
         Raises:
-            BudgetExceeded: they would pass the epsilon that is agreed for this study, or that local policy allows all studies on the
-                same records together; nothing was booked.
+            BudgetExceeded: they would pass the epsilon that is agreed for this study (of a unit, or of the hospital), or that local
+                policy allows all studies on the same records together; nothing was booked.
         """
-        privacy = self._agreement.privacy
+        privacy, hospital = self._agreement.privacy, self._agreement.hospital_privacy
+        share = self._agreement.noise_share if steps else None
         epsilon = self._epsilon(self.steps + steps)
         if steps and privacy.noise_multiplier > 0 and not epsilon <= privacy.epsilon_budget:
             raise BudgetExceeded(
                 f"round {round_number} would spend epsilon {epsilon:.4f} at delta {privacy.delta}, "
                 f"more than the budget of {privacy.epsilon_budget}; it was refused"
             )
+        if hospital and share and not (whole := self._hospital_epsilon(self._noised + 1)) <= hospital.epsilon_budget:
+            raise BudgetExceeded(
+                f"round {round_number} would spend epsilon {whole:.4f} of the hospital at delta {hospital.delta}, "
+                f"more than the budget of {hospital.epsilon_budget}; it was refused"
+            )
         if steps:
             self._site.book(self._study, round_number, self._spending(steps), self._permit)
-        self.steps, self._rounds = self.steps + steps, self._rounds + 1
+        self.steps, self._rounds, self._noised = (
+            self.steps + steps,
+            self._rounds + 1,
+            self._noised + (share is not None),
+        )
         self._append(
             ledger.DpSgdEvent(
                 round=round_number,
@@ -114,12 +121,17 @@ class Budget:
                 dataset_fingerprint=self._fingerprint,
                 rng_kind=RNG_KIND,
                 transcript_link=self.link,
+                noise_share=share,
             )
         )
 
     def claim(self) -> float:
         """State, and give, the epsilon that this study has spent so far."""
         epsilon = self._epsilon(self.steps)
+        hospital, whole = self._agreement.hospital_privacy, None
+        if hospital is not None:
+            spent = self._hospital_epsilon(self._noised)
+            whole = ledger.HospitalClaim(hospital.delta, spent, ledger.ACCOUNTANT, ledger.HOSPITAL_RELATION)
         self._append(
             ledger.EpsilonClaim(
                 steps_total=self.steps,
@@ -127,6 +139,7 @@ class Budget:
                 epsilon=epsilon if math.isfinite(epsilon) else None,
                 accountant=ledger.ACCOUNTANT,
                 neighbouring_relation=ledger.NEIGHBOURING_RELATION,
+                hospital=whole,
             )
         )
         return epsilon
@@ -149,11 +162,15 @@ class Budget:
 
     def _epsilon(self, steps: int) -> float:
         privacy = self._agreement.privacy
-        return self._accountant([(privacy.noise_multiplier, privacy.sample_rate, steps)], privacy.delta)
+        return epsilon_of([(privacy.noise_multiplier, privacy.sample_rate, steps)], privacy.delta)
+
+    def _hospital_epsilon(self, rounds: int) -> float:
+        hospital, share = self._agreement.hospital_privacy, self._agreement.noise_share
+        return hospital_epsilon(rounds * share.concentrated, hospital.delta) if hospital and share else 0.0
 
     def _composed(self, spent: Sequence[Spent]) -> tuple[float, float]:
         delta = min([self._agreement.privacy.delta, *(event.delta for event in spent)])
-        return self._accountant([(e.noise_multiplier, e.sample_rate, e.steps) for e in spent], delta), delta
+        return epsilon_of([(e.noise_multiplier, e.sample_rate, e.steps) for e in spent], delta), delta
 
     def _permit(self, spent: Sequence[Spent]) -> None:
         epsilon, delta = self._composed(spent)

@@ -31,9 +31,11 @@ from protocols.agreement import Modality
 from protocols.chain import line_digest
 from protocols.policy import check_policy
 from secgeo import datasets
+from secgeo.accountant import epsilon_after
 from secgeo.budget import Budget
 from secgeo.config import AnyData, ArrayData, EntryPointData, NodeConfig, TableData
 from secgeo.geometry import debiased_cka
+from secgeo.hospital_noise import add_noise_share
 from secgeo.journal import NodeJournal
 from secgeo.noise import NoiseSource
 from secgeo.sandbox import Sandboxes
@@ -92,7 +94,7 @@ class NodeProcess:
         # Torch is slow to import: a study that does not check is refused before it.
         from secgeo import training
 
-        whole = training.epsilon_after(agreement.privacy, agreement.total_steps, agreement.privacy.delta)
+        whole = epsilon_after(agreement.privacy, agreement.total_steps, agreement.privacy.delta)
         check_policy(agreement, config.policy, epsilon=whole)
         anchors = datasets.load_anchors(
             base / config.study.folder / ANCHORS / f"{modality.name}.npy", modality, agreement.anchors.count
@@ -111,9 +113,7 @@ class NodeProcess:
         keyed = hashlib.sha256(identity.sign(Label.DATASET, bytes.fromhex(records.fingerprint))).hexdigest()
         self._site = SiteBudget(folder.parent / SITE_BUDGET, keyed, records.identities)
         digest, most = self._study.agreement_digest, config.policy.max_epsilon
-        self._budget = Budget(
-            agreement, digest, identity, self._site, folder / LEDGER, keyed, most, training.epsilon_of
-        )
+        self._budget = Budget(agreement, digest, identity, self._site, folder / LEDGER, keyed, most)
         # As the dataset's key, a signature that never leaves this process: who has the identity's keys has it, and nobody else.
         wrapping = hashlib.sha256(identity.sign(Label.KEEP_STUDY_KEY, self._study.agreement_digest)).digest()
         self._journal = NodeJournal(folder, wrapping)
@@ -248,6 +248,9 @@ class NodeProcess:
         if update.steps != steps:
             raise ConfigError(f"{update.steps} steps were taken but {steps} were booked; stop and report this")
         vector = update.vector(self._layout)
+        share = self._study.agreement.noise_share
+        if share and steps:
+            vector = add_noise_share(vector, self._layout, share)
         self._journal.keep_update(round_number, vector, self._local_arrays())
         self._report("trained", {"round": round_number, "seconds": round(time.monotonic() - self._round_started, 3)})
         return self._machine.submit(round_number, vector)

@@ -19,7 +19,6 @@ of private units is used for sampling only.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
-from protocols.agreement import Agreement, Member, Privacy
+from protocols.agreement import Agreement, Member
+from secgeo.accountant import epsilon_after
 from secgeo.datasets import LabelledRecords, anchor_digest
 from secgeo.geolora import directions
 from secgeo.geometry import centre, gram, normalise
@@ -72,22 +72,6 @@ class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
             p.summed_grad._processed = True
 
 
-def epsilon_of(history: Sequence[tuple[float, float, int]], delta: float) -> float:
-    """Epsilon of (noise multiplier, sample rate, steps) by Opacus' RDP accountant (add-or-remove-one); infinite without noise."""
-    accountant = RDPAccountant()
-    accountant.history = [entry for entry in history if entry[2]]
-    if not accountant.history:
-        return 0.0
-    if any(noise == 0.0 for noise, _, _ in accountant.history):
-        return math.inf
-    return float(accountant.get_epsilon(delta))
-
-
-def epsilon_after(privacy: Privacy, steps: int, delta: float) -> float:
-    """Epsilon of `steps` DP steps of a study; see `epsilon_of`."""
-    return epsilon_of([(privacy.noise_multiplier, privacy.sample_rate, steps)], delta)
-
-
 def alignment_loss(embeddings: Tensor, consensus: Tensor) -> Tensor:
     """1 - CKA between the Gram matrix of `embeddings` [a, width] and a centred `consensus` [a, a]."""
     centred = embeddings - embeddings.mean(dim=0)
@@ -106,7 +90,7 @@ def coordinate_loss(embeddings: Tensor, coordinates: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RoundUpdate:
-    """What one node made in one round. Everything in it is noised or public.
+    """What one node made in one round. Everything in it is noised or public; where the agreement protects hospitals, K_hat is public.
 
     Attributes:
         delta_b: per adapted layer the change of B [outputs, rank].
@@ -191,6 +175,7 @@ class LocalTrainer:
         self._anchors = torch.from_numpy(anchors).to(self._device)
         self.model = build_model(agreement, modality.name, anchors).to(self._device).train()
         self._hooked = GradSampleModule(self.model, loss_reduction="sum")
+        self._untrained_gram = self.anchor_gram()
         self._state: SharedState | None = None
         self._consensus: tuple[Tensor, Tensor] | None = None
         self._optimizer_steps = 0
@@ -344,7 +329,7 @@ class LocalTrainer:
         return RoundUpdate(
             delta_b={name: after[name] - state.B[name] for name in after},
             weights=dict.fromkeys(after, weight),
-            gram=self.anchor_gram(),
+            gram=self._untrained_gram if self._agreement.hospital_privacy else self.anchor_gram(),
             gram_weight=gram_weight(self._agreement, self._member),
             steps=self.steps_taken - before,
         )

@@ -17,10 +17,11 @@ from keys.errors import BudgetExceeded, ConfigError
 from keys.identity import Identity
 from protocols import ledger
 from protocols.agreement import Agreement
-from secgeo.budget import Accountant, Budget
+from secgeo import budget as budget_module
+from secgeo.accountant import epsilon_of
+from secgeo.budget import Budget
 from secgeo.datasets import LabelledRecords
 from secgeo.site_budget import SiteBudget, Spent
-from secgeo.training import epsilon_of
 from tests.keys.factory import make_consortium
 from tests.protocols.network import make_agreement, names
 
@@ -51,7 +52,6 @@ def open_budget(
     study: bytes = STUDY,
     max_epsilon: float = 100.0,
     identity: Identity = IDENTITY,
-    accountant: Accountant = epsilon_of,
     **privacy: object,
 ) -> Budget:
     folder.mkdir(exist_ok=True)
@@ -59,7 +59,7 @@ def open_budget(
     fingerprint = hashlib.sha256(features.tobytes()).hexdigest()
     site = SiteBudget(folder / "budget.sqlite", fingerprint, identities(features))
     path = folder / study.hex()[:4] / "ledger.jsonl"
-    return Budget(agreement(**privacy), study, identity, site, path, fingerprint, max_epsilon, accountant)
+    return Budget(agreement(**privacy), study, identity, site, path, fingerprint, max_epsilon)
 
 
 def close(budget: Budget) -> None:
@@ -249,7 +249,8 @@ def book_and_draw(folder: Path, study: bytes, drawn: int, countdown: Countdown) 
         site._database.set_trace_callback(countdown)
 
     os.fsync, os.write, SiteBudget.__init__ = synced, written, watched  # type: ignore[method-assign, assignment]
-    budget = open_budget(folder, study=study, accountant=lambda *_: 0.0)  # nothing is refused here
+    budget_module.epsilon_of = lambda *_: 0.0  # nothing is refused here
+    budget = open_budget(folder, study=study)
     for round_number in (2, 3):
         budget.book(round_number, STEPS)
         write(drawn, b"." * STEPS)

@@ -8,8 +8,8 @@ import pytest
 
 from keys.errors import ConfigError
 from protocols.agreement import Privacy
+from secgeo.accountant import epsilon_after
 from secgeo.presets import noise_for, preset
-from secgeo.training import epsilon_after
 from secgeo.trunk import trunk_digest
 
 

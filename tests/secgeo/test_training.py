@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
 from secgeo import training
+from secgeo.accountant import epsilon_after
 from secgeo.datasets import LabelledRecords
 from secgeo.geometry import cka, gram
 from secgeo.noise import NoiseSource
-from secgeo.training import LocalTrainer, alignment_loss, coordinate_loss, epsilon_after
+from secgeo.training import LocalTrainer, alignment_loss, coordinate_loss
 from secgeo.update import Layout, SharedState, apply_sum
 
 NOISELESS = {"noise_multiplier": 0.0, "max_grad_norm": 1e6, "sample_rate": 1.0}

@@ -1,0 +1,147 @@
+"""What privacy costs a training step: time and memory of a DP step of GeoLoRA against the same step without privacy.
+
+    python benchmarks/dp_step.py --json
+
+Prints one JSON line per model and way, then a summary. The ways to per-unit gradients, all of Opacus, on the same model and batch:
+
+* `hooks`: backward hooks (`GradSampleModule`), what `secgeo.training` uses;
+* `functorch`: vmap over the gradient of one record;
+* `ghost`: norms first, then a second backward pass of the clipped loss (`GradSampleModuleFastGradientClipping`).
+
+`secgeo` is a whole step of `secgeo.training.LocalTrainer`, with cryptographic noise and sampling. The floor, `plain`, is the same batch
+through the same model with plain SGD. Times are best of alternating runs (medians beside them); memory is the peak that steps add in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/secgeo")]
+
+from opacus import GradSampleModule  # noqa: E402
+from opacus.grad_sample import GradSampleModuleFastGradientClipping  # noqa: E402
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping  # noqa: E402
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping  # noqa: E402
+from tiny_study import CLASSES, agreement, anchors, trainer  # noqa: E402
+from torch import nn  # noqa: E402
+
+from secgeo.model import build_model  # noqa: E402
+from secgeo.trunk import trunk_digest  # noqa: E402
+
+MODELS = {
+    "small": {"width": 64, "layers": 2, "heads": 4, "tokens": 4, "feedforward": 128, "rank": 8},
+    "medium": {"width": 256, "layers": 4, "heads": 8, "tokens": 16, "feedforward": 1024, "rank": 8},
+}
+WAYS = ("plain", "hooks", "functorch", "ghost", "secgeo")
+BATCH = 64
+Step = Callable[[], object]
+
+
+def make_step(model_name: str, way: str) -> Step:
+    """One training step of a fresh model on a batch of 64 records."""
+    sizes = MODELS[model_name]
+    drafted = agreement(model=sizes | {"trunk_digest": "0" * 64}).model
+    study = agreement(
+        batch_sizes=(BATCH, BATCH, BATCH),
+        model=sizes | {"trunk_digest": trunk_digest(msgspec.structs.replace(drafted))},
+        privacy={"sample_rate": 1.0, "max_grad_norm": 0.1},
+    )
+    if way == "secgeo":
+        return trainer(study, 1, count=BATCH).step
+    model = build_model(study, "image", anchors("image")).train()
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(BATCH, 1, 4, 4, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator)
+    inner = torch.optim.SGD(model.private_parameters(), lr=0.1, momentum=0.9)
+    settings = {"noise_multiplier": 1.0, "max_grad_norm": 0.1, "expected_batch_size": BATCH}
+
+    def step_with(module: nn.Module, optimizer: torch.optim.Optimizer, loss_of: nn.Module) -> Step:
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(module(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    if way == "plain":
+        return step_with(model, inner, nn.CrossEntropyLoss())
+    if way == "ghost":
+        hooked = GradSampleModuleFastGradientClipping(model, max_grad_norm=0.1, use_ghost_clipping=True)
+        optimizer = DPOptimizerFastGradientClipping(inner, **settings)
+        return step_with(hooked, optimizer, DPLossFastGradientClipping(hooked, optimizer, nn.CrossEntropyLoss()))
+    wrapped = GradSampleModule(model, force_functorch=way == "functorch")
+    return step_with(wrapped, DPOptimizer(inner, **settings), nn.CrossEntropyLoss())
+
+
+def peak_bytes(model_name: str, way: str) -> int:
+    """The peak of a process of its own that takes steps, above what it had before."""
+    command = [sys.executable, str(Path(__file__)), "--memory-of", model_name, way]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    return int(done.stdout.split()[-1])
+
+
+def measure_memory(model_name: str, way: str) -> int:
+    step = make_step(model_name, way)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, after all that was imported
+    before = _status_bytes("VmRSS")
+    for _ in range(3):
+        step()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument(
+        "--json", action="store_true", help="JSON lines are the only form; given for the sake of scripts"
+    )
+    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        sys.stdout.write(f"{measure_memory(*arguments.memory_of)}\n")
+        return
+    summary: dict[str, object] = {"part": "summary", "batch": BATCH, "cores": os.cpu_count(), "device": "cpu"}
+    for model_name in MODELS:
+        steps: dict[str, Step] = {}
+        for way in WAYS:
+            steps[way] = make_step(model_name, way)
+            steps[way]()
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(arguments.repeats):
+            for way, step in steps.items():
+                started = time.perf_counter()
+                step()
+                seconds[way].append(time.perf_counter() - started)
+        memory = {way: peak_bytes(model_name, way) for way in WAYS}
+        for way in WAYS:
+            row = {"part": model_name, "way": way, "seconds": min(seconds[way])}
+            row |= {"over_plain": min(seconds[way]) / min(seconds["plain"])}
+            row |= {"over_plain_medians": statistics.median(seconds[way]) / statistics.median(seconds["plain"])}
+            row |= {"memory_bytes": memory[way], "memory_over_plain": memory[way] / max(1, memory["plain"])}
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+            if way != "plain":
+                summary[f"{model_name}_{way}_over_plain"] = row["over_plain"]
+                summary[f"{model_name}_{way}_memory_over_plain"] = row["memory_over_plain"]
+    sys.stdout.write(json.dumps(summary) + "\n")
+
+
+if __name__ == "__main__":
+    main()

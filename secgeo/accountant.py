@@ -1,0 +1,41 @@
+"""Epsilon as a node counts it, and enforces it, by Opacus' RDP accountant. Opacus pulls in torch and is loaded when it is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from protocols.agreement import Privacy
+
+LARGE_ORDERS = [96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 768.0, 1024.0]
+"""Beside those of Opacus: for little concentrated noise the best order is large."""
+
+
+def epsilon_of(history: Sequence[tuple[float, float, int]], delta: float) -> float:
+    """Epsilon of (noise multiplier, sample rate, steps) by Opacus' RDP accountant (add-or-remove-one); infinite without noise."""
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [entry for entry in history if entry[2]]
+    if not accountant.history:
+        return 0.0
+    if any(noise == 0.0 for noise, _, _ in accountant.history):
+        return math.inf
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon_after(privacy: Privacy, steps: int, delta: float) -> float:
+    """Epsilon of `steps` DP steps of a study; see `epsilon_of`."""
+    return epsilon_of([(privacy.noise_multiplier, privacy.sample_rate, steps)], delta)
+
+
+def hospital_epsilon(concentrated: float, delta: float) -> float:
+    """Epsilon at `delta` of rho-zCDP, which is (alpha, alpha rho)-RDP for every order alpha > 1 (one-hospital-zero)."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    if concentrated == 0.0:
+        return 0.0
+    orders = [*RDPAccountant.DEFAULT_ALPHAS, *LARGE_ORDERS]
+    epsilon, _ = get_privacy_spent(orders=orders, rdp=[order * concentrated for order in orders], delta=delta)
+    return max(0.0, float(epsilon))
