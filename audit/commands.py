@@ -176,6 +176,11 @@ def budget_verify(
                 f"{name}: claims epsilon {'infinite' if claimed is None else format(claimed, '.4f')} at delta {answer.delta:g}"
             )
             _show_epsilons(answer, indent="  ")
+            if hospital := report.hospitals.get(name):
+                show(
+                    f"  the whole hospital: claims epsilon {hospital['claimed']:.4f}, by RDP {hospital['google_rdp']:.4f} "
+                    f"({hospital['if_nobody_colludes']:.4f} if nobody colludes) at delta {hospital['delta']:g}, one hospital's updates zero"
+                )
         for warning in report.warnings:
             show(f"note    {warning}")
         show("every claim holds" if report.ok else "verification FAILED")

@@ -27,6 +27,7 @@ class BudgetReport:
     failed: tuple[Check, ...]
     warnings: tuple[str, ...]
     budgets: dict[str, tuple[float | None, Epsilons]]
+    hospitals: dict[str, dict[str, float | str]]
 
     @property
     def ok(self) -> bool:
@@ -35,7 +36,11 @@ class BudgetReport:
 
     def to_json(self) -> dict[str, object]:
         """A JSON-able form."""
-        budgets = {name: {"claimed": claimed, **answer.to_json()} for name, (claimed, answer) in self.budgets.items()}
+        budgets = {
+            name: {"claimed": claimed, **answer.to_json()}
+            | ({"hospital": self.hospitals[name]} if name in self.hospitals else {})
+            for name, (claimed, answer) in self.budgets.items()
+        }
         return {
             "ok": self.ok,
             "failed": msgspec.to_builtins(self.failed),
@@ -58,7 +63,7 @@ def verify_budgets(folder: Path, *, authority_fingerprint: str | None, now: date
             budgets[name] = last.epsilon, epsilons(events, last.delta)
         except VerificationFailed as error:
             failed.append(Check(f"ledgers/{name}.jsonl", False, str(error)))
-    return BudgetReport(tuple(failed), tuple(report.warnings), budgets)
+    return BudgetReport(tuple(failed), tuple(report.warnings), budgets, report.hospitals)
 
 
 def compose(

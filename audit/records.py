@@ -31,7 +31,7 @@ from keys.signed import verify_document
 from protocols.agreement import Agreement
 from protocols.chain import GENESIS, line_digest
 from protocols.encoding import FixedPoint
-from protocols.ledger import DpSgdEvent, EpsilonClaim, read_ledger, verify_ledger
+from protocols.ledger import HOSPITAL_RELATION, DpSgdEvent, EpsilonClaim, read_ledger, verify_ledger
 from protocols.rings import make_ring
 from protocols.transcript import (
     Body,
@@ -68,6 +68,7 @@ class VerificationReport:
     checks: list[Check] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     epsilons: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    hospitals: dict[str, dict[str, float | str]] = field(default_factory=dict)
     ledgers: dict[str, tuple[tuple[DpSgdEvent, ...], tuple[tuple[int, EpsilonClaim], ...]]] = field(
         default_factory=dict
     )
@@ -83,6 +84,7 @@ class VerificationReport:
         return {
             "ok": self.ok,
             **msgspec.to_builtins({"checks": self.checks, "warnings": self.warnings, "epsilon": self.epsilons}),
+            **({"hospital": self.hospitals} if self.hospitals else {}),
         }
 
 
@@ -273,7 +275,7 @@ def _verify_ledger(
     for count, claim in claims:
         check_claim(claim, events[:count], epsilon_pld(events[:count], delta), "PLD")
     report.ledgers[node_id] = events, claims
-    hospital = _verify_hospital(node_id, study.agreement, events, claims, records, report)
+    whole = _verify_hospital(node_id, study.agreement, events, claims, records, report)
     budget = study.agreement.privacy.epsilon_budget
     if (
         study.agreement.privacy.noise_multiplier > 0
@@ -284,7 +286,7 @@ def _verify_ledger(
         )
     steps = sum(event.steps for event in events)
     shown = f"{claimed:.3f} claimed, {rdp:.3f} by RDP, {pld:.3f} by PLD, at delta {delta:g}, add-or-remove-one"
-    return f"{len(events)} events, {steps} steps, epsilon {shown}{hospital}"
+    return f"{len(events)} events, {steps} steps, epsilon {shown}{whole}"
 
 
 def _verify_hospital(
@@ -296,30 +298,35 @@ def _verify_hospital(
     report: VerificationReport,
 ) -> str:
     """Check what is claimed for the hospital as a whole: counted for the fewest shares of noise, and shown for those that were summed."""
-    if agreement.hospital_privacy is None:
+    hospital, share = agreement.hospital_privacy, agreement.noise_share
+    if hospital is None or share is None:
         return ""
-    delta, counted = agreement.hospital_privacy.delta, 0.0
+    claimed = counted = 0.0
     for number, claim in claims:
         shares = [event.noise_share for event in events[:number] if event.noise_share is not None]
-        counted = epsilon_concentrated(sum(share.concentrated for share in shares), delta)
-        if claim.hospital is None or claim.hospital.epsilon < counted * (1 - EPSILON_TOLERANCE):
+        counted = epsilon_concentrated(sum(noised.concentrated for noised in shares), hospital.delta)
+        claimed = -1.0 if claim.hospital is None else claim.hospital.epsilon
+        if claimed < counted * (1 - EPSILON_TOLERANCE):
             raise VerificationFailed(
                 f"the claim for the hospital after {len(shares)} noised rounds is lower than epsilon {counted:.6g} (Google RDP)"
             )
-        if claim.hospital.epsilon > agreement.hospital_privacy.epsilon_budget:
+        if claimed > hospital.epsilon_budget:
             raise VerificationFailed(
-                f"the hospital spent epsilon {claim.hospital.epsilon:.6g}, more than the budget of "
-                f"{agreement.hospital_privacy.epsilon_budget:g}"
+                f"the hospital spent epsilon {claimed:.6g}, more than the budget of {hospital.epsilon_budget:g}"
             )
-    summed = {event.round: event.noise_share for event in events if event.noise_share and event.round in records}
-    everyone = [
-        msgspec.structs.replace(share, contributors=len(records[number].survivors)) for number, share in summed.items()
-    ]
-    outside = epsilon_concentrated(sum(share.concentrated for share in everyone), delta)
-    report.epsilons[node_id] |= {"hospital": counted, "hospital_if_nobody_colludes": outside, "hospital_delta": delta}
+    summed = [records[event.round] for event in events if event.noise_share and event.round in records]
+    everyone = [msgspec.structs.replace(share, contributors=len(record.survivors)) for record in summed]
+    outside = epsilon_concentrated(sum(noised.concentrated for noised in everyone), hospital.delta)
+    report.hospitals[node_id] = {
+        "claimed": claimed,
+        "google_rdp": counted,
+        "if_nobody_colludes": outside,
+        "delta": hospital.delta,
+        "neighbouring_relation": HOSPITAL_RELATION,
+    }
     return (
-        f"; the hospital as a whole: {counted:.3f} counting on {agreement.noise_share.contributors if agreement.noise_share else 0} shares "
-        f"of noise, {outside:.3f} with all that were summed, at delta {delta:g}, one hospital's updates zero"
+        f"; the whole hospital: {claimed:.3f} claimed, {counted:.3f} by RDP with {share.contributors} shares of noise, {outside:.3f} if "
+        f"nobody colludes, at delta {hospital.delta:g}, one hospital's updates zero"
     )
 
 

@@ -19,9 +19,10 @@ from keys.labels import Label
 from keys.signed import sign_document
 from protocols import ledger as led
 from protocols import transcript as t
-from protocols.agreement import Agreement, Anchors, Model, agreement_digest, write_agreement
+from protocols.agreement import Agreement, Anchors, HospitalPrivacy, Model, agreement_digest, write_agreement
 from protocols.chain import GENESIS, line_digest
 from protocols.sealing import AttemptId
+from secgeo.accountant import hospital_epsilon
 from secgeo.records import LEDGERS, RECEIPTS, TRANSCRIPT, sum_path, write_manifest, write_sum
 from secgeo.update import Layout
 from tests.keys.factory import AGGREGATOR, NOW, Consortium, make_consortium
@@ -186,13 +187,20 @@ class Study:
                     dataset_fingerprint=FINGERPRINT,
                     rng_kind=RNG,
                     transcript_link=link,
+                    noise_share=self.agreement.noise_share if taken else None,
                 )
             )
             steps, link = steps + taken, line_digest(line).hex()
         events = [body for body in bodies if isinstance(body, led.DpSgdEvent)]
         epsilon = epsilon_rdp(events, privacy.delta)
         claimed = epsilon if np.isfinite(epsilon) else None
-        bodies.append(led.EpsilonClaim(steps, privacy.delta, claimed, led.ACCOUNTANT, led.NEIGHBOURING_RELATION))
+        hospital, whole = self.agreement.hospital_privacy, None
+        if hospital is not None:
+            rho = sum(event.noise_share.concentrated for event in events if event.noise_share)
+            whole = led.HospitalClaim(
+                hospital.delta, hospital_epsilon(rho, hospital.delta), led.ACCOUNTANT, led.HOSPITAL_RELATION
+            )
+        bodies.append(led.EpsilonClaim(steps, privacy.delta, claimed, led.ACCOUNTANT, led.NEIGHBOURING_RELATION, whole))
         bodies.append(led.LedgerClosed(len(events), steps, link))
         return bodies
 
@@ -245,10 +253,11 @@ class Study:
         write_manifest(folder, self.consortium.authority.sign)
 
 
-def make_study(count: int = 3, rounds: int = 2, **secure_sum: object) -> Study:
+def make_study(count: int = 3, rounds: int = 2, hospital: HospitalPrivacy | None = None, **secure_sum: object) -> Study:
     consortium = make_consortium(names(count))
     agreement = make_agreement(consortium, rounds=rounds, **{"protocol": "masked", **secure_sum})
-    return Study(consortium, msgspec.structs.replace(agreement, model=TINY, anchors=Anchors(9)))
+    agreement = msgspec.structs.replace(agreement, model=TINY, anchors=Anchors(9), hospital_privacy=hospital)
+    return Study(consortium, agreement)
 
 
 __all__ = ["FINGERPRINT", "NOW", "RNG", "Study", "make_study", "sum_path"]

@@ -19,7 +19,9 @@ from audit.accountants import epsilons, opacus_prv, opacus_rdp
 from audit.budget import Steps, epsilon_pld
 from audit.plan import Budget, calibrate
 from keys.errors import ConfigError, VerificationFailed
+from protocols.agreement import HospitalPrivacy
 from secgeo import cli
+from secgeo.accountant import hospital_epsilon
 from tests.audit.factory import NOW, Study, make_study
 from tests.secgeo.site import make_spec
 
@@ -279,3 +281,94 @@ def test_a_folder_that_does_not_verify_is_not_composed(study: Study, folder: Pat
     ledgers = [f"{folder}:{name}" for name in study.names[:2]]
     at = NOW.replace(tzinfo=None).isoformat(timespec="seconds")
     assert isinstance(run("compose", *ledgers, "--at", at).exception, VerificationFailed)
+
+
+# --- the hospital as a whole
+
+
+HOSPITAL = HospitalPrivacy(noise_multiplier=2.0, max_update_norm=1.0, delta=1e-5, epsilon_budget=8.0)
+
+
+@pytest.fixture(scope="module")
+def noised() -> Study:
+    return make_study(count=5, rounds=3, hospital=HOSPITAL)
+
+
+def test_a_claim_for_the_hospital_verifies(noised: Study, tmp_path: Path) -> None:
+    code, report = verify(noised, noised.write(tmp_path / "study"))
+    assert code == 0, report
+    for budget in report["budgets"].values():
+        hospital = budget["hospital"]
+        assert (
+            0
+            < hospital["if_nobody_colludes"]
+            < hospital["google_rdp"]
+            <= hospital["claimed"]
+            <= HOSPITAL.epsilon_budget
+        )
+        assert hospital["neighbouring_relation"] == "one-hospital-zero"
+
+
+HOSPITAL_LIES: dict[str, tuple[Callable[[list], object], str]] = {
+    "a claim too low": (
+        lambda b: b.__setitem__(4, replace(b[4], hospital=replace(b[4].hospital, epsilon=0.9 * b[4].hospital.epsilon))),
+        "after 2 noised rounds",
+    ),
+    "no claim": (lambda b: b.__setitem__(4, replace(b[4], hospital=None)), "for the whole hospital is missing"),
+    "a claim at another delta": (
+        lambda b: b.__setitem__(4, replace(b[4], hospital=replace(b[4].hospital, delta=0.01))),
+        "another delta",
+    ),
+    "a round without noise": (lambda b: b.__setitem__(2, replace(b[2], noise_share=None)), "the event of round 2"),
+    "less noise": (
+        lambda b: b.__setitem__(3, replace(b[3], noise_share=replace(b[3].noise_share, std=0.1))),
+        "the event of round 3",
+    ),
+    "more shares counted on": (
+        lambda b: b.__setitem__(3, replace(b[3], noise_share=replace(b[3].noise_share, contributors=5))),
+        "the event of round 3",
+    ),
+    "noise in the public round": (
+        lambda b: b.__setitem__(1, replace(b[1], noise_share=b[2].noise_share)),
+        "the event of round 1",
+    ),
+    "the budget passed": (
+        lambda b: b.__setitem__(4, replace(b[4], hospital=replace(b[4].hospital, epsilon=9.0))),
+        "more than the budget",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", sorted(HOSPITAL_LIES))
+def test_a_lie_about_the_hospital_exits_8(noised: Study, tmp_path: Path, lie: str) -> None:
+    change, named = HOSPITAL_LIES[lie]
+    folder, name = noised.write(tmp_path / "study"), noised.names[2]
+    transcript = (folder / "transcript.jsonl").read_bytes()
+    noised.put(folder, transcript, {name: noised.ledger(name, transcript, change)})
+    code, report = verify(noised, folder)
+    assert code == VerificationFailed.exit_code
+    ((found),) = report["failed"]
+    assert found["name"] == f"ledgers/{name}.jsonl"
+    assert named in found["detail"]
+
+
+def test_noise_for_a_hospital_is_the_smallest_that_keeps_the_budget() -> None:
+    result = run(
+        "hospital", "--epsilon", 8, "--delta", 1e-5, "--rounds", 21, "--members", 12, "--contributors", 8, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    noise = answer["noise_multiplier"]
+    assert (
+        answer["epsilon"]
+        == hospital_epsilon(20 / (2 * noise**2), 1e-5)
+        <= 8
+        < hospital_epsilon(10 / (noise - 1e-4) ** 2, 1e-5)
+    )
+    assert answer["share_over_max_update_norm"] == pytest.approx(noise / 8**0.5)
+    assert answer["noise_of_all_over_central"] == pytest.approx((12 / 8) ** 0.5)
+
+
+def test_more_hospitals_cannot_be_counted_on_than_there_are() -> None:
+    result = run("hospital", "--epsilon", 8, "--delta", 1e-5, "--rounds", 21, "--members", 4, "--contributors", 5)
+    assert isinstance(result.exception, ConfigError)

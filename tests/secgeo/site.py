@@ -61,13 +61,17 @@ class Site:
         write_public(self.base / "study" / "agreement.toml.sig", signature)
 
 
-def make_spec(rounds: int = 2, protocol: str = "masked", **privacy: Any) -> dict[str, Any]:
+def make_spec(
+    rounds: int = 2, protocol: str = "masked", hospital: dict[str, float] | None = None, **privacy: Any
+) -> dict[str, Any]:
     settings = preset("breast-cancer", 4, rounds)
     sections = {
         name: msgspec.to_builtins(getattr(settings, name)) for name in ("training", "privacy", "precision", "model")
     }
     del sections["model"]["trunk_digest"]
     sections["privacy"] |= privacy
+    if hospital is not None:
+        sections["hospital_privacy"] = hospital
     return sections | {
         "study": {"id": "test-study", "rounds": rounds, "classes": 2},
         "secure_sum": {
@@ -86,12 +90,14 @@ def make_spec(rounds: int = 2, protocol: str = "masked", **privacy: Any) -> dict
     }
 
 
-def make_site(base: Path, rounds: int = 2, protocol: str = "masked", **privacy: Any) -> Site:
+def make_site(
+    base: Path, rounds: int = 2, protocol: str = "masked", hospital: dict[str, float] | None = None, **privacy: Any
+) -> Site:
     consortium = make_consortium(HOSPITALS, now=datetime.now(UTC))
     generator = np.random.default_rng(7)
     anchors = {name: generator.normal(size=(128, 10)).astype(np.float32) for name in MODALITIES}
     agreement = complete(
-        make_spec(rounds, protocol, **privacy), consortium.roster, consortium.authority.fingerprint, anchors
+        make_spec(rounds, protocol, hospital, **privacy), consortium.roster, consortium.authority.fingerprint, anchors
     )
     document = write_agreement(agreement)
     study = base / "study"

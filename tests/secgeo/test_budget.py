@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,9 +17,9 @@ import pytest
 from keys.errors import BudgetExceeded, ConfigError
 from keys.identity import Identity
 from protocols import ledger
-from protocols.agreement import Agreement
+from protocols.agreement import Agreement, HospitalPrivacy
 from secgeo import budget as budget_module
-from secgeo.accountant import epsilon_of
+from secgeo.accountant import epsilon_of, hospital_epsilon
 from secgeo.budget import Budget
 from secgeo.datasets import LabelledRecords
 from secgeo.site_budget import SiteBudget, Spent
@@ -41,9 +42,10 @@ def identities(features: np.ndarray, patients: Sequence[str] | None = None) -> s
     return LabelledRecords(features, np.zeros(len(features), np.int64), names).identities
 
 
-def agreement(**privacy: object) -> Agreement:
+def agreement(hospital: HospitalPrivacy | None = None, **privacy: object) -> Agreement:
     agreed = make_agreement(CONSORTIUM)
-    return msgspec.structs.replace(agreed, privacy=msgspec.structs.replace(agreed.privacy, **privacy))
+    changed = msgspec.structs.replace(agreed.privacy, **privacy)
+    return msgspec.structs.replace(agreed, privacy=changed, hospital_privacy=hospital)
 
 
 def open_budget(
@@ -94,6 +96,30 @@ def test_the_step_that_would_pass_the_agreed_budget_is_refused_and_not_booked(tm
     ]
     assert spent[0] <= 3.0 < spent[1]
     assert budget.claim() == spent[0]
+
+
+def test_the_round_that_would_pass_the_budget_of_the_hospital_is_refused_over_restarts_too(tmp_path: Path) -> None:
+    hospital = HospitalPrivacy(noise_multiplier=2.0, max_update_norm=1.0, delta=1e-3, epsilon_budget=5.0)
+    share = agreement(hospital).noise_share
+    assert share is not None
+    affordable = max(n for n in range(20) if hospital_epsilon(n * share.concentrated, 1e-3) <= 5.0)
+    assert affordable > 2
+    open_it = partial(open_budget, tmp_path, hospital=hospital, epsilon_budget=100.0, max_epsilon=1000.0)
+    budget = open_it()
+    budget.book(1, 0)
+    for number in range(affordable):
+        budget.book(number + 2, STEPS)
+        close(budget)
+        budget = open_it()
+    with pytest.raises(BudgetExceeded, match="of the hospital"):
+        budget.book(affordable + 2, STEPS)
+    booked = events(tmp_path)
+    assert [event.noise_share for event in booked] == [None, *[share] * affordable]
+    budget.claim()
+    claim = ledger.read_ledger((tmp_path / STUDY.hex()[:4] / "ledger.jsonl").read_bytes(), IDENTITY.public_key)[-1]
+    assert isinstance(claim, ledger.EpsilonClaim)
+    assert claim.hospital is not None
+    assert claim.hospital.epsilon == hospital_epsilon(affordable * share.concentrated, 1e-3)
 
 
 def test_without_noise_nothing_is_within_a_finite_limit(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from audit.budget import epsilon_concentrated
 from audit.records import verify_folder
 from keys.errors import BudgetExceeded, ConfigError, KeyFileError, SecGeoError, VerificationFailed
 from keys.identity import Identity
 from protocols.agreement import agreement_digest, read_agreement
+from protocols.encoding import FixedPoint
 from protocols.messages import Join, encode
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import SendTo
@@ -28,6 +30,7 @@ from secgeo.datasets import LabelledRecords
 from secgeo.node import NodeProcess, run_node
 from secgeo.records import write_manifest
 from secgeo.site_budget import SiteBudget, Spent
+from secgeo.update import Layout
 from tests.keys.factory import AGGREGATOR, make_consortium
 from tests.secgeo.site import HOSPITALS, Site, make_site
 
@@ -222,6 +225,43 @@ def test_a_study_over_sockets_without_torch_at_the_aggregator(tmp_path: Path, un
     report = verify_folder(records, authority_fingerprint=site.consortium.authority.fingerprint, now=datetime.now(UTC))
     assert report.ok, report.to_json()
     assert {event.privacy_unit for events, _ in report.ledgers.values() for event in events} == {unit}
+
+
+def test_a_study_whose_hospitals_share_out_noise(tmp_path: Path) -> None:
+    hospital = {"noise_multiplier": 1.0, "max_update_norm": 0.5, "delta": 1e-3, "epsilon_budget": 9.0}
+    site = make_site(tmp_path, hospital=hospital)
+    assert run_study(site) == dict.fromkeys((AGGREGATOR, *HOSPITALS), 0)
+    records = collect(site)
+    report = verify_folder(records, authority_fingerprint=site.consortium.authority.fingerprint, now=datetime.now(UTC))
+    assert report.ok, report.to_json()
+    agreement = read_agreement((site.base / "study" / "agreement.toml").read_bytes())
+    assert agreement.noise_share is not None
+    expected = epsilon_concentrated(agreement.noise_share.concentrated, 1e-3)
+    for claimed in report.hospitals.values():
+        assert expected == claimed["google_rdp"] <= claimed["claimed"] <= 9.0
+    layout, point = Layout.from_agreement(agreement), FixedPoint.from_agreement(agreement)
+    private = np.concatenate([np.arange(segment.start, segment.weight_at) for segment in layout.segments])
+    first, second = (
+        point.decode(np.fromfile(records / "sums" / f"round-000{number}.u32", dtype="<u4"), len(HOSPITALS))[private]
+        for number in (1, 2)
+    )
+    assert not first.any(), "the first sum is public, and has no noise"
+    assert np.std(second) == pytest.approx(agreement.noise_share.std * np.sqrt(len(HOSPITALS)), rel=0.15)
+
+
+def test_a_policy_may_ask_for_noise_that_hides_the_hospital(tmp_path: Path) -> None:
+    for number, (hospital, limit, holds) in enumerate([(None, 5.0, False), (9.0, 5.0, False), (4.0, 5.0, True)]):
+        agreed = hospital and {
+            "noise_multiplier": 1.0, "max_update_norm": 0.5, "delta": 1e-3, "epsilon_budget": hospital
+        }  # fmt: skip
+        site = make_site(tmp_path / str(number), hospital=agreed)
+        policy = {"max_hospital_epsilon": limit, "min_colluders_tolerated": 0}
+        site.write_config(NODE, policy=policy)
+        if holds:
+            start(site)
+        else:
+            with pytest.raises(ConfigError, match=r"epsilon of the whole hospital is .*at most 5"):
+                start(site)
 
 
 def test_a_node_killed_in_mid_study_does_not_stop_the_others(tmp_path: Path) -> None:
