@@ -63,11 +63,11 @@ def study_agreement(data: DemoData, epsilon: float, method: str) -> Agreement:
     if method in ("local", "fedavg"):
         training = msgspec.structs.replace(training, alignment_weight=0.0, coordinate_weight=0.0, warmup_steps=0)
         precision = msgspec.structs.replace(precision, rule="equal")
-    hospitals = len(data.nodes)
+    threshold = (len(data.nodes) + 1) // 2 + 1
     agreement = Agreement(
         study=Study("unpaired", rounds, data.classes),
         roster=RosterPin(1, 1, "0" * 64, "0" * 64),
-        secure_sum=SecureSum("masked", minimum_cohort=3, threshold=(hospitals + 1) // 2 + 1),
+        secure_sum=SecureSum("masked", minimum_cohort=max(3, threshold), threshold=threshold),
         privacy=sections.privacy,
         training=training,
         precision=precision,

@@ -35,22 +35,35 @@ def discrete_gaussian(count: int, std: float) -> NDArray[np.int64]:
     return np.concatenate([np.array(block, dtype=np.int64) for block in blocks])
 
 
+def private_values(layout: Layout) -> NDArray[np.bool_]:
+    """Which values of a vector are weighted dB."""
+    private = np.zeros(layout.size, dtype=np.bool_)
+    for segment in layout.segments:
+        private[segment.start : segment.weight_at] = True
+    return private
+
+
+def to_grid(update: Vector, share: NoiseShare) -> NDArray[np.int64]:
+    """`update` ([m] float64), bounded to `share.max_update_norm`, in whole steps of the grid.
+
+    Raises:
+        LocalProtocolError: it holds NaN or infinity.
+    """
+    norm = float(np.linalg.norm(update))
+    if not np.isfinite(norm):
+        raise LocalProtocolError("the update holds NaN or infinity and was not sent; lower the learning rate")
+    most = share.max_update_norm * (1.0 - ROUNDING)
+    factor = most / norm if norm > most else 1.0
+    return np.trunc(update * factor / share.step).astype(np.int64)
+
+
 def add_noise_share(vector: Vector, layout: Layout, share: NoiseShare) -> Vector:
-    """`vector` ([size] float64) with its weighted dB bounded to `share.max_update_norm`, and noise added to it.
+    """`vector` ([size] float64) with its weighted dB bounded, and noise added to it.
 
     Raises:
         LocalProtocolError: the update holds NaN or infinity.
     """
-    noised = vector.copy()
-    private = np.zeros(vector.size, dtype=np.bool_)
-    for segment in layout.segments:
-        private[segment.start : segment.weight_at] = True
-    update = vector[private]
-    norm = float(np.linalg.norm(update))
-    if not np.isfinite(norm):
-        raise LocalProtocolError("the update holds NaN or infinity and was not sent; lower the learning rate")
-    if norm > share.max_update_norm * (1.0 - ROUNDING):
-        update *= share.max_update_norm * (1.0 - ROUNDING) / norm
-    steps = np.trunc(update / share.step).astype(np.int64)
+    noised, private = vector.copy(), private_values(layout)
+    steps = to_grid(vector[private], share)
     noised[private] = (steps + discrete_gaussian(steps.size, share.std / share.step)) * share.step
     return noised

@@ -16,21 +16,15 @@ from keys.errors import LocalProtocolError
 from protocols.agreement import HospitalPrivacy
 from protocols.encoding import FixedPoint
 from protocols.hospital_noise import NoiseShare
-from secgeo import hospital_noise
-from secgeo.hospital_noise import add_noise_share, discrete_gaussian
+from secgeo.hospital_noise import add_noise_share, discrete_gaussian, private_values, to_grid
 from secgeo.update import Layout, SharedState, apply_sum
 
 HOSPITAL = HospitalPrivacy(noise_multiplier=1.0, max_update_norm=0.5, delta=1e-3, epsilon_budget=20.0)
 STUDY = msgspec.structs.replace(agreement(), hospital_privacy=HOSPITAL)
 LAYOUT = Layout.from_agreement(STUDY)
 SHARE = NoiseShare(max_update_norm=0.5, std=0.1, step=2.0**-16, contributors=2)
-PRIVATE = np.zeros(LAYOUT.size, dtype=bool)
-for segment in LAYOUT.segments:
-    PRIVATE[segment.start : segment.weight_at] = True
-
-
-def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hospital_noise, "discrete_gaussian", lambda count, _: np.zeros(count, np.int64))
+PRIVATE = np.ones(LAYOUT.size, dtype=bool)  # but weights and the Gram matrix, which are public
+PRIVATE[LAYOUT.gram_start :] = PRIVATE[[segment.weight_at for segment in LAYOUT.segments]] = False
 
 
 @given(scale=st.floats(1e-6, 1e6), seed=st.integers(0, 2**32 - 1), common=st.booleans(), bits=st.sampled_from([16, 29]))
@@ -38,16 +32,14 @@ def test_what_is_summed_is_never_longer_than_agreed(scale: float, seed: int, com
     """In exact integers: neither rounding nor the norm's own error may add to it."""
     rng, share = np.random.default_rng(seed), msgspec.structs.replace(SHARE, step=2.0**-bits)
     vector = np.full(LAYOUT.size, scale) if common else rng.normal(size=LAYOUT.size) * scale
-    with pytest.MonkeyPatch.context() as patch:
-        no_noise(patch)
-        bounded = add_noise_share(vector, LAYOUT, share)
-    steps = [int(value) for value in bounded[PRIVATE] / share.step]
+    steps = [int(value) for value in to_grid(vector, share)]
     assert sum(value**2 for value in steps) <= int(share.max_update_norm / share.step) ** 2
-    if np.linalg.norm(vector[PRIVATE]) <= 0.99 * share.max_update_norm:
-        assert np.abs(bounded - vector)[PRIVATE].max() < share.step
+    if np.linalg.norm(vector) <= 0.99 * share.max_update_norm:
+        assert np.abs(np.array(steps) * share.step - vector).max() < share.step
 
 
 def test_noise_is_on_every_value_that_data_touch_and_on_no_other() -> None:
+    np.testing.assert_array_equal(private_values(LAYOUT), PRIVATE)
     vector = np.random.default_rng(0).normal(size=LAYOUT.size)
     noised = add_noise_share(vector, LAYOUT, SHARE)
     np.testing.assert_array_equal(noised[~PRIVATE], vector[~PRIVATE])
