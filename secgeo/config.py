@@ -67,6 +67,7 @@ class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     passphrase_file: str | None = None
     unencrypted_keys: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    autocast: bool = False
     embeddings: str | None = None
 
 

@@ -104,7 +104,9 @@ class NodeProcess:
         if config.evaluation is not None:
             self._held_out = load_records(config.evaluation, base, modality, agreement.study.classes)
         device = None if config.device == "auto" else config.device
-        self._trainer = training.LocalTrainer(agreement, member, records, anchors, noise=NoiseSource(), device=device)
+        self._trainer = training.LocalTrainer(
+            agreement, member, records, anchors, noise=NoiseSource(), device=device, autocast=config.autocast
+        )
         self._layout = Layout.from_agreement(agreement)
         folder = base / config.state / f"{agreement.study.id}-{self._study.agreement_digest.hex()[:16]}"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

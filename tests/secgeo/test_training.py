@@ -394,6 +394,24 @@ def test_gradients_of_a_patient_are_summed_before_they_are_clipped() -> None:
     torch.testing.assert_close(noised_gradient(t, one)[0], wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_autocast_does_not_weaken_clipping() -> None:
+    """Gradients are computed in bfloat16, and each unit still moves the sum by the clip norm, as far as float32 can tell."""
+    study = agreement(privacy={"noise_multiplier": 0.0, "max_grad_norm": 0.01})
+    exact, quick = (
+        LocalTrainer(
+            study, study.members[1], records("image"), anchors("image"), noise=NoiseSource(bytes(32)), device="cpu",
+            autocast=autocast,
+        )
+        for autocast in (False, True)
+    )  # fmt: skip
+    differences = []
+    for unit in range(8):
+        wanted, found = (noised_gradient(t, np.arange(len(t._units)) == unit)[0].double() for t in (exact, quick))
+        assert found.norm().item() == pytest.approx(0.01, rel=1e-4)
+        differences.append(((found - wanted).norm() / wanted.norm()).item())
+    assert 0 < max(differences) < 0.1
+
+
 def test_no_more_records_of_a_patient_are_used_than_agreed() -> None:
     t = patient_trainer("patient")
     assert [list(unit) for unit in t._units] == [
