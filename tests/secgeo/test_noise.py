@@ -1,8 +1,12 @@
 """The noise source: distribution, sampling rate, no reuse, no copies, no leak through repr."""
 
+import ast
 import copy
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from keys.errors import ConfigError, LocalProtocolError
 from secgeo.noise import BLOCK_VALUES, NoiseSource
 
 KEY = bytes(range(32))
+ROOT = Path(__file__).parents[2]
 
 
 def test_gaussian_passes_kolmogorov_smirnov_and_variance() -> None:
@@ -66,6 +71,60 @@ def test_numpy_seeds_have_no_influence() -> None:
     first = NoiseSource().uniform(4)
     np.random.seed(0)
     assert not np.any(first == NoiseSource().uniform(4))
+
+
+def test_a_restarted_process_draws_other_noise() -> None:
+    """Same program, same data, same seeds of everything that has one, started twice: as after a crash, or at two hospitals."""
+    program = (
+        "import random, numpy, torch; random.seed(0); numpy.random.seed(0); torch.manual_seed(0)\n"
+        "from secgeo.noise import NoiseSource\n"
+        "source = NoiseSource(); print(*source.gaussian((64,), 1.0), *source.uniform(64))\n"
+        "from secgeo.hospital_noise import discrete_gaussian; print(*discrete_gaussian(64, 1e9))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
+    first, second = (
+        np.array(subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).split(), float)
+        for _ in range(2)
+    )
+    assert len(first) == len(second) == 192
+    assert not np.intersect1d(first, second).size
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """Every call in a file, with the name that is called."""
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [(ast.unparse(call.func), call) for call in found]
+
+
+def test_no_noise_is_seeded_outside_of_tests() -> None:
+    made = 0
+    for path in (file for package in ("keys", "protocols", "secgeo") for file in (ROOT / package).glob("*.py")):
+        for name, call in calls(path):
+            assert not name.endswith((".seed", "manual_seed", "seed_all", "set_rng_state")), f"{path}: {name}"
+            if name.split(".")[-1] == "NoiseSource":
+                made += 1
+                assert not call.args, f"{path}: a noise source with a key of its own"
+                assert not call.keywords, f"{path}: a noise source with a key of its own"
+    assert made > 0
+
+
+@pytest.mark.parametrize("module", ["training", "noise", "hospital_noise"])
+def test_private_code_has_no_other_source_of_randomness(module: str) -> None:
+    path = ROOT / "secgeo" / f"{module}.py"
+    names = [name for name, _ in calls(path)]
+    for word in (
+        "random",
+        "rand",
+        "randn",
+        "normal",
+        "bernoulli",
+        "multinomial",
+        "shuffle",
+        "permutation",
+        "default_rng",
+    ):
+        drawn = [name for name in names if word in name.split(".") and name != "os.urandom"]
+        assert not drawn, f"{path}: {drawn}"
 
 
 def test_zero_deviation_is_exactly_zero_and_bad_ones_are_refused() -> None:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from tiny_study import KINDS, agreement, anchors, patients, records, trainer, view
 from torch.nn import functional
 
@@ -91,6 +92,41 @@ def test_noise_has_the_agreed_scale_on_every_parameter() -> None:
     for p, start in zip(t._optimizer.params, np.cumsum([0, *[p.numel() for p in t._optimizer.params]]), strict=False):
         assert float(draws[:, start : start + p.numel()].std()) == pytest.approx(0.25, rel=0.35)
     assert len(torch.unique(draws)) > 0.99 * draws.numel()
+    assert stats.kstest(draws.flatten().double().numpy() / 0.25, "norm").pvalue > 1e-3
+
+
+def test_no_noise_is_shared_by_steps_nodes_and_restarts() -> None:
+    """As drawn by the real optimiser: no value of one vector is in another, and no two vectors go together."""
+    nobody, study = np.zeros(24, dtype=bool), agreement()
+    nodes = [
+        LocalTrainer(study, study.members[i], records(kind), anchors(kind), noise=NoiseSource(), device="cpu")
+        for i, kind in [*enumerate(KINDS), *enumerate(KINDS)]  # every hospital, and every hospital started again
+    ]
+    vectors = [noised_gradient(node, nobody)[1].double().numpy() for node in nodes for _ in range(3)]
+    for i, first in enumerate(vectors):
+        for second in vectors[:i]:
+            size = min(len(first), len(second))
+            assert len(np.intersect1d(first, second)) < 3, "float32 values may meet by chance"
+            assert abs(np.corrcoef(first[:size], second[:size])[0, 1]) < 6 / np.sqrt(size)
+
+
+def test_noise_is_added_in_float64_and_only_then_rounded() -> None:
+    """The mitigation of floating-point attacks as the optimiser applies it: what float32 would do first shows in the last bit."""
+    t, nobody = trainer(agreement(), key=3), np.zeros(24, dtype=bool)
+    t._optimizer.zero_grad(set_to_none=True)
+    t._private_gradient(nobody)
+    t._optimizer.clip_and_accumulate()
+    for p in t._optimizer.params:
+        p.summed_grad = torch.full_like(p, 0.3)
+    t._optimizer.add_noise()
+    source = NoiseSource((3).to_bytes(32, "big"))
+    early = 0
+    for p in t._optimizer.params:
+        drawn = torch.from_numpy(source.gaussian(tuple(p.shape), 1.0))
+        summed = torch.full_like(p, 0.3)
+        assert torch.equal(p.grad, (summed.double() + drawn).float())
+        early += int((p.grad != summed + drawn.float()).sum())
+    assert early > 0
 
 
 def test_noise_comes_from_the_noise_source_alone() -> None:
