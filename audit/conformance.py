@@ -1,0 +1,416 @@
+"""White-box tests that a trainer does what its ledger will say: noise, sensitivity, sampling, bookkeeping, side channels.
+
+A lower bound on epsilon (`audit.training`) catches bugs that cost much privacy. These tests catch the ones that cost little in one run, and
+say what is wrong. They watch the product's own trainer, on the hospital's records, through `audit.watch`:
+
+    noise         what the optimiser adds to the clipped sum, against N(0, (noise_multiplier max_grad_norm)^2) on every parameter;
+                  step against step, and against the same hospital started again
+    sensitivity   one unit more, all else and the noise being equal: how far the sum moves, for the records with the largest
+                  gradients and for gradients far above the clip norm
+    sampling      sizes of samples, how often each unit is in, and how often twice running, against independent coins
+    bookkeeping   steps that touched records, changed parameters, were booked, and were reported
+    side channels the clipped sum taken out: then nothing that leaves may differ between two sets of records
+
+A test fails when what was seen has probability below `ALARM` under the promise, so that sound trainers are not accused by chance.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from msgspec import Struct
+from numpy.typing import NDArray
+from scipy import stats
+
+from audit.findings import Finding
+from audit.target import Target
+from audit.watch import RandomCanaries, Seen, Watch
+from secgeo.datasets import LabelledRecords
+from secgeo.noise import NoiseSource
+from secgeo.training import LocalTrainer, RoundUpdate
+from secgeo.update import Layout, SharedState, apply_sum
+
+ALARM = 1e-9
+"""Probability of what was seen, below which a promise counts as broken."""
+
+SAMPLING_STEPS = 300
+NOISE_STEPS = 12
+LENGTHS = (0.5, 1.0, 10.0, 1e4)
+"""Norms of gradients that are put in, in clip norms."""
+
+CANDIDATES, LARGEST_RECORDS = 64, 6
+"""Units whose gradients are looked at, and how many of them, the largest, are tried."""
+
+TOLERANCE = 1e-3
+"""Relative, of a clipped norm, in float32."""
+
+
+class ParameterNoise(Struct, frozen=True, forbid_unknown_fields=True):
+    """Noise on one parameter over all steps: how many values, and their mean square in units of the promised variance."""
+
+    name: str
+    count: int
+    mean_square: float
+
+
+class Influence(Struct, frozen=True, forbid_unknown_fields=True):
+    """How far one unit moved the noised sum, in clip norms."""
+
+    unit: str
+    norm: float
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """Samples of `steps` steps: their sizes, how often each unit was in one, and how many units were in two running."""
+
+    units: int
+    sizes: tuple[int, ...]
+    inclusions: tuple[int, ...]
+    overlaps: tuple[int, ...]
+
+
+class Bookkeeping(Struct, frozen=True, forbid_unknown_fields=True):
+    """One round: steps that touched records, changed parameters, were booked, were reported, and that the agreement says."""
+
+    touched: int
+    moved: int
+    booked: int
+    reported: int
+    agreed: int
+
+
+class ConformanceEvidence(Struct, frozen=True, forbid_unknown_fields=True):
+    """What was seen. Correlations are of the noise of two steps, or of the first steps of two starts."""
+
+    noise_multiplier: float
+    sample_rate: float
+    unit: str
+    noise: tuple[ParameterNoise, ...]
+    kolmogorov_smirnov: float
+    noise_values: int
+    step_correlations: tuple[float, ...]
+    start_correlation: float
+    influences: tuple[Influence, ...]
+    sampling: Sampling
+    bookkeeping: Bookkeeping
+    leaks: tuple[str, ...]
+    compared: int
+    seconds: float
+
+
+Progress = Callable[[str, float], None]
+
+
+def collect(target: Target, progress: Progress = lambda *_: None) -> ConformanceEvidence:
+    """Watch the trainer of `target`."""
+    started = time.monotonic()
+    progress("noise of the optimiser", 0.0)
+    noise, statistic, values, between_steps, between_starts = _noise(target)
+    progress("influence of one unit", 0.3)
+    influences = _influences(target)
+    progress("samples", 0.5)
+    sampling = _sampling(target)
+    progress("bookkeeping", 0.8)
+    bookkeeping = _bookkeeping(target)
+    progress("side channels", 0.9)
+    leaks, compared = _leaks(target)
+    privacy = target.agreement.privacy
+    return ConformanceEvidence(
+        noise_multiplier=privacy.noise_multiplier,
+        sample_rate=privacy.sample_rate,
+        unit=privacy.unit,
+        noise=noise,
+        kolmogorov_smirnov=statistic,
+        noise_values=values,
+        step_correlations=between_steps,
+        start_correlation=between_starts,
+        influences=influences,
+        sampling=sampling,
+        bookkeeping=bookkeeping,
+        leaks=leaks,
+        compared=compared,
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def with_consensus(target: Target, trainer: LocalTrainer) -> SharedState:
+    """The shared state after a first round, which spends nothing, of this hospital alone."""
+    layout = Layout.from_agreement(target.agreement)
+    initial = SharedState.initial(target.agreement)
+    return apply_sum(initial, layout, trainer.train_round(initial).vector(layout), target.agreement)
+
+
+# --- noise
+
+
+def _noise(target: Target) -> tuple[tuple[ParameterNoise, ...], float, int, tuple[float, ...], float]:
+    std = target.agreement.privacy.noise_multiplier * target.agreement.privacy.max_grad_norm
+    if std == 0.0:
+        return (), 0.0, 0, (), 0.0
+    starts: list[list[NDArray[np.float64]]] = [[], []]
+    for seen in starts:
+        trainer = target.trainer()
+        Watch(trainer, lambda step, seen=seen: seen.append(step.noise.numpy() / std))  # type: ignore[misc]
+        for _ in range(NOISE_STEPS):
+            trainer.step()
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    drawn, at, by_parameter = np.array(starts[0]), 0, []
+    for p in trainer._optimizer.params:
+        own = drawn[:, at : at + p.numel()]
+        by_parameter.append(ParameterNoise(names[id(p)], own.size, float(np.mean(own**2))))
+        at += p.numel()
+    statistic = float(stats.kstest(drawn.ravel(), "norm").statistic)
+    steps = tuple(_correlation(first, second) for first, second in pairwise(drawn))
+    return tuple(by_parameter), statistic, drawn.size, steps, _correlation(starts[0][0], starts[1][0])
+
+
+def _correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / norms if norms > 0.0 else 0.0
+
+
+# --- sensitivity
+
+
+def _influences(target: Target) -> tuple[Influence, ...]:
+    key, clip = secrets.token_bytes(32), target.agreement.privacy.max_grad_norm
+    shaken = [torch.randn_like(p) * 0.2 for p in target.trainer().model.private_parameters()]
+
+    def trainer() -> LocalTrainer:
+        """Away from the start, where heads are zero and gradients small; every call gives the same."""
+        made = target.trainer(noise=NoiseSource(key))
+        with torch.no_grad():
+            for p, change in zip(made.model.private_parameters(), shaken, strict=True):
+                p.add_(change)
+        return made
+
+    def noised(sample: NDArray[np.bool_], length: float = 0.0) -> torch.Tensor:
+        """The noised sum [d] of one step on a sample of the units and one canary of this norm."""
+        made, seen = trainer(), list[Seen]()
+        canary = RandomCanaries(1, sum(p.numel() for p in shaken), length * clip)
+        Watch(made, seen.append, canaries=canary, included=np.ones(1, np.bool_), fixed=sample)
+        made.step()
+        return seen[0].noised.double()
+
+    norms = _unit_norms(trainer())
+    base = np.zeros(len(trainer()._units) + 1, np.bool_)
+    base[np.random.default_rng().permutation(len(base) - 1)[: max(1, min(len(base) // 2, 32))]] = True
+    found = []
+    for unit in sorted(norms, key=lambda unit: -norms[unit])[:LARGEST_RECORDS]:
+        without, with_it = base.copy(), base.copy()
+        without[unit], with_it[unit] = False, True
+        moved = float((noised(with_it) - noised(without)).norm()) / clip
+        found.append(
+            Influence(f"{target.agreement.privacy.unit} {unit}, gradient of norm {norms[unit] / clip:.3g}", moved)
+        )
+    alone, beside = noised(base), base.copy()
+    beside[-1] = True
+    for length in LENGTHS:
+        moved = float((noised(beside, length) - alone).norm()) / clip
+        found.append(Influence(f"made gradient of norm {length:g}", moved))
+    return tuple(found)
+
+
+def _unit_norms(trainer: LocalTrainer) -> dict[int, float]:
+    """The norm of the gradient of some units, before clipping."""
+    norms, count = {}, len(trainer._units)
+    for unit in np.random.default_rng().permutation(count)[:CANDIDATES].tolist():
+        trainer._optimizer.zero_grad(set_to_none=True)
+        trainer._private_gradient(np.arange(count) == unit)
+        parts = [p.grad_sample.double().norm() for p in trainer._optimizer.params]
+        norms[unit] = float(torch.stack(parts).norm())
+    return norms
+
+
+# --- sampling, bookkeeping, side channels
+
+
+def _sampling(target: Target) -> Sampling:
+    trainer, masks = target.trainer(), list[NDArray[np.bool_]]()
+    count = len(trainer._units)
+    Watch(trainer, lambda step: masks.append(step.sample), fixed=np.zeros(count, np.bool_))
+    for _ in range(SAMPLING_STEPS):
+        trainer.step()
+    drawn = np.array(masks)
+    together = (drawn[:-1] & drawn[1:]).sum(axis=1)
+    return Sampling(
+        count, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), tuple(together.tolist())
+    )
+
+
+def _bookkeeping(target: Target) -> Bookkeeping:
+    trainer = target.trainer()
+    state = with_consensus(target, trainer)
+    before, watch = trainer.steps_taken, Watch(trainer)
+    update = trainer.train_round(state)
+    agreed = target.agreement.training.steps_per_round
+    return Bookkeeping(watch.touched, watch.moved, trainer.steps_taken - before, update.steps, agreed)
+
+
+def _leaks(target: Target) -> tuple[tuple[str, ...], int]:
+    """What differs between the hospital's records and others, when the clipped sum is taken out; and how many values were compared."""
+    key, rolled = secrets.token_bytes(32), np.random.default_rng().permutation(len(target.records))
+    scrambled = LabelledRecords(
+        -target.records.features[rolled],
+        (target.records.labels[rolled] + 1) % target.agreement.study.classes,
+        target.records.patients,
+    )
+    outcomes: list[tuple[RoundUpdate, dict[str, NDArray[np.float32]]]] = []
+    for records in (target.records, scrambled):
+        trainer = target.trainer(noise=NoiseSource(key), records=records)
+        state = with_consensus(target, trainer)
+        count = len(trainer._units)
+        Watch(trainer, fixed=np.arange(count) < max(2, count // 2), muted=True)
+        outcomes.append((trainer.train_round(state), trainer.local_state()))
+    (first, local), (second, other) = outcomes
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"dB of {name}", first.delta_b[name], second.delta_b[name]) for name in first.delta_b
+    ]
+    pairs += [(f"weight of {name}", first.weights[name], second.weights[name]) for name in first.weights]
+    pairs += [
+        ("Gram matrix", first.gram, second.gram),
+        ("weight of the Gram matrix", first.gram_weight, second.gram_weight),
+    ]
+    pairs += [("number of steps", first.steps, second.steps)]
+    pairs += [(f"local {name}", local[name], other[name]) for name in local]
+    differing = tuple(name for name, one, two in pairs if not np.array_equal(np.asarray(one), np.asarray(two)))
+    return differing, sum(int(np.size(one)) for _, one, _ in pairs)
+
+
+# --- verdict
+
+
+def judge(evidence: ConformanceEvidence) -> list[Finding]:
+    """What the evidence says; a pure function."""
+    return [
+        _judge_noise(evidence),
+        _judge_reuse(evidence),
+        _judge_influence(evidence),
+        _judge_sampling(evidence),
+        _judge_bookkeeping(evidence.bookkeeping),
+        _judge_leaks(evidence),
+    ]
+
+
+def _finding(name: str, promise: str, broken: Sequence[str], detail: str) -> Finding:
+    return Finding("training", name, promise, "broken" if broken else "held", "; ".join(broken) or detail)
+
+
+def _judge_noise(evidence: ConformanceEvidence) -> Finding:
+    name, promise = "noise", "every private parameter gets Gaussian noise of the agreed scale"
+    if evidence.noise_multiplier == 0.0:
+        return Finding(
+            "training", name, promise, "not testable", "the agreement has no noise, so there is no privacy to audit"
+        )
+    broken = []
+    for parameter in evidence.noise:
+        # count * mean_square is chi-squared with `count` degrees of freedom
+        if stats.chi2.cdf(parameter.count * parameter.mean_square, parameter.count) < ALARM:
+            scale = math.sqrt(parameter.mean_square)
+            broken.append(f"{parameter.name} has {scale:.3f} times the agreed noise ({parameter.count} values)")
+    least = min((math.sqrt(parameter.mean_square) for parameter in evidence.noise), default=0.0)
+    if stats.kstwo.sf(evidence.kolmogorov_smirnov, max(1, evidence.noise_values)) < ALARM:
+        broken.append(f"the noise is not Gaussian: Kolmogorov-Smirnov distance {evidence.kolmogorov_smirnov:.4f}")
+    detail = (
+        f"{evidence.noise_values} values; least scale on a parameter {least:.3f} of the agreed one, "
+        f"Kolmogorov-Smirnov distance {evidence.kolmogorov_smirnov:.2g}"
+    )
+    return _finding(name, promise, _shortened(broken), detail)
+
+
+def _shortened(broken: Sequence[str], most: int = 3) -> list[str]:
+    rest = len(broken) - most
+    return [*broken[:most], *([f"and {rest} more"] if rest > 0 else [])]
+
+
+def _judge_reuse(evidence: ConformanceEvidence) -> Finding:
+    name, promise = "fresh noise", "no noise is used twice, in two steps or after a restart"
+    if evidence.noise_multiplier == 0.0:
+        return Finding("training", name, promise, "not testable", "the agreement has no noise")
+    values = max(1, evidence.noise_values // (len(evidence.step_correlations) + 1))
+    limit = float(stats.norm.isf(ALARM / 2)) / math.sqrt(values)
+    broken = []
+    worst = max(evidence.step_correlations, key=abs, default=0.0)
+    if abs(worst) > limit:
+        broken.append(f"the noise of two steps running has correlation {worst:.3f}")
+    if abs(evidence.start_correlation) > limit:
+        broken.append(f"the noise after a restart has correlation {evidence.start_correlation:.3f} with that before")
+    detail = f"largest correlation of steps {worst:.2g}, of restarts {evidence.start_correlation:.2g}, chance allows {limit:.2g}"
+    return _finding(name, promise, broken, detail)
+
+
+def _judge_influence(evidence: ConformanceEvidence) -> Finding:
+    largest = max(evidence.influences, key=lambda influence: influence.norm)
+    broken = []
+    if not largest.norm <= 1.0 + TOLERANCE:
+        broken.append(f"one unit moved the sum by {largest.norm:.4g} times the clip norm ({largest.unit})")
+    detail = f"{len(evidence.influences)} units; the sum moved by at most {largest.norm:.4f} times the clip norm ({largest.unit})"
+    return _finding(
+        "sensitivity",
+        f"one {evidence.unit} moves the sum by at most the clip norm, over all parameters",
+        broken,
+        detail,
+    )
+
+
+def _judge_sampling(evidence: ConformanceEvidence) -> Finding:
+    name, promise = "sampling", "every unit is in a sample by its own coin, of the agreed sample rate, at every step"
+    sampling, q = evidence.sampling, evidence.sample_rate
+    n, steps = sampling.units, len(sampling.sizes)
+    sizes = np.array(sampling.sizes)
+    found = f"mean sample {sizes.mean():.2f} of {n} at rate {q:g}, variance {sizes.var():.2f}"
+    if q == 1.0:
+        whole = bool((sizes == n).all())
+        return _finding(
+            name,
+            promise,
+            [] if whole else [f"not everybody is in every sample: {found}"],
+            "everybody is in every sample",
+        )
+    broken = []
+    if stats.binomtest(int(sizes.sum()), n * steps, q).pvalue < ALARM:
+        broken.append(f"the sample rate is {sizes.sum() / (n * steps):.4f}, not {q:g}")
+    if _two_sided(float(((sizes - n * q) ** 2).sum() / (n * q * (1 - q))), steps) < ALARM:
+        broken.append(f"sizes of samples are not those of independent coins: {found}, coins have {n * q * (1 - q):.2f}")
+    together = sum(sampling.overlaps)
+    if stats.binomtest(together, n * (steps - 1), q * q).pvalue < ALARM:
+        broken.append(f"units are in two samples running {together} times, coins give {n * (steps - 1) * q * q:.0f}")
+    counts = np.array(sampling.inclusions)
+    if _two_sided(float(((counts - steps * q) ** 2).sum() / (steps * q * (1 - q))), n) < ALARM:
+        broken.append("units are not all sampled alike")
+    return _finding(name, promise, broken, f"{steps} steps; {found} (coins: {n * q * (1 - q):.2f})")
+
+
+def _two_sided(chi_squared: float, degrees: int) -> float:
+    return 2.0 * float(min(stats.chi2.cdf(chi_squared, degrees), stats.chi2.sf(chi_squared, degrees)))
+
+
+def _judge_bookkeeping(seen: Bookkeeping) -> Finding:
+    same = len({seen.touched, seen.moved, seen.booked, seen.reported, seen.agreed}) == 1
+    told = (
+        f"{seen.touched} steps touched records, {seen.moved} changed parameters, {seen.booked} were booked, "
+        f"{seen.reported} reported, {seen.agreed} agreed"
+    )
+    return _finding(
+        "bookkeeping", "every step is booked, and no more are taken than agreed", [] if same else [told], told
+    )
+
+
+def _judge_leaks(evidence: ConformanceEvidence) -> Finding:
+    broken = [f"without the clipped sum, these still depend on the records: {', '.join(_shortened(evidence.leaks))}"]
+    detail = (
+        f"{evidence.compared} values are the same to the bit for two sets of records, once the clipped sum is taken out"
+    )
+    return _finding(
+        "side channels",
+        "records reach nothing but through the clipped and noised sum",
+        broken if evidence.leaks else [],
+        detail,
+    )

@@ -1,0 +1,273 @@
+"""Planted bugs: mistakes that real implementations of DP-SGD have made, put into the product's own trainer to see which audit notices.
+
+Each plant changes one thing of a `LocalTrainer` and leaves its bookkeeping as it was: what is claimed stays the same. Sources: Tramer et
+al. 2022 (arXiv 2202.12219), Chua et al. 2024 (arXiv 2403.17673, shuffled batches), Nasr et al. 2023 (arXiv 2302.07956).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from audit.target import Target
+from audit.watch import patch
+from secgeo.noise import NoiseSource
+from secgeo.training import LocalTrainer, RoundUpdate
+from secgeo.update import SharedState
+
+MICROBATCH = 4
+"""Units of a microbatch where a plant has them."""
+
+PATIENT_RECORDS = 4
+"""Records that a plant gives to each patient, if the agreement protects records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """A bug: what it is, and how it gets into a trainer."""
+
+    name: str
+    what: str
+    into: Callable[[LocalTrainer], None]
+    needs_patients: bool = False
+
+    def target(self, target: Target) -> Target:
+        """The target with this bug. Where the bug is about patients, records get some, and the agreement protects them."""
+        if self.needs_patients and target.agreement.privacy.unit != "patient":
+            privacy = msgspec.structs.replace(
+                target.agreement.privacy, unit="patient", records_per_patient=PATIENT_RECORDS
+            )
+            patients = np.array([f"patient {i // PATIENT_RECORDS}" for i in range(len(target.records))])
+            target = replace(
+                target,
+                agreement=msgspec.structs.replace(target.agreement, privacy=privacy),
+                records=replace(target.records, patients=patients),
+            )
+        return replace(target, plant=self.name)
+
+
+# --- noise
+
+
+def _scaled_noise(factor: Callable[[LocalTrainer], float]) -> Callable[[LocalTrainer], None]:
+    def into(trainer: LocalTrainer) -> None:
+        optimizer = trainer._optimizer
+        gaussian = optimizer._noise.gaussian
+
+        def add_noise() -> None:
+            std = optimizer.noise_multiplier * optimizer.max_grad_norm * factor(trainer)
+            for p in optimizer.params:
+                p.grad = (p.summed_grad.double() + torch.from_numpy(gaussian(tuple(p.shape), std))).to(p.dtype)
+
+        patch(optimizer, add_noise=add_noise)
+
+    return into
+
+
+def _microbatches(trainer: LocalTrainer) -> float:
+    """As if the noise were shared out among microbatches, each with its part of the standard deviation."""
+    return 1.0 / math.sqrt(max(1.0, trainer._member.expected_batch_size / MICROBATCH))
+
+
+def _fixed_seed(trainer: LocalTrainer) -> None:
+    trainer._noise = trainer._optimizer._noise = NoiseSource(bytes(32))
+
+
+def _reused_seed(trainer: LocalTrainer) -> None:
+    optimizer, add_noise = trainer._optimizer, trainer._optimizer.add_noise
+    key = trainer._noise.uniform(4).tobytes()
+
+    def reseeded() -> None:
+        optimizer._noise = NoiseSource(key)
+        add_noise()
+
+    patch(optimizer, add_noise=reseeded)
+
+
+def _unnoised_magnitudes(trainer: LocalTrainer) -> None:
+    optimizer, add_noise = trainer._optimizer, trainer._optimizer.add_noise
+    magnitudes: list[Any] = [layer.magnitude.weight for layer in trainer.model.adapted.values()]
+
+    def all_but_magnitudes() -> None:
+        add_noise()
+        for p in magnitudes:
+            p.grad = p.summed_grad.clone()
+
+    patch(optimizer, add_noise=all_but_magnitudes)
+
+
+# --- clipping
+
+
+def _clip(
+    factors: Callable[[LocalTrainer, torch.Tensor], list[torch.Tensor]],
+) -> Callable[[LocalTrainer], None]:
+    """Clip by factors [units] for each parameter, from the norms [units, parameters] of the units' gradients."""
+
+    def into(trainer: LocalTrainer) -> None:
+        optimizer = trainer._optimizer
+
+        def clip_and_accumulate() -> None:
+            parameters = optimizer.params
+            norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters], dim=1)
+            for p, factor in zip(parameters, factors(trainer, norms), strict=True):
+                summed = torch.einsum("i,i...", factor, p.grad_sample)
+                p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
+
+        patch(optimizer, clip_and_accumulate=clip_and_accumulate)
+
+    return into
+
+
+def _no_clip(trainer: LocalTrainer, norms: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.ones(len(norms))] * norms.shape[1]
+
+
+def _clip_each_parameter(trainer: LocalTrainer, norms: torch.Tensor) -> list[torch.Tensor]:
+    return [(trainer._optimizer.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms.T]
+
+
+def _clip_all_but_the_head(trainer: LocalTrainer, norms: torch.Tensor) -> list[torch.Tensor]:
+    head = {id(p) for p in trainer.model.head.parameters()}
+    outside = torch.tensor([id(p) in head for p in trainer._optimizer.params])
+    factor = (trainer._optimizer.max_grad_norm / (norms[:, ~outside].norm(dim=1) + 1e-6)).clamp(max=1.0)
+    return [torch.ones(len(norms)) if out else factor for out in outside]
+
+
+def _clip_after_sum(trainer: LocalTrainer) -> None:
+    """Each unit whole, and the sum cut to the norm that it would have at most; so one unit can turn it around."""
+    optimizer = trainer._optimizer
+
+    def clip_and_accumulate() -> None:
+        sums = [p.grad_sample.sum(dim=0) for p in optimizer.params]
+        norm = torch.stack([total.norm() for total in sums]).norm()
+        most = optimizer.max_grad_norm * trainer._member.expected_batch_size
+        for p, total in zip(optimizer.params, sums, strict=True):
+            total = total * min(1.0, float(most / (norm + 1e-6)))
+            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+
+    patch(optimizer, clip_and_accumulate=clip_and_accumulate)
+
+
+def _clip_records_of_patients(trainer: LocalTrainer) -> None:
+    """Patients are sampled, but each of their records is clipped for itself."""
+    private_gradient = trainer._private_gradient
+
+    def by_record(chosen: NDArray[np.bool_]) -> None:
+        units = trainer._units
+        records = [record.reshape(1) for unit in np.flatnonzero(chosen) for record in units[unit]]
+        trainer._units = records
+        try:
+            private_gradient(np.ones(len(records), np.bool_))
+        finally:
+            trainer._units = units
+
+    patch(trainer, _private_gradient=by_record)
+
+
+# --- sampling and counting
+
+
+class _Sampler:
+    """The trainer's noise source with another way to sample."""
+
+    def __init__(self, mask: Callable[[int, float], NDArray[np.bool_]]) -> None:
+        self.poisson_mask = mask
+
+
+def _sampled(
+    make: Callable[[NoiseSource], Callable[[int, float], NDArray[np.bool_]]],
+) -> Callable[[LocalTrainer], None]:
+    def into(trainer: LocalTrainer) -> None:
+        trainer._noise = _Sampler(make(trainer._noise))  # type: ignore[assignment]
+
+    return into
+
+
+def _shuffled(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
+    waiting: list[int] = []
+
+    def mask(count: int, sample_rate: float) -> NDArray[np.bool_]:
+        size = max(1, round(count * sample_rate))
+        if len(waiting) < size:
+            waiting[:] = np.argsort(noise.uniform(count)).tolist()
+        chosen = np.zeros(count, np.bool_)
+        chosen[[waiting.pop() for _ in range(size)]] = True
+        return chosen
+
+    return mask
+
+
+def _twice_as_often(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
+    return lambda count, sample_rate: noise.poisson_mask(count, min(1.0, 2.0 * sample_rate))
+
+
+def _unaccounted_steps(trainer: LocalTrainer) -> None:
+    """Every step is taken twice, and booked once."""
+    step, optimizer = trainer.step, trainer._optimizer
+
+    def twice() -> None:
+        step()
+        hook, optimizer.step_hook = optimizer.step_hook, None
+        try:
+            step()
+        finally:
+            optimizer.step_hook = hook
+            trainer._optimizer_steps -= 1
+
+    patch(trainer, step=twice)
+
+
+# --- what leaves the node
+
+
+def _weights_of_raw_gradients(trainer: LocalTrainer) -> None:
+    """The precision weight is taken from the variance of the records' own gradients, as the update's estimated precision."""
+    private_gradient, train_round = trainer._private_gradient, trainer.train_round
+    spread: list[float] = [1.0]
+
+    def seen(chosen: NDArray[np.bool_]) -> None:
+        private_gradient(chosen)
+        rows = [p.grad_sample for p in trainer._optimizer.params]
+        if len(rows[0]) > 1:
+            spread.append(float(torch.stack([row.var(dim=0).mean() for row in rows]).mean()))
+
+    def weighted(state: SharedState) -> RoundUpdate:
+        update = train_round(state)
+        clamp = trainer._agreement.precision.clamp
+        weight = float(np.clip(1.0 / (1.0 + spread[-1]), 1.0 / clamp, clamp))
+        return replace(update, weights=dict.fromkeys(update.weights, weight))
+
+    patch(trainer, _private_gradient=seen, train_round=weighted)
+
+
+PLANTS = {
+    plant.name: plant
+    for plant in (
+        Plant("no-noise", "no noise is added", _scaled_noise(lambda _: 0.0)),
+        Plant("half-noise", "the noise has half the agreed standard deviation", _scaled_noise(lambda _: 0.5)),
+        Plant("noise-per-microbatch", "the noise is shared out among microbatches", _scaled_noise(_microbatches)),
+        Plant("fixed-seed", "noise and sampling come from a fixed seed", _fixed_seed),
+        Plant("reused-seed", "the noise generator is seeded anew, with the same seed, before every step", _reused_seed),
+        Plant("magnitudes-without-noise", "the magnitudes m of DoRA get no noise", _unnoised_magnitudes),
+        Plant("clip-off", "gradients are not clipped", _clip(_no_clip)),
+        Plant("clip-after-sum", "the sum of gradients is clipped, not each of them", _clip_after_sum),
+        Plant("clip-each-parameter", "every parameter is clipped to the norm of all", _clip(_clip_each_parameter)),
+        Plant("head-outside-clipping", "the task head is left out of clipping", _clip(_clip_all_but_the_head)),
+        Plant("clip-each-record", "records of a patient are clipped one by one", _clip_records_of_patients, True),
+        Plant(
+            "shuffled-batches", "shuffled batches of fixed size are accounted as Poisson samples", _sampled(_shuffled)
+        ),
+        Plant("twice-the-sample-rate", "units are sampled twice as often as agreed", _sampled(_twice_as_often)),
+        Plant("unaccounted-steps", "every second step is not booked", _unaccounted_steps),
+        Plant("weights-of-raw-gradients", "precision weights are taken from raw gradients", _weights_of_raw_gradients),
+    )
+}
+"""The catalogue, by name."""

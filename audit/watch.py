@@ -1,0 +1,176 @@
+"""An observer inside a trainer: sees every step, adds canaries, and can fix the sample or take the clipped sum out.
+
+White-box audits reach into `LocalTrainer` on purpose. The watch wraps what is there, planted bugs included, at four places: the sample that
+is drawn, the gradients that come out of it, the clipped sum, and the noised one. Everything in between is the product's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from keys.errors import ConfigError
+from secgeo.training import LocalTrainer
+
+
+def patch(thing: object, **methods: Callable[..., Any]) -> None:
+    """Give one object other methods than its class has."""
+    for name, method in methods.items():
+        setattr(thing, name, method)
+
+
+class Canaries(Protocol):
+    """m gradients that no record has, each of the clip norm."""
+
+    def rows(self, chosen: NDArray[np.int64]) -> Tensor:
+        """Their gradients [k, d]."""
+        ...
+
+    def project(self, gradient: Tensor) -> NDArray[np.float64]:
+        """How much of each is in a gradient [d]: [m], in clip norms."""
+        ...
+
+
+class DiracCanaries:
+    """Each canary moves a parameter of its own, and no other one: the strongest against additive noise (Nasr et al. 2023).
+
+    Args:
+        count: how many.
+        size: number of private parameters d.
+        length: the norm of each.
+
+    Raises:
+        ConfigError: there are fewer parameters than canaries.
+    """
+
+    def __init__(self, count: int, size: int, length: float) -> None:
+        if count > size:
+            raise ConfigError(f"{count} Dirac canaries need as many parameters, and the model has {size}")
+        self._places = torch.from_numpy(np.random.default_rng().permutation(size)[:count])
+        self._size, self._length = size, length
+
+    def rows(self, chosen: NDArray[np.int64]) -> Tensor:
+        """Their gradients [k, d]."""
+        rows = torch.zeros(len(chosen), self._size)
+        rows[torch.arange(len(chosen)), self._places[torch.from_numpy(chosen)]] = self._length
+        return rows
+
+    def project(self, gradient: Tensor) -> NDArray[np.float64]:
+        """How much of each is in a gradient [d]: [m], in clip norms."""
+        projected: NDArray[np.float64] = gradient[self._places].double().numpy() / self._length
+        return projected
+
+
+class RandomCanaries:
+    """Each canary is a random direction; d must be large against m for them to be nearly orthogonal."""
+
+    def __init__(self, count: int, size: int, length: float) -> None:
+        drawn = torch.from_numpy(np.random.default_rng().standard_normal((count, size), dtype=np.float32))
+        self._directions, self._length = drawn / drawn.norm(dim=1, keepdim=True), length
+
+    def rows(self, chosen: NDArray[np.int64]) -> Tensor:
+        """Their gradients [k, d]."""
+        rows: Tensor = self._directions[torch.from_numpy(chosen)] * self._length
+        return rows
+
+    def project(self, gradient: Tensor) -> NDArray[np.float64]:
+        """How much of each is in a gradient [d]: [m], in clip norms."""
+        projected: NDArray[np.float64] = (self._directions @ gradient).double().numpy() / self._length
+        return projected
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One step: who was sampled [units, then the canaries that are in], the clipped sum [d], and the same with noise [d]."""
+
+    sample: NDArray[np.bool_]
+    summed: Tensor
+    noised: Tensor
+
+    @property
+    def noise(self) -> Tensor:
+        """What was added [d], float64."""
+        return self.noised.double() - self.summed.double()
+
+
+class Watch:
+    """Watches one trainer.
+
+    Args:
+        trainer: to be watched.
+        observe: called after the noise of every step was added.
+        canaries: more privacy units, with these gradients ...
+        included: ... of which these [m] are in the data.
+        fixed: the sample [units] of every step, instead of the one that was drawn.
+        muted: take the clipped sum out, so that nothing of the records should be left.
+
+    Attributes:
+        touched: how often gradients of private records were computed.
+        moved: how often the parameters were changed.
+        units: privacy units without canaries.
+    """
+
+    def __init__(
+        self,
+        trainer: LocalTrainer,
+        observe: Callable[[Seen], None] | None = None,
+        *,
+        canaries: Canaries | None = None,
+        included: NDArray[np.bool_] | None = None,
+        fixed: NDArray[np.bool_] | None = None,
+        muted: bool = False,
+    ) -> None:
+        self._observe, self._canaries, self._fixed, self._muted = observe, canaries, fixed, muted
+        self.touched = self.moved = 0
+        self.units = len(trainer._units)
+        self._members = np.flatnonzero(included) if included is not None else np.zeros(0, np.int64)
+        trainer._units = [*trainer._units, *(np.zeros(0, np.int64) for _ in self._members)]
+        self._sample = np.zeros(len(trainer._units), np.bool_)
+        self._optimizer = trainer._optimizer
+        self._gradient, self._clip, self._noise = (
+            trainer._private_gradient,
+            self._optimizer.clip_and_accumulate,
+            self._optimizer.add_noise,
+        )
+        patch(trainer, _private_gradient=self._watched_gradient)
+        patch(self._optimizer, clip_and_accumulate=self._watched_clip, add_noise=self._watched_noise)
+        self._optimizer.original_optimizer.register_step_post_hook(self._count)
+
+    def _watched_gradient(self, drawn: NDArray[np.bool_]) -> None:
+        self.touched += 1
+        self._sample = drawn
+        chosen = drawn if self._fixed is None else self._fixed
+        self._gradient(chosen[: self.units])
+        canaries = self._members[np.flatnonzero(chosen[self.units :])]
+        if self._canaries is None or not len(canaries):
+            return
+        rows, at = self._canaries.rows(canaries), 0
+        for p in self._optimizer.params:
+            part = rows[:, at : at + p.numel()].reshape(-1, *p.shape)
+            p.grad_sample = torch.cat([p.grad_sample, part.to(p.grad_sample)])
+            at += p.numel()
+
+    def _watched_clip(self) -> None:
+        self._clip()
+        if self._muted:
+            for p in self._optimizer.params:
+                p.summed_grad.zero_()
+
+    def _watched_noise(self) -> None:
+        self._noise()
+        if self._observe is not None:
+            parameters = self._optimizer.params
+            summed, noised = (
+                torch.cat([t.detach().reshape(-1) for t in tensors])
+                for tensors in ([p.summed_grad for p in parameters], [p.grad for p in parameters])
+            )
+            self._observe(Seen(self._sample, summed, noised))
+
+    def _count(self, *_: object) -> None:
+        self.moved += 1
