@@ -26,14 +26,14 @@ def patch(thing: object, **methods: Callable[..., Any]) -> None:
 
 
 class Canaries(Protocol):
-    """m gradients that no record has, each of the clip norm."""
+    """m gradients that no record has."""
 
     def rows(self, chosen: NDArray[np.int64]) -> Tensor:
         """Their gradients [k, d]."""
         ...
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
-        """How much of each is in a gradient [d]: [m], in clip norms."""
+        """How much of a gradient [d] lies in the direction of each: [m]."""
         ...
 
 
@@ -45,6 +45,9 @@ class DiracCanaries:
         size: number of private parameters d.
         length: the norm of each.
 
+    Attributes:
+        places: the parameter of each [m].
+
     Raises:
         ConfigError: there are fewer parameters than canaries.
     """
@@ -52,7 +55,8 @@ class DiracCanaries:
     def __init__(self, count: int, size: int, length: float) -> None:
         if count > size:
             raise ConfigError(f"{count} Dirac canaries need as many parameters, and the model has {size}")
-        self._places = torch.from_numpy(np.random.default_rng().permutation(size)[:count])
+        self.places = np.random.default_rng().permutation(size)[:count]
+        self._places = torch.from_numpy(self.places)
         self._size, self._length = size, length
 
     def rows(self, chosen: NDArray[np.int64]) -> Tensor:
@@ -62,8 +66,8 @@ class DiracCanaries:
         return rows
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
-        """How much of each is in a gradient [d]: [m], in clip norms."""
-        projected: NDArray[np.float64] = gradient[self._places].double().numpy() / self._length
+        """How much of a gradient [d] lies in the direction of each: [m]."""
+        projected: NDArray[np.float64] = gradient[self._places].double().numpy()
         return projected
 
 
@@ -80,8 +84,8 @@ class RandomCanaries:
         return rows
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
-        """How much of each is in a gradient [d]: [m], in clip norms."""
-        projected: NDArray[np.float64] = (self._directions @ gradient).double().numpy() / self._length
+        """How much of a gradient [d] lies in the direction of each: [m]."""
+        projected: NDArray[np.float64] = (self._directions @ gradient).double().numpy()
         return projected
 
 

@@ -1,0 +1,354 @@
+"""Empirical lower bounds on epsilon: canaries go into one run of the hospital's own training, and are searched for in what came out.
+
+Every canary is one more privacy unit that a fair coin puts in or leaves out, and which the product's own sampler, clipping and noise then
+treat like any other. What an attacker makes of the outcome is a score per canary; how well scores tell "in" from "out" bounds epsilon from
+below (`audit.lower_bounds`). A sound trainer stays below what its ledger claims for the same steps. Dirac canaries never meet, and noise on
+parameters is independent, so that each may also be taken for a run of its own: the reference, which is tighter.
+
+    gradient space  Dirac canaries, one parameter each, and random directions: the strongest (Nasr et al. 2023, arXiv 2302.07956)
+    input space     records with a wrong label, and records from outside of the distribution
+    white box       the attacker sees the noised sum of every step: the likelihood ratio of "in" against "out" under the claim
+    black box       the attacker sees what is released: the adapter's change, or the loss of the canary under the final model
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Struct
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from audit.findings import Finding
+from audit.lower_bounds import Poisson, many_run_fdp, one_run_fdp, one_run_steinke, over_guesses
+from audit.target import Target
+from audit.watch import Canaries, DiracCanaries, RandomCanaries, Seen, Watch
+from secgeo.accountant import epsilon_after
+from secgeo.datasets import LabelledRecords
+from secgeo.training import LocalTrainer
+from secgeo.update import Layout, SharedState, apply_sum
+
+Profile = Literal["fast", "full"]
+Progress = Callable[[str, float], None]
+
+CONFIDENCE, ALARM_CONFIDENCE = 0.95, 0.9999
+"""Of the bounds that are shown, and of those that accuse."""
+
+GUESSES = (0.05, 0.25)
+"""Shares of the canaries that are called "in" and, as many, "out". Fixed beforehand; the bounds pay for trying all (Bonferroni)."""
+
+GRADIENT_CANARIES = {"fast": 2000, "full": 10_000}
+INPUT_CANARIES = 250
+CANARY_LENGTH = 10.0
+"""In clip norms: clipping has something to do."""
+
+CANARY_BYTES = 1 << 28
+"""Memory for the gradients of the canaries that one step samples."""
+
+PRIVATE_STEPS = {"fast": 120, "full": 1000}
+"""A longer study is audited for so many steps, against the claim for so many."""
+
+
+class Claim(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the ledger says of the audited steps: epsilon by Opacus RDP, add or remove one; None without noise."""
+
+    epsilon: float | None
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+class CanaryScores(Struct, frozen=True, forbid_unknown_fields=True):
+    """One attack on one run: per canary whether it was in, and the attacker's score (higher: more likely in)."""
+
+    canaries: str
+    view: str
+    claim: Claim
+    included: tuple[bool, ...]
+    scores: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shown(Poisson):
+    """DP-SGD of the claimed sample rate and steps, with any noise, to two digits."""
+
+    @property
+    def resolution(self) -> float:
+        """A hundredth; every further halving is a PLD."""
+        return 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed(Poisson):
+    """DP-SGD as claimed, with no other noise than that."""
+
+    noise: float
+
+    @property
+    def noises(self) -> tuple[float, float]:
+        """The claimed one."""
+        return self.noise, self.noise
+
+
+class TrainingEvidence(Struct, frozen=True, forbid_unknown_fields=True):
+    """The attacks of one audit."""
+
+    attacks: tuple[CanaryScores, ...]
+    parameters: int
+    units: int
+
+
+class Bounds(Struct, frozen=True, forbid_unknown_fields=True):
+    """Lower bounds on epsilon of one attack.
+
+    Attributes:
+        steinke: of any mechanism, from one run.
+        one_run: of DP-SGD with this sample rate and number of steps, from one run.
+        many_run: the same, every canary taken for a run of its own; 0 unless canaries cannot meet (Dirac).
+    """
+
+    steinke: float
+    one_run: float
+    many_run: float
+
+
+def collect(target: Target, *, profile: Profile = "fast", progress: Progress = lambda *_: None) -> TrainingEvidence:
+    """Put canaries into the training of `target` and look for them."""
+    target = _shortened(target, profile)
+    probe = target.trainer()
+    size = sum(p.numel() for p in probe._optimizer.params)
+    units, length = len(probe._units), CANARY_LENGTH * target.agreement.privacy.max_grad_norm
+    if target.agreement.privacy.noise_multiplier == 0.0:
+        return TrainingEvidence((), size, units)
+    count = min(GRADIENT_CANARIES[profile], size)
+    rows = int(CANARY_BYTES / (4 * size * target.agreement.privacy.sample_rate))
+    progress("canaries in gradients: one parameter each", 0.0)
+    dirac = max(1, min(count, 2 * rows))
+    attacks = _gradient_attacks(target, "Dirac", DiracCanaries(dirac, size, length), dirac)
+    progress("canaries among the records", 0.3)
+    for kind in ("mislabelled", "out of distribution"):
+        if target.others is not None:
+            attacks += _input_attacks(target, kind, target.others, INPUT_CANARIES)
+    if profile == "full":
+        progress("canaries in gradients: random directions", 0.6)
+        count = max(1, min(count, size // 10, rows))
+        attacks += _gradient_attacks(target, "random directions", RandomCanaries(count, size, length), count)
+    return TrainingEvidence(tuple(attacks), size, units)
+
+
+def _shortened(target: Target, profile: Profile) -> Target:
+    training = target.agreement.training
+    steps = min(training.steps_per_round, PRIVATE_STEPS[profile])
+    rounds = min(target.agreement.study.rounds, 1 + max(1, PRIVATE_STEPS[profile] // max(1, steps)))
+    agreement = msgspec.structs.replace(
+        target.agreement,
+        training=msgspec.structs.replace(training, steps_per_round=steps),
+        study=msgspec.structs.replace(target.agreement.study, rounds=rounds),
+    )
+    return replace(target, agreement=agreement)
+
+
+def _claim(target: Target, steps: int) -> Claim:
+    privacy = target.agreement.privacy
+    epsilon = epsilon_after(privacy, steps, privacy.delta) if privacy.noise_multiplier > 0.0 else None
+    return Claim(epsilon, privacy.delta, privacy.noise_multiplier, privacy.sample_rate, steps)
+
+
+def _train(target: Target, trainer: LocalTrainer) -> dict[str, NDArray[np.float64]]:
+    """All rounds of the study by this hospital alone; gives what its adapter changed by, per layer."""
+    agreement, layout = target.agreement, Layout.from_agreement(target.agreement)
+    state, changed = SharedState.initial(agreement), dict[str, NDArray[np.float64]]()
+    for _ in range(agreement.study.rounds):
+        update = trainer.train_round(state)
+        for name, delta in update.delta_b.items():
+            changed[name] = changed.get(name, 0.0) + delta
+        state = apply_sum(state, layout, update.vector(layout), agreement)
+    return changed
+
+
+def _ratio(
+    target: Target, projected: NDArray[np.float64], square: NDArray[np.float64] | float = 1.0
+) -> NDArray[np.float64]:
+    """The log-likelihood ratio of "in" against "out" of one step, from <g, c> and |c|^2 in clip norms."""
+    privacy = target.agreement.privacy
+    exponent = (2.0 * projected - square) / (2.0 * privacy.noise_multiplier**2)
+    left_out = np.log1p(-min(privacy.sample_rate, 1.0 - 1e-12))
+    ratio: NDArray[np.float64] = np.logaddexp(left_out, np.log(privacy.sample_rate) + exponent)
+    return ratio
+
+
+# --- canaries in gradient space
+
+
+def _gradient_attacks(target: Target, kind: str, canaries: Canaries, count: int) -> list[CanaryScores]:
+    started = time.monotonic()
+    included = _coins(count)
+    trainer, scores, clip = target.trainer(), np.zeros(count), target.agreement.privacy.max_grad_norm
+
+    def observe(seen: Seen) -> None:
+        nonlocal scores
+        scores = scores + _ratio(target, canaries.project(seen.noised) / clip)
+
+    Watch(trainer, observe, canaries=canaries, included=included)
+    changed, claim = _train(target, trainer), _claim(target, trainer.steps_taken)
+    seconds = round(time.monotonic() - started, 2)
+    attacks = [_attack(kind, "white box, every step", claim, included, scores, seconds)]
+    released, shared = _released(trainer, changed)
+    if isinstance(canaries, DiracCanaries):
+        there = shared[canaries.places]
+        found = canaries.project(-released)[there]
+        attacks.append(_attack(kind, "black box, released adapter", claim, included[there], found, seconds))
+    return attacks
+
+
+def _released(trainer: LocalTrainer, changed: dict[str, NDArray[np.float64]]) -> tuple[torch.Tensor, NDArray[np.bool_]]:
+    """The adapter's change as a vector over all private parameters [d], zero where they are not released, and where they are."""
+    named = {id(trainer.model.adapted[name].direction.weight): delta for name, delta in changed.items()}
+    parts = [torch.as_tensor(named.get(id(p), np.zeros(tuple(p.shape)))).flatten() for p in trainer._optimizer.params]
+    where = [np.full(p.numel(), id(p) in named) for p in trainer._optimizer.params]
+    return torch.cat(parts), np.concatenate(where)
+
+
+def _coins(count: int) -> NDArray[np.bool_]:
+    return np.random.default_rng().random(count) < 0.5
+
+
+def _attack(
+    canaries: str, view: str, claim: Claim, included: NDArray[np.bool_], scores: NDArray[np.float64], seconds: float
+) -> CanaryScores:
+    return CanaryScores(canaries, view, claim, tuple(included.tolist()), tuple(scores.tolist()), seconds)
+
+
+# --- canaries among the records
+
+
+def _canary_records(target: Target, kind: str, others: LabelledRecords, count: int) -> LabelledRecords:
+    """Records that the model cannot know but from their own gradient; if patients matter, of one patient each."""
+    random, classes = np.random.default_rng(), target.agreement.study.classes
+    chosen = random.integers(0, len(others), count)
+    features, labels = others.features[chosen], others.labels[chosen]
+    if kind == "out of distribution":
+        spread = target.records.features.std(axis=0)
+        features = target.records.features.mean(axis=0) + 4.0 * spread * random.standard_normal(features.shape)
+    wrong = (labels + random.integers(1, max(2, classes), count)) % classes
+    patients = None if target.records.patients is None else np.array([f"canary {i:06d}" for i in range(count)])
+    return LabelledRecords(features.astype(np.float32), wrong, patients)
+
+
+def _with(records: LabelledRecords, more: LabelledRecords, included: NDArray[np.bool_]) -> LabelledRecords:
+    patients = None
+    if records.patients is not None and more.patients is not None:
+        patients = np.concatenate([records.patients, more.patients[included]])
+    return LabelledRecords(
+        np.concatenate([records.features, more.features[included]]),
+        np.concatenate([records.labels, more.labels[included]]),
+        patients,
+    )
+
+
+def _input_attacks(target: Target, kind: str, others: LabelledRecords, count: int) -> list[CanaryScores]:
+    started = time.monotonic()
+    canaries, included = _canary_records(target, kind, others, count), _coins(count)
+    trainer = target.trainer(records=_with(target.records, canaries, included))
+    mirror = target.trainer(records=canaries, plant=None)  # the same model, to ask what gradient each canary has
+    scores, clip = np.zeros(count), target.agreement.privacy.max_grad_norm
+
+    def observe(seen: Seen) -> None:
+        nonlocal scores
+        mirror.model.load_state_dict(trainer.model.state_dict())
+        mirror._optimizer.zero_grad(set_to_none=True)
+        mirror._private_gradient(np.ones(count, np.bool_))
+        rows = torch.cat([p.grad_sample.flatten(1) for p in mirror._optimizer.params], dim=1).double() / clip
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1.0)
+        projected = (rows @ (seen.noised.double() / clip)).numpy()
+        scores = scores + _ratio(target, projected, rows.square().sum(dim=1).numpy())
+
+    before = _losses(mirror, canaries)
+    Watch(trainer, observe)
+    _train(target, trainer)
+    claim, seconds = _claim(target, trainer.steps_taken), round(time.monotonic() - started, 2)
+    return [
+        _attack(kind, "white box, every step", claim, included, scores, seconds),
+        _attack(
+            kind, "black box, loss under the final model", claim, included, before - _losses(trainer, canaries), seconds
+        ),
+    ]
+
+
+@torch.no_grad()
+def _losses(trainer: LocalTrainer, records: LabelledRecords) -> NDArray[np.float64]:
+    logits = trainer.model(torch.from_numpy(records.features))
+    losses: NDArray[np.float64] = (
+        functional.cross_entropy(logits, torch.from_numpy(records.labels), reduction="none").double().numpy()
+    )
+    return losses
+
+
+# --- verdict
+
+
+def bounds(attack: CanaryScores, family: Poisson | None = None, confidence: float = CONFIDENCE) -> Bounds:
+    """The best lower bounds on epsilon over `GUESSES`, each at `confidence`."""
+    scores, included, count = np.array(attack.scores), np.array(attack.included), len(attack.scores)
+    claim = attack.claim
+    policies = [(guesses, guesses) for guesses in (max(1, round(count * share)) for share in GUESSES)]
+    family = family or Shown(claim.sample_rate, claim.steps)
+
+    def steinke(correct: int, guesses: int, canaries: int, confidence: float) -> float:
+        return one_run_steinke(correct, guesses, canaries, claim.delta, confidence)
+
+    def one_run(correct: int, guesses: int, canaries: int, confidence: float) -> float:
+        return one_run_fdp(correct, guesses, canaries, claim.delta, confidence, family).epsilon
+
+    apart = attack.canaries == "Dirac" and min(included.sum(), (~included).sum()) >= 2
+    return Bounds(
+        steinke=max(over_guesses(steinke, scores, included, policies, confidence)),
+        one_run=max(over_guesses(one_run, scores, included, policies, confidence)),
+        many_run=many_run_fdp(scores[included], scores[~included], claim.delta, confidence, family).epsilon
+        if apart
+        else 0.0,
+    )
+
+
+def refuted(attack: CanaryScores) -> bool:
+    """Whether DP-SGD as claimed would give such scores with a probability of at most 1 - `ALARM_CONFIDENCE` (of each bound)."""
+    claim = attack.claim
+    found = bounds(attack, Claimed(claim.sample_rate, claim.steps, claim.noise_multiplier), ALARM_CONFIDENCE)
+    return max(found.one_run, found.many_run) > 0.0
+
+
+def judge(evidence: TrainingEvidence) -> list[Finding]:
+    """What the evidence says; a pure function."""
+    promise = "whoever sees every step, or the released model, learns no more than the claimed epsilon allows"
+    if not evidence.attacks:
+        return [
+            Finding(
+                "training",
+                "lower bounds on epsilon",
+                promise,
+                "not testable",
+                "the agreement has no noise: epsilon is infinite",
+            )
+        ]
+    return [_judge_attack(attack, promise) for attack in evidence.attacks]
+
+
+def _judge_attack(attack: CanaryScores, promise: str) -> Finding:
+    found, claim = bounds(attack), attack.claim
+    claimed = math.inf if claim.epsilon is None else claim.epsilon
+    apart = f", {found.many_run:.2f} (taking every canary for a run of its own)" if found.many_run else ""
+    detail = (
+        f"{len(attack.scores)} canaries, {claim.steps} steps: epsilon at least {found.one_run:.2f} (one run, f-DP){apart}, "
+        f"{found.steinke:.2f} (one run, any mechanism); claimed {claimed:.2f} at delta {claim.delta:g}"
+    )
+    name = f"{attack.canaries} canaries, {attack.view}"
+    return Finding("training", name, promise, "broken" if refuted(attack) else "held", detail)

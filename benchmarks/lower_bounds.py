@@ -1,0 +1,147 @@
+"""How close an audit comes: the epsilon that it shows against the true one, by method and number of canaries.
+
+    python benchmarks/lower_bounds.py --json --plot docs/images/audited-epsilon.png
+
+Prints one JSON line per true epsilon, number of canaries and method: the mean of the lower bounds over seeds, the interval that holds
+95 % of them, and how many were above the truth (at a confidence of 95 % one of twenty may be). The mechanism is Gaussian noise
+without sampling, as strong as epsilon at delta 1e-5 says, on orthogonal canaries: what the best attack on it can show.
+
+* `one_run_steinke` and `one_run_fdp` (a Gaussian curve): one run with so many canaries;
+* `many_run` and `many_run_gdp`: as many runs as there are canaries, half of them with the one canary. What one run saves.
+
+How many canaries are guessed is fixed before any score is seen: the number that is best if the right guesses are as many as this
+noise makes one expect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+from scipy import optimize, stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from audit.lower_bounds import (  # noqa: E402
+    gaussian_mu,
+    guesses,
+    many_run,
+    many_run_gdp,
+    one_run_fdp,
+    one_run_steinke,
+)
+
+METHODS = {
+    "one_run_steinke": "one run (Steinke et al. 2023)",
+    "one_run_fdp": "one run, Gaussian curve (Mahloujifar et al. 2024)",
+    "many_run": "as many runs, (epsilon, delta)",
+    "many_run_gdp": "as many runs, Gaussian curve (Nasr et al. 2023)",
+}
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+Row = dict[str, object]
+
+
+def expected_accuracy(mu: float, share: float) -> float:
+    """The share of right guesses if `share` of the canaries is guessed, half at the top and half at the bottom of all scores."""
+    end = optimize.brentq(lambda t: stats.norm.sf(t) + stats.norm.sf(t - mu) - share, -10.0, 10.0 + mu)
+    return float(stats.norm.sf(end - mu) / share)
+
+
+def planned(bound: Callable[[int, int], float], mu: float, canaries: int) -> int:
+    """How many to guess at the top and as many at the bottom, from the noise alone."""
+    tops = {max(1, round(share * canaries / 2)) for share in SHARES}
+    return max(sorted(tops), key=lambda top: bound(int(2 * top * expected_accuracy(mu, 2 * top / canaries)), 2 * top))
+
+
+def audits(epsilon: float, canaries: int, method: str, seeds: int, delta: float, tick: Callable[[], None]) -> Row:
+    """The bounds of one method over the seeds."""
+    mu, found, began = gaussian_mu(epsilon, delta), [], time.perf_counter()
+
+    def bound(correct: int, guessed: int) -> float:
+        if method == "one_run_steinke":
+            return one_run_steinke(correct, guessed, canaries, delta)
+        return one_run_fdp(correct, guessed, canaries, delta).epsilon
+
+    top = planned(bound, mu, canaries) if method.startswith("one_run") else 0
+    for seed in range(seeds):
+        random = np.random.default_rng([seed, canaries])
+        members = random.random(canaries) < 0.5
+        scores = random.normal(0.0, 1.0 / mu, canaries) + members
+        if top:
+            found.append(bound(guesses(scores, members, top, top), 2 * top))
+        elif method == "many_run":
+            found.append(many_run(scores[members], scores[~members], delta))
+        else:
+            found.append(many_run_gdp(scores[members], scores[~members], delta).epsilon)
+        tick()
+    low, high = np.quantile(found, [0.025, 0.975])
+    row: Row = {"part": "audit", "true_epsilon": epsilon, "delta": delta, "canaries": canaries, "method": method}
+    row |= {"mean": round(float(np.mean(found)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    row |= {"above_the_truth": sum(one > epsilon for one in found), "audits": seeds}
+    return row | ({"guesses": 2 * top} if top else {}) | {"seconds": round(time.perf_counter() - began, 3)}
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """One panel per true epsilon."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    truths = sorted({float(str(row["true_epsilon"])) for row in rows})
+    figure, panels = plt.subplots(1, len(truths), figsize=(3.4 * len(truths), 3.9), layout="constrained", squeeze=False)
+    for panel, truth in zip(panels[0], truths, strict=True):
+        for method, style in zip(METHODS, ("o-", "s-", "o:", "s:"), strict=True):
+            mine = [row for row in rows if row["true_epsilon"] == truth and row["method"] == method]
+            columns = {
+                key: np.array([row[key] for row in mine], dtype=float) for key in ("canaries", "mean", "low", "high")
+            }
+            color = "C0" if style[0] == "s" else "C1"
+            panel.plot(columns["canaries"], columns["mean"], style, color=color, label=METHODS[method], markersize=4)
+            if style[1] == "-":
+                panel.fill_between(columns["canaries"], columns["low"], columns["high"], color=color, alpha=0.15, lw=0)
+        panel.axhline(truth, color="black", linestyle="--", linewidth=1, label="true epsilon")
+        panel.set(xscale="log", ylim=(0, 1.12 * truth), xlabel="canaries, or runs", title=f"true epsilon {truth:g}")
+    panels[0][0].set_ylabel("epsilon shown at 95 % confidence")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="the true ones")
+    parser.add_argument("--canaries", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--plot", type=Path, help="write the plot here")
+    parser.add_argument(
+        "--json", action="store_true", help="JSON lines are the only form; given for the sake of scripts"
+    )
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    cells = [(e, m, method) for e in arguments.epsilon for m in arguments.canaries for method in METHODS]
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("audits", total=len(cells) * arguments.seeds)
+        for epsilon, canaries, method in cells:
+            rows.append(
+                audits(epsilon, canaries, method, arguments.seeds, arguments.delta, lambda: progress.advance(task))
+            )
+            sys.stdout.write(json.dumps(rows[-1]) + "\n")
+            sys.stdout.flush()
+    if arguments.plot:
+        draw(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
