@@ -347,7 +347,7 @@ def _judge_reuse(evidence: ConformanceEvidence) -> Finding:
 
 
 def _judge_influence(evidence: ConformanceEvidence) -> Finding:
-    largest = max(evidence.influences, key=lambda influence: influence.norm)
+    largest = max(evidence.influences, key=lambda influence: math.inf if math.isnan(influence.norm) else influence.norm)
     broken = []
     if not largest.norm <= 1.0 + TOLERANCE:
         broken.append(f"one unit moved the sum by {largest.norm:.4g} times the clip norm ({largest.unit})")

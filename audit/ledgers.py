@@ -24,10 +24,15 @@ from protocols.ledger import DpSgdEvent
 class BudgetReport:
     """What each hospital claims, and what its events give; None is infinite."""
 
-    failed: tuple[Check, ...]
+    checks: tuple[Check, ...]
     warnings: tuple[str, ...]
     budgets: dict[str, tuple[float | None, Epsilons]]
     hospitals: dict[str, dict[str, float | str]]
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that did not hold."""
+        return tuple(check for check in self.checks if not check.ok)
 
     @property
     def ok(self) -> bool:
@@ -52,7 +57,7 @@ class BudgetReport:
 def verify_budgets(folder: Path, *, authority_fingerprint: str | None, now: datetime) -> BudgetReport:
     """Verify the folder and every claim in it; see `audit.records.verify_folder` for the arguments."""
     report = verify_folder(folder, authority_fingerprint=authority_fingerprint, now=now)
-    failed = [check for check in report.checks if not check.ok]
+    checks = list(report.checks)
     budgets: dict[str, tuple[float | None, Epsilons]] = {}
     for name, (events, claims) in report.ledgers.items():
         try:
@@ -62,8 +67,8 @@ def verify_budgets(folder: Path, *, authority_fingerprint: str | None, now: date
             last = claims[-1][1]
             budgets[name] = last.epsilon, epsilons(events, last.delta)
         except VerificationFailed as error:
-            failed.append(Check(f"ledgers/{name}.jsonl", False, str(error)))
-    return BudgetReport(tuple(failed), tuple(report.warnings), budgets, report.hospitals)
+            checks.append(Check(f"ledgers/{name}.jsonl", False, str(error)))
+    return BudgetReport(tuple(checks), tuple(report.warnings), budgets, report.hospitals)
 
 
 def compose(

@@ -1,16 +1,31 @@
-"""What is audited: one hospital's training under one agreement, with data to train on."""
+"""What is audited: one hospital's training under one agreement, with data to train on.
+
+A folder of records has an agreement but no private data; the demonstration's says in `split.json` which public data each hospital had, so
+that they can be cut again. A node's configuration has all there is. Neither needs a secret key.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from keys.certificates import fingerprint, from_pem
+from keys.errors import ConfigError
+from keys.files import read_public
+from keys.identity import CERTIFICATE_FILE
+from keys.roster import load_root
 from protocols.agreement import Agreement, Member
+from secgeo import datasets
+from secgeo.config import NodeConfig, read_config
 from secgeo.datasets import LabelledRecords
 from secgeo.noise import NoiseSource
+from secgeo.study import ANCHORS, DOCUMENTS, ROOT, OpenStudy, check_documents, open_study
 
 if TYPE_CHECKING:
     from secgeo.training import LocalTrainer
@@ -58,3 +73,92 @@ class Target:
         if target.plant is not None:
             PLANTS[target.plant].into(trainer)
         return trainer
+
+
+SPLIT = "split.json"
+SPLIT_LIMIT_BYTES = 1 << 24
+
+
+def study_of_folder(folder: Path, authority_fingerprint: str | None, now: datetime) -> OpenStudy:
+    """The signed documents in a folder of records. Without a pin its own root is taken: then it only agrees with itself.
+
+    Raises:
+        ConfigError, KeyFileError, VerificationFailed: the first check that fails.
+    """
+    documents = {name: read_public(folder / name) for name in DOCUMENTS}
+    root = load_root(documents[ROOT], authority_fingerprint or fingerprint(from_pem(documents[ROOT])))
+    return check_documents(documents, root, now=now)
+
+
+def study_of_config(config: Path, now: datetime) -> OpenStudy:
+    """The signed documents that a node's configuration pins.
+
+    Raises:
+        ConfigError, KeyFileError, VerificationFailed: the first check that fails.
+    """
+    return open_study(read_config(config, NodeConfig).study, config.parent, now=now)
+
+
+def target_of_folder(folder: Path, study: OpenStudy, node: str | None) -> Target:
+    """A hospital of the demonstration that left this folder; the first member if none is named.
+
+    Raises:
+        ConfigError: the folder is not from the demonstration, or the data are other ones.
+    """
+    if not (folder / SPLIT).exists():
+        raise ConfigError(
+            f"{folder} has no {SPLIT}: only the demonstration's data are public. Audit the training with a node's configuration"
+        )
+    try:
+        split = msgspec.json.decode(read_public(folder / SPLIT, SPLIT_LIMIT_BYTES), type=dict[str, Any])
+        data = datasets.demo_split(split["data"], len(split["nodes"]), split["seed"])
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{SPLIT} cannot be read: {error}") from None
+    if msgspec.to_builtins(data.split_record()) != split:
+        raise ConfigError(f"{SPLIT} names other rows than the demonstration's data would give")
+    members = study.agreement.members
+    names = [member.node_id for member in members]
+    if node is not None and node not in names:
+        raise ConfigError(f"{node} is no member of the study; choose one of: {', '.join(names)}")
+    index = 0 if node is None else names.index(node)
+    if len(data.nodes) != len(members) or data.nodes[index].modality != members[index].modality:
+        raise ConfigError(f"{SPLIT} does not fit the agreement's members")
+    modality = members[index].modality
+    return Target(
+        study.agreement,
+        members[index],
+        data.nodes[index].records,
+        LabelledRecords(data.test_views[modality], data.test_labels),
+        data.anchors[modality],
+        f"{data.name}, seed {data.seed}: the records of {names[index]}",
+    )
+
+
+def target_of_config(config: Path, study: OpenStudy) -> Target:
+    """The hospital of a node's configuration, with its own records.
+
+    Raises:
+        ConfigError, KeyFileError: the configuration, the data or the key folder's certificate do not fit the study.
+    """
+    from secgeo.node import load_records
+
+    settings, base, agreement = read_config(config, NodeConfig), config.parent, study.agreement
+    own = fingerprint(from_pem(read_public(base / settings.keys / CERTIFICATE_FILE)))
+    members = [member for member in agreement.members if member.certificate_fingerprint == own]
+    if not members:
+        raise ConfigError(f"the certificate in {settings.keys} is not that of a member of the study")
+    member, modality = members[0], agreement.modality(members[0].modality)
+    others = None
+    if settings.evaluation is not None:
+        others = load_records(settings.evaluation, base, modality, agreement.study.classes)
+    return Target(
+        agreement,
+        member,
+        load_records(settings.data, base, modality, agreement.study.classes),
+        others,
+        datasets.load_anchors(
+            base / settings.study.folder / ANCHORS / f"{modality.name}.npy", modality, agreement.anchors.count
+        ),
+        f"the records of {member.node_id}",
+        settings.autocast,
+    )

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -38,13 +39,16 @@ from secgeo.update import Layout, SharedState, apply_sum
 Profile = Literal["fast", "full"]
 Progress = Callable[[str, float], None]
 
-CONFIDENCE, ALARM_CONFIDENCE = 0.95, 0.9999
-"""Of the bounds that are shown, and of those that accuse."""
+CONFIDENCE, ALARM_CONFIDENCE = 0.95, 0.999
+"""Of the bounds that are shown, and of those that accuse: they are conservative, and accuse by chance far less often."""
 
 GUESSES = (0.05, 0.25)
 """Shares of the canaries that are called "in" and, as many, "out". Fixed beforehand; the bounds pay for trying all (Bonferroni)."""
 
 GRADIENT_CANARIES = {"fast": 2000, "full": 10_000}
+MOST_RUNS = 5
+"""Trainings over which canaries are spread when one model has too few parameters. Each canary has its own coin, and is in one run."""
+
 INPUT_CANARIES = 250
 CANARY_LENGTH = 10.0
 """In clip norms: clipping has something to do."""
@@ -129,19 +133,20 @@ def collect(target: Target, *, profile: Profile = "fast", progress: Progress = l
     units, length = len(probe._units), CANARY_LENGTH * target.agreement.privacy.max_grad_norm
     if target.agreement.privacy.noise_multiplier == 0.0:
         return TrainingEvidence((), size, units)
-    count = min(GRADIENT_CANARIES[profile], size)
-    rows = int(CANARY_BYTES / (4 * size * target.agreement.privacy.sample_rate))
+    wanted = GRADIENT_CANARIES[profile]
+    most = max(1, int(CANARY_BYTES / (4 * size * target.agreement.privacy.sample_rate)))
     progress("canaries in gradients: one parameter each", 0.0)
-    dirac = max(1, min(count, 2 * rows))
-    attacks = _gradient_attacks(target, "Dirac", DiracCanaries(dirac, size, length), dirac)
+    count = min(wanted, size, 2 * most)
+    runs = min(MOST_RUNS, math.ceil(wanted / count))
+    attacks = _gradient_attacks(target, "Dirac", lambda: DiracCanaries(count, size, length), count, runs)
     progress("canaries among the records", 0.3)
     for kind in ("mislabelled", "out of distribution"):
         if target.others is not None:
             attacks += _input_attacks(target, kind, target.others, INPUT_CANARIES)
     if profile == "full":
         progress("canaries in gradients: random directions", 0.6)
-        count = max(1, min(count, size // 10, rows))
-        attacks += _gradient_attacks(target, "random directions", RandomCanaries(count, size, length), count)
+        few = max(1, min(wanted, size // 10, most))
+        attacks += _gradient_attacks(target, "random directions", lambda: RandomCanaries(few, size, length), few)
     return TrainingEvidence(tuple(attacks), size, units)
 
 
@@ -189,24 +194,32 @@ def _ratio(
 # --- canaries in gradient space
 
 
-def _gradient_attacks(target: Target, kind: str, canaries: Canaries, count: int) -> list[CanaryScores]:
-    started = time.monotonic()
-    included = _coins(count)
-    trainer, scores, clip = target.trainer(), np.zeros(count), target.agreement.privacy.max_grad_norm
+def _gradient_attacks(
+    target: Target, kind: str, make: Callable[[], Canaries], count: int, runs: int = 1
+) -> list[CanaryScores]:
+    """`runs` trainings with `count` canaries each, all counted together."""
+    started, clip = time.monotonic(), target.agreement.privacy.max_grad_norm
+    coins, white, black_coins, black = [], [], [], []
+    for _ in range(runs):
+        canaries, included, scores = make(), _coins(count), np.zeros(count)
+        trainer = target.trainer()
 
-    def observe(seen: Seen) -> None:
-        nonlocal scores
-        scores = scores + _ratio(target, canaries.project(seen.noised) / clip)
+        def observe(seen: Seen, canaries: Canaries = canaries, scores: NDArray[np.float64] = scores) -> None:
+            scores += _ratio(target, canaries.project(seen.noised) / clip)
 
-    Watch(trainer, observe, canaries=canaries, included=included)
-    changed, claim = _train(target, trainer), _claim(target, trainer.steps_taken)
-    seconds = round(time.monotonic() - started, 2)
-    attacks = [_attack(kind, "white box, every step", claim, included, scores, seconds)]
-    released, shared = _released(trainer, changed)
-    if isinstance(canaries, DiracCanaries):
-        there = shared[canaries.places]
-        found = canaries.project(-released)[there]
-        attacks.append(_attack(kind, "black box, released adapter", claim, included[there], found, seconds))
+        Watch(trainer, observe, canaries=canaries, included=included)
+        released, shared = _released(trainer, _train(target, trainer))
+        coins.append(included)
+        white.append(scores)
+        if isinstance(canaries, DiracCanaries):
+            there = shared[canaries.places]
+            black_coins.append(included[there])
+            black.append(canaries.project(-released)[there])
+    claim, seconds = _claim(target, trainer.steps_taken), round(time.monotonic() - started, 2)
+    attacks = [_attack(kind, "white box, every step", claim, np.concatenate(coins), np.concatenate(white), seconds)]
+    if black:
+        found = np.concatenate(black_coins), np.concatenate(black)
+        attacks.append(_attack(kind, "black box, released adapter", claim, *found, seconds))
     return attacks
 
 
@@ -296,6 +309,7 @@ def _losses(trainer: LocalTrainer, records: LabelledRecords) -> NDArray[np.float
 # --- verdict
 
 
+@lru_cache(maxsize=64)
 def bounds(attack: CanaryScores, family: Poisson | None = None, confidence: float = CONFIDENCE) -> Bounds:
     """The best lower bounds on epsilon over `GUESSES`, each at `confidence`."""
     scores, included, count = np.array(attack.scores), np.array(attack.included), len(attack.scores)
@@ -351,4 +365,9 @@ def _judge_attack(attack: CanaryScores, promise: str) -> Finding:
         f"{found.steinke:.2f} (one run, any mechanism); claimed {claimed:.2f} at delta {claim.delta:g}"
     )
     name = f"{attack.canaries} canaries, {attack.view}"
-    return Finding("training", name, promise, "broken" if refuted(attack) else "held", detail)
+    if refuted(attack):
+        return Finding("training", name, promise, "broken", detail)
+    if max(found.one_run, found.many_run, found.steinke) > claimed:
+        detail += f"; that would happen by chance once in {1 / (1 - CONFIDENCE):.0f} audits, so run it again or with more canaries (full)"
+        return Finding("training", name, promise, "not testable", detail)
+    return Finding("training", name, promise, "held", detail)

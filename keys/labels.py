@@ -22,6 +22,7 @@ class Label(bytes, Enum):
     TRANSCRIPT = b"secgeo/transcript/v1\0"
     LEDGER = b"secgeo/ledger/v1\0"
     RECEIPT = b"secgeo/receipt/v1\0"
+    AUDIT = b"secgeo/audit/v1\0"
     # the secure sum
     MESSAGE = b"secgeo/message/v1\0"
     COHORT = b"secgeo/cohort/v1\0"

@@ -1,4 +1,4 @@
-"""The command line: `secgeo authority|keys|agreement|aggregator|node|demo|verify|budget`.
+"""The command line: `secgeo authority|keys|agreement|aggregator|node|demo|verify|budget|audit`.
 
 Exit codes: 0 ok, 2 usage, 3 configuration, 4 keys, 5 network, 6 a peer misbehaved, 7 budget exhausted, 8 verification failed.
 Heavy imports happen inside the commands that need them: the aggregator and `verify` never import torch.
@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from audit.commands import budget_app
+from audit.audit_commands import audit_app
+from audit.budget_commands import budget_app
 from keys.enrolment import ungroup_digits
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from secgeo.admin import Json, PassphraseFile, agreement_app, authority_app, keys_app, read_passphrase
@@ -33,6 +34,7 @@ app.add_typer(authority_app, name="authority")
 app.add_typer(keys_app, name="keys")
 app.add_typer(agreement_app, name="agreement")
 app.add_typer(budget_app, name="budget")
+app.add_typer(audit_app, name="audit")
 
 Config = Annotated[Path, typer.Argument(help="TOML configuration file; paths in it are relative to it.")]
 

@@ -1,0 +1,290 @@
+"""The bundle that an audit leaves: evidence, the verdict that follows from it, a report, and the auditor's signature over all of it.
+
+    evidence/about.json        what was audited, when, how, and with which versions
+    evidence/agreement.toml    the agreement, byte for byte
+    evidence/PART.json         what each audit saw: conformance, training, leakage, protocol
+    evidence/records/          the study's folder of records, if there was one
+    verdict.json, report.html  computed from the evidence alone
+    auditor.json               the key that signed
+    manifest.json(.sig)        SHA-256 of every file, signed
+
+Whoever has the bundle can compute verdict and report again and compare (`verify`). The signature says who ran the audit, not that
+the evidence is true: for that, run it again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from cryptography.exceptions import InvalidKey, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from msgspec import Struct
+
+from audit import conformance, leakage, protocol, training
+from audit.findings import Finding
+from audit.ledgers import BudgetReport, verify_budgets
+from keys.errors import ConfigError, SecGeoError, VerificationFailed
+from keys.files import read_public, write_public
+from keys.labels import Label
+from keys.signed import Signer, sign_document, verify_document
+from protocols.agreement import Agreement, read_agreement
+from secgeo.records import MANIFEST, file_digests, list_files
+
+FORMAT = "secgeo-audit/1"
+EVIDENCE, RECORDS, ABOUT, AGREEMENT = "evidence", "evidence/records", "evidence/about.json", "evidence/agreement.toml"
+VERDICT, REPORT, AUDITOR = "verdict.json", "report.html", "auditor.json"
+FILE_LIMIT_BYTES = 1 << 28
+PACKAGES = ("secgeo", "torch", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn", "matplotlib")
+
+
+class About(Struct, frozen=True, forbid_unknown_fields=True):
+    """What was audited and how.
+
+    Attributes:
+        source: the folder or configuration, by name only.
+        node: the hospital whose training was audited; empty if none was.
+        data: where its records are from.
+        authority: the pinned fingerprint of the authority; None if nobody pinned it.
+        started: UTC; certificates and records are judged as of then.
+        plant: the bug that was planted, if any.
+        seconds: of each part.
+        not_done: parts that could not be done, and why.
+    """
+
+    format: str
+    study: str
+    agreement_digest: str
+    source: str
+    node: str
+    data: str
+    authority: str | None
+    started: datetime
+    profile: training.Profile
+    plant: str | None
+    seconds: dict[str, float]
+    not_done: dict[str, str]
+    python: str
+    versions: dict[str, str]
+
+
+class Auditor(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who signed: a name, and the Ed25519 key in hexadecimal."""
+
+    name: str
+    public_key: str
+
+
+class Verdict(Struct, frozen=True, forbid_unknown_fields=True):
+    """What came of the audit: `ok` if no promise was broken."""
+
+    ok: bool
+    findings: tuple[Finding, ...]
+    about: About
+
+    def of(self, status: str) -> list[Finding]:
+        """The findings with this status."""
+        return [finding for finding in self.findings if finding.status == status]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Everything in a bundle that findings come from."""
+
+    about: About
+    agreement: Agreement | None
+    conformance: conformance.ConformanceEvidence | None
+    training: training.TrainingEvidence | None
+    leakage: leakage.LeakageEvidence | None
+    protocol: protocol.ProtocolEvidence | None
+    budgets: BudgetReport | None
+
+
+PARTS: dict[str, type[Struct]] = {
+    "conformance": conformance.ConformanceEvidence,
+    "training": training.TrainingEvidence,
+    "leakage": leakage.LeakageEvidence,
+    "protocol": protocol.ProtocolEvidence,
+}
+
+Kind = TypeVar("Kind", bound=Struct)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def python_version() -> str:
+    """Of the interpreter."""
+    return platform.python_version()
+
+
+def write_struct(path: Path, value: Struct) -> None:
+    """Write a struct as JSON, one spelling for one value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_public(path, msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=1) + b"\n")
+
+
+def _read(folder: Path, name: str, kind: type[Kind]) -> Kind:
+    try:
+        return msgspec.json.decode(read_public(folder / name, FILE_LIMIT_BYTES), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise VerificationFailed(f"{name} cannot be decoded: {error}") from None
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """Read what is in `evidence/`.
+
+    Raises:
+        KeyFileError, VerificationFailed, ConfigError: a file is missing or malformed.
+    """
+    about = _read(folder, ABOUT, About)
+    if about.format != FORMAT:
+        raise VerificationFailed(f"this bundle has format {about.format!r}; this program reads {FORMAT}")
+    agreement = read_agreement(read_public(folder / AGREEMENT)) if (folder / AGREEMENT).exists() else None
+    found = {
+        name: _read(folder, f"{EVIDENCE}/{name}.json", kind)
+        for name, kind in PARTS.items()
+        if (folder / EVIDENCE / f"{name}.json").exists()
+    }
+    budgets = None
+    if (folder / RECORDS).exists():
+        budgets = verify_budgets(folder / RECORDS, authority_fingerprint=about.authority, now=about.started)
+    return Evidence(about, agreement, budgets=budgets, **{name: found.get(name) for name in PARTS})  # type: ignore[arg-type]
+
+
+# --- from evidence to verdict
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """What all the evidence says; a pure function."""
+    findings: list[Finding] = []
+    if evidence.budgets is not None:
+        findings += _judge_records(evidence.budgets)
+    if evidence.conformance is not None:
+        findings += conformance.judge(evidence.conformance)
+    if evidence.training is not None:
+        findings += training.judge(evidence.training)
+    if evidence.leakage is not None and evidence.agreement is not None:
+        findings += leakage.judge(evidence.leakage, evidence.agreement)
+    if evidence.protocol is not None:
+        findings += protocol.judge(evidence.protocol)
+    for part, reason in evidence.about.not_done.items():
+        kind = part if part in ("records", "leakage", "protocol") else "training"
+        findings.append(Finding(kind, part, f"the {part} audit can be done", "not testable", reason))  # type: ignore[arg-type]
+    return Verdict(not any(finding.status == "broken" for finding in findings), tuple(findings), evidence.about)
+
+
+def _judge_records(report: BudgetReport) -> list[Finding]:
+    signed, claimed = "signed, complete and unchanged", "no claim is lower than what the booked events give"
+    findings = [
+        Finding("records", check.name, signed, "held" if check.ok else "broken", check.detail)
+        for check in report.checks
+    ]
+    for name, (claim, answer) in report.budgets.items():
+        shown = ", ".join(f"{kind.upper()} {value:.3f}" for kind, value in answer.epsilon.items() if value is not None)
+        told = "infinite" if claim is None else f"{claim:.3f}"
+        detail = f"claims epsilon {told} at delta {answer.delta:g}, add or remove one; recomputed: {shown or 'no finite answer'}"
+        findings.append(Finding("records", f"budget of {name}", claimed, "held", detail))
+    return findings + [Finding("records", "remark", signed, "not testable", warning) for warning in report.warnings]
+
+
+# --- sealing and verifying
+
+
+def conclude(folder: Path, render: Callable[[Verdict, Evidence], str]) -> Verdict:
+    """Judge the evidence in `folder` and write verdict and report beside it."""
+    evidence = read_evidence(folder)
+    verdict = judge(evidence)
+    write_struct(folder / VERDICT, verdict)
+    write_public(folder / REPORT, render(verdict, evidence).encode())
+    return verdict
+
+
+def seal(folder: Path, auditor: Auditor, sign: Signer) -> None:
+    """Sign every byte in `folder`."""
+    write_struct(folder / AUDITOR, auditor)
+    document = msgspec.json.format(msgspec.json.encode(file_digests(folder), order="sorted"), indent=1) + b"\n"
+    write_public(folder / f"{MANIFEST}.sig", sign_document(sign, Label.AUDIT, document))
+    write_public(folder / MANIFEST, document)
+
+
+def check_seal(folder: Path, auditor_key: str | None) -> Auditor:
+    """Check the signature over every byte; gives who signed.
+
+    Args:
+        folder: the bundle.
+        auditor_key: the auditor's public key in hexadecimal, from a source you trust; without it the bundle names its own.
+
+    Raises:
+        ConfigError, KeyFileError, VerificationFailed: a file was changed, added or removed, or the signature does not hold.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    list_files(folder)
+    auditor = _read(folder, AUDITOR, Auditor)
+    if auditor_key is not None and auditor.public_key != auditor_key.lower():
+        raise VerificationFailed(f"the bundle was signed by {auditor.public_key}, not by {auditor_key}")
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(auditor.public_key))
+    except (ValueError, InvalidKey, UnsupportedAlgorithm):
+        raise VerificationFailed(f"{AUDITOR} holds no Ed25519 key") from None
+    document = read_public(folder / MANIFEST, FILE_LIMIT_BYTES)
+    verify_document(key, Label.AUDIT, document, read_public(folder / f"{MANIFEST}.sig"))
+    try:
+        listed = msgspec.json.decode(document, type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise VerificationFailed(f"{MANIFEST} cannot be decoded") from None
+    found = file_digests(folder)
+    for name in sorted(listed.keys() | found.keys()):
+        if listed.get(name) != found.get(name):
+            raise VerificationFailed(f"{name} was changed, added or removed since the bundle was signed")
+    return auditor
+
+
+def verify(
+    folder: Path, auditor_key: str | None, render: Callable[[Verdict, Evidence], str]
+) -> tuple[Verdict, Auditor, list[str]]:
+    """Check the seal, then compute verdict and report again from the evidence and compare; gives notes beside.
+
+    Raises:
+        ConfigError, KeyFileError, VerificationFailed: the seal, the verdict or the report does not hold.
+    """
+    auditor = check_seal(folder, auditor_key)
+    evidence = read_evidence(folder)
+    verdict, notes = judge(evidence), []
+    if verdict != _read(folder, VERDICT, Verdict):
+        raise VerificationFailed(f"{VERDICT} does not follow from the evidence")
+    if auditor_key is None:
+        notes.append("no auditor was pinned: this shows only that the bundle agrees with itself; give --auditor KEY")
+    differing = [f"{name} {there} (here {here})" for name, there, here in _differences(evidence.about)]
+    if render(verdict, evidence).encode() != read_public(folder / REPORT, FILE_LIMIT_BYTES):
+        if not differing:
+            raise VerificationFailed(f"{REPORT} does not follow from the evidence")
+        notes.append(
+            f"{REPORT} was drawn with {', '.join(differing)} and cannot be compared byte by byte; its numbers are in {VERDICT}"
+        )
+    return verdict, auditor, notes
+
+
+def _differences(about: About) -> list[tuple[str, str, str]]:
+    here = {"python": python_version(), **versions()}
+    there = {"python": about.python, **about.versions}
+    return [(name, there.get(name, "?"), version) for name, version in here.items() if there.get(name) != version]
+
+
+def now() -> datetime:
+    """This moment, to the second: JSON keeps it as it is."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def reason(error: SecGeoError) -> str:
+    """Why a part of the audit could not be done."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,1152 @@
+"""Leakage: membership inference and gradient inversion on everything of one hospital that others could see.
+
+    update      its raw dB of one round, as an aggregator would see it without a secure sum
+    upload      the same as it is uploaded: fixed point, masked or encrypted by the product's own code
+    aggregate   the decoded sum with the other hospitals
+    adapter     the change of the shared B over several rounds, as it is released
+    gram        its Gram matrix of the anchors after one round
+
+Each attack runs on "ours" and on "unprotected": no noise, no clipping, no masks. Where it fails on the unprotected one, it is too weak
+to say anything about ours. An upload is attacked without the noise of DP, so that the mask alone has to hide it.
+
+*Membership.* Trainings are repeated with real `LocalTrainer`s; whether a candidate is among the records is a coin flip each time. Half
+of the candidates are ordinary records, half are canaries: strangers with a wrong label. The attacker knows the model at the start of
+the round (local parameters too), every record, clipping, noise level and sampling rate, but not the flips, the samples and the noise. To
+first order a candidate adds m to what is seen, its clipped gradients along a trajectory that the attacker simulates; everything else
+is close to Gaussian, with a covariance S that follows from the same gradients and the noise. The score is the log likelihood ratio
+m' S^-1 (seen - mean), as in LiRA (Carlini et al. 2022, arXiv 2112.03570), but with the whole vector in place of a loss. The mean is taken
+over the other trainings, which are its shadow models. Several candidates per training are those of Steinke et al. 2023
+(arXiv 2305.08846).
+
+*Inversion.* One step on one record. The attacker looks for features and label whose clipped gradient is the one seen (gradient matching:
+Zhu et al. 2019, Geiping et al. 2020) by Levenberg-Marquardt, with the anchors' covariance as its prior, and knows the model. The head
+starts at zero, where B has no gradient; so all attacks begin after a first round on other data.
+
+*Simplifications, all for the attacker.* Other hospitals hold the target's modality and train from its local parameters; their updates are
+drawn from a pool made with records of `others` (without those: anchors with drawn labels), which the attacker knows. Consensus is from the
+target's own Gram matrix. If patients are protected, each is one record. A hospital counts at most `CROWD` of its records.
+
+*Libraries.* adversarial-robustness-toolbox 1.20 (2025, kept) attacks the outputs of classifiers: it sees no gradients, adapters or Gram
+matrices, and has no LiRA. breaching 0.1.2 (2022) inverts gradients of images and text, needs hydra, torchvision and lpips, and is not
+kept; privacy-meter on PyPI is of 2023, has its newer attacks in its repository only, and wants to train the models itself. Opacus has no
+attacks. So the attacks are written here from their papers, on what is installed already: torch, scikit-learn and SciPy.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Struct
+from numpy.typing import NDArray
+from scipy.stats import beta, mannwhitneyu
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from audit.findings import Finding, Status
+from audit.target import Target
+from keys.errors import ConfigError
+from protocols import sealing
+from protocols.agreement import Agreement
+from protocols.ciphertexts import unpack_upload
+from protocols.encoding import FixedPoint, unpack
+from protocols.packing import choose
+from protocols.prg import MaskSet
+from protocols.rings import make_ring
+from protocols.tags import Tagger
+from protocols.upload import Upload
+from secgeo.accountant import epsilon_after
+from secgeo.datasets import LabelledRecords
+from secgeo.geolora import directions
+from secgeo.hospital_noise import add_noise_share, private_values
+from secgeo.model import build_model
+from secgeo.training import RoundUpdate
+from secgeo.update import Layout, SharedState, apply_sum, gram_weight, noise_variance, precision_weight
+from secgeo.update import unpack as unpack_vector
+
+Observation = Literal["update", "upload", "aggregate", "adapter", "gram"]
+Protection = Literal["ours", "unprotected"]
+Candidates = Literal["records", "canaries"]
+Profile = Literal["fast", "full"]
+Values = NDArray[np.float64]
+Flips = NDArray[np.bool_]
+
+OBSERVATIONS: tuple[Observation, ...] = ("update", "upload", "aggregate", "adapter", "gram")
+RATES = (0.01, 0.001)
+"""False positive rates that are reported; the smallest that the samples support stands for those below it."""
+
+CHANCE = 1e-4
+"""What counts as impossible by chance, in every verdict. Intervals that are reported are of 95 %."""
+
+SUCCESS_RATE, SUCCESS_SIMILARITY = 0.3, 0.8
+"""An attack works if it finds so many members at the first of `RATES`, or if its median reconstruction is so similar."""
+
+PLAUSIBLE = 0.01
+"""Reconstructions that chance makes so similar this often do not show that an attack works."""
+
+UNCLIPPED = 1e6
+MOMENTUM = 0.9
+"""Of the local parameters, in `LocalTrainer`."""
+
+CROWD = 80
+LEAST_RECORDS = 8
+SUBSPACE = 24
+"""Inversion looks along so many principal components of the anchors."""
+
+CAREFUL = 0.1
+"""Unprotected training takes smaller steps: those that were tuned for clipped gradients are too long for others."""
+
+FEATURE_LIMIT = 8.0
+"""The tokeniser cuts features off at so many deviations."""
+
+
+class Membership(Struct, frozen=True, forbid_unknown_fields=True):
+    """Scores of one attack on one observation; larger means "was among the records".
+
+    Attributes:
+        steps: DP steps on the hospital's records that the observation shows.
+        members: scores of candidates in trainings that they were part of.
+        others: scores in trainings that they were not part of.
+    """
+
+    observation: Observation
+    protection: Protection
+    candidates: Candidates
+    steps: int
+    members: list[float]
+    others: list[float]
+
+
+class Inversion(Struct, frozen=True, forbid_unknown_fields=True):
+    """Reconstructions from one step on one record each.
+
+    Attributes:
+        similarity: [n][n] correlation of reconstruction i with the true standardised features of record j. Off the diagonal is what a
+            guess would reach.
+        labels_right: how many labels were found.
+    """
+
+    observation: Observation
+    protection: Protection
+    similarity: list[list[float]]
+    labels_right: int
+
+
+class LeakageEvidence(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the attacks gave. `judge` needs nothing else but the agreement.
+
+    Attributes:
+        source: where the data are from.
+        protocol: which secure sum made the uploads.
+        seed: of coin flips and choices; the noise of training is from the operating system and cannot be repeated.
+        settings: sizes of the experiment.
+        seconds: wall clock.
+    """
+
+    profile: Profile
+    source: str
+    protocol: str
+    seed: int
+    settings: dict[str, float]
+    seconds: float
+    membership: list[Membership]
+    inversion: list[Inversion]
+
+
+# --- numbers from scores
+
+
+class Rate(Struct, frozen=True):
+    """Members found at a false positive rate, with the counts behind both rates."""
+
+    found: int
+    members: int
+    wrong: int
+    others: int
+
+    @property
+    def tpr(self) -> float:
+        """True positive rate."""
+        return self.found / self.members
+
+    @property
+    def fpr(self) -> float:
+        """False positive rate."""
+        return self.wrong / self.others
+
+    def tpr_interval(self, error: float = 0.05) -> tuple[float, float]:
+        """Clopper-Pearson interval of the true positive rate; `error` is split between both ends."""
+        return clopper_pearson(self.found, self.members, error)
+
+    def fpr_interval(self, error: float = 0.05) -> tuple[float, float]:
+        """The same of the false positive rate."""
+        return clopper_pearson(self.wrong, self.others, error)
+
+
+def roc(members: Sequence[float], others: Sequence[float]) -> tuple[Values, Values]:
+    """False and true positive rates ([k], ascending) over all thresholds, by scikit-learn.
+
+    Raises:
+        ConfigError: one of the two is empty, or a score is not finite.
+    """
+    scores, labels = _labelled(members, others)
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    return np.asarray(fpr, dtype=np.float64), np.asarray(tpr, dtype=np.float64)
+
+
+def auc(members: Sequence[float], others: Sequence[float]) -> float:
+    """The area under `roc`: the probability that a member's score is above another's.
+
+    Raises:
+        ConfigError: see `roc`.
+    """
+    scores, labels = _labelled(members, others)
+    return float(roc_auc_score(labels, scores))
+
+
+def rate_at(members: Sequence[float], others: Sequence[float], fpr: float) -> Rate:
+    """The best threshold with a false positive rate of at most `fpr`.
+
+    Raises:
+        ConfigError: see `roc`.
+    """
+    false, true = roc(members, others)
+    best = int(np.flatnonzero(false <= fpr + 1e-12)[-1])
+    return Rate(round(true[best] * len(members)), len(members), round(false[best] * len(others)), len(others))
+
+
+def rates(members: Sequence[float], others: Sequence[float]) -> list[Rate]:
+    """One `Rate` for each of `RATES`, as far as there are samples for it: below 1 / n it is the one without a false positive."""
+    supported = [rate for rate in RATES if rate * len(others) >= 1.0]
+    return [
+        rate_at(members, others, rate) for rate in (supported if len(supported) == len(RATES) else [*supported, 0.0])
+    ]
+
+
+def clopper_pearson(hits: int, count: int, error: float) -> tuple[float, float]:
+    """The exact interval of a binomial proportion that misses it with probability at most `error`."""
+    low = 0.0 if hits == 0 else float(beta.ppf(error / 2, hits, count - hits + 1))
+    high = 1.0 if hits == count else float(beta.ppf(1 - error / 2, hits + 1, count - hits))
+    return low, high
+
+
+def dp_line(epsilon: float, delta: float, fpr: float) -> float:
+    """The largest true positive rate of any attack on an (epsilon, delta)-DP mechanism (Kairouz, Oh and Viswanath 2015)."""
+    return min(1.0, math.exp(min(epsilon, 700.0)) * fpr + delta)
+
+
+def _labelled(members: Sequence[float], others: Sequence[float]) -> tuple[Values, NDArray[np.int64]]:
+    scores = np.array([*members, *others], dtype=np.float64)
+    if not len(members) or not len(others) or not np.isfinite(scores).all():
+        raise ConfigError("an ROC curve needs finite scores of at least one member and one other")
+    return scores, np.repeat(np.array([1, 0]), [len(members), len(others)])
+
+
+# --- verdicts
+
+
+def judge(evidence: LeakageEvidence, agreement: Agreement) -> list[Finding]:
+    """The verdict on each observation, from the evidence alone.
+
+    Raises:
+        ConfigError: evidence is missing, empty or not finite.
+    """
+    findings = []
+    for observation in OBSERVATIONS:
+        found = [row for row in evidence.membership if row.observation == observation]
+        ours = [row for row in found if row.protection == "ours"]
+        reference = [row for row in found if row.protection == "unprotected"]
+        if not ours or not reference:
+            raise ConfigError(f"the evidence has no membership scores of the {observation}, ours and unprotected")
+        findings.append(_judge_membership(ours, reference, agreement))
+    for observation in ("update", "upload"):
+        inverted = {row.protection: row for row in evidence.inversion if row.observation == observation}
+        if inverted.keys() != {"ours", "unprotected"}:
+            raise ConfigError(f"the evidence has no inversions of the {observation}, ours and unprotected")
+        findings.append(_judge_inversion(inverted["ours"], inverted["unprotected"]))
+    return findings
+
+
+_SEEN = {
+    "update": "a raw update",
+    "upload": "a protected upload",
+    "aggregate": "the aggregate",
+    "adapter": "the released adapter",
+    "gram": "the Gram matrix of the anchors",
+}
+
+
+def _judge_membership(ours: list[Membership], reference: list[Membership], agreement: Agreement) -> Finding:
+    observation, steps, per_round = ours[0].observation, ours[0].steps, agreement.training.steps_per_round
+    allowed = range(per_round, agreement.total_steps + 1, per_round) if observation == "adapter" else [per_round]
+    if any(row.steps != steps for row in ours) or steps not in allowed:
+        raise ConfigError(f"the evidence on the {observation} is not of whole rounds of this agreement")
+    works = any(_works(row) for row in reference)
+    detail = "; ".join(f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference])
+    name = f"membership inference on {_SEEN[observation]}"
+    if observation == "upload":
+        chance = min(min(1.0, len(ours) * _away_from_chance(row)) for row in ours)
+        promise = "it tells nothing about any record, not even without the noise of training"
+        detail = f"{detail}; by chance with probability {chance:.2g}"
+        return Finding("leakage", name, promise, _status(works, chance < CHANCE), detail)
+    privacy = agreement.privacy
+    epsilon = epsilon_after(privacy, steps, privacy.delta)
+    promise = f"TPR <= e^epsilon FPR + delta with epsilon {epsilon:.3g}, delta {privacy.delta:g} ({steps} steps)"
+    if math.isinf(epsilon):
+        return Finding("leakage", name, "none: the agreement has no noise", "not testable", detail)
+    crossed = any(crosses(rate, epsilon, privacy.delta) for row in ours for rate in rates(row.members, row.others))
+    ideal = [Rate(len(row.members), len(row.members), 0, len(row.others)) for row in ours]
+    testable = any(crosses(rate, epsilon, privacy.delta) for rate in ideal)
+    bounds = ", ".join(f"TPR {dp_line(epsilon, privacy.delta, rate):.3g} at FPR {rate:g}" for rate in RATES)
+    detail = f"{detail}; allowed: {bounds}"
+    if not testable:
+        detail = f"{detail}; with so few scores not even a perfect attack would be beyond that"
+    return Finding("leakage", name, promise, _status(works and testable, crossed), detail)
+
+
+def crosses(rate: Rate, epsilon: float, delta: float) -> bool:
+    """Whether an attack was better than (epsilon, delta)-DP allows, beyond chance: both rates at the ends that favour DP."""
+    return rate.tpr_interval(CHANCE)[0] > dp_line(epsilon, delta, rate.fpr_interval(CHANCE)[1])
+
+
+def _status(works: bool, broken: bool) -> Status:
+    if broken:
+        return "broken"
+    return "held" if works else "not testable"
+
+
+def _works(row: Membership) -> bool:
+    return rate_at(row.members, row.others, RATES[0]).tpr_interval()[0] >= SUCCESS_RATE
+
+
+def _away_from_chance(row: Membership) -> float:
+    """The p-value of scores that tell nothing. Exact up to the normal approximation: then flips are independent of all scores."""
+    _labelled(row.members, row.others)
+    if len({*row.members, *row.others}) == 1:
+        return 1.0
+    return float(mannwhitneyu(row.members, row.others, alternative="two-sided", method="asymptotic").pvalue)
+
+
+def _numbers(row: Membership) -> str:
+    shown = ", ".join(
+        f"TPR {rate.tpr:.3f} ({rate.tpr_interval()[0]:.3f} to {rate.tpr_interval()[1]:.3f}) at FPR {rate.fpr:.2g}"
+        for rate in rates(row.members, row.others)
+    )
+    return f"AUC {auc(row.members, row.others):.3f}, {shown}, of {len(row.members)} and {len(row.others)} scores"
+
+
+def _judge_inversion(ours: Inversion, reference: Inversion) -> Finding:
+    observation = ours.observation
+    (middle, chance), (middle_reference, chance_reference) = recovered(ours), recovered(reference)
+    works = middle_reference >= SUCCESS_SIMILARITY and chance_reference < PLAUSIBLE
+    if observation == "upload":
+        promise, broken = "it tells nothing about any record, not even without the noise of training", chance < CHANCE
+    else:
+        promise = f"no step on a single record shows it: median correlation below {SUCCESS_SIMILARITY}"
+        broken = middle >= SUCCESS_SIMILARITY and chance < CHANCE
+    detail = "; ".join(
+        f"{row.protection}: median correlation {value:.3f} (guesses: {_guess(row):.3f}), "
+        f"by chance with probability {p:.2g}, {row.labels_right} of {len(row.similarity)} labels"
+        for row, value, p in ((ours, middle, chance), (reference, middle_reference, chance_reference))
+    )
+    return Finding("leakage", f"gradient inversion on {_SEEN[observation]}", promise, _status(works, broken), detail)
+
+
+PERMUTATIONS = 30_000
+CERTAIN = 1.0 - 1e-6
+
+
+def recovered(row: Inversion) -> tuple[float, float]:
+    """Median similarity to the true records, and the probability that reconstructions paired with records by lot are as similar.
+
+    Similar on average of Fisher's z (artanh), so that exact reconstructions outweigh lucky guesses.
+
+    Raises:
+        ConfigError: the similarities are no square matrix of finite numbers.
+    """
+    matrix = _square(row)
+    order = np.random.Generator(np.random.PCG64(0)).random((PERMUTATIONS, len(matrix))).argsort(axis=1)
+    z = np.arctanh(np.clip(matrix, -CERTAIN, CERTAIN))
+    as_good = int(np.count_nonzero(z[np.arange(len(z)), order].sum(axis=1) >= np.trace(z) - 1e-9))
+    return float(np.median(np.diag(matrix))), (1 + as_good) / (1 + PERMUTATIONS)
+
+
+def _guess(row: Inversion) -> float:
+    matrix = _square(row)
+    return float(np.median(matrix[~np.eye(len(matrix), dtype=bool)]))
+
+
+def _square(row: Inversion) -> Values:
+    count = len(row.similarity)
+    if count < 2 or any(len(line) != count for line in row.similarity):
+        raise ConfigError("similarities of reconstructions are a square matrix of two or more records")
+    matrix = np.array(row.similarity, dtype=np.float64)
+    if not np.isfinite(matrix).all():
+        raise ConfigError("a similarity of reconstructions is not finite")
+    return matrix
+
+
+# --- collecting
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """How much of everything; `warmup` cuts the steps on public data short, which cost time and no privacy."""
+
+    trainings: dict[Protection, int]
+    records: int
+    canaries: int
+    pool: int
+    rounds: int
+    warmup: int
+    inverted: int
+    starts: int
+    noise_samples: int
+
+
+_SIZES: dict[Profile, _Size] = {
+    "fast": _Size(
+        trainings={"unprotected": 20, "ours": 40},
+        records=8,
+        canaries=16,
+        pool=5,
+        rounds=2,
+        warmup=3,
+        inverted=12,
+        starts=5,
+        noise_samples=150,
+    ),
+    "full": _Size(
+        trainings={"unprotected": 60, "ours": 200},
+        records=16,
+        canaries=24,
+        pool=16,
+        rounds=3,
+        warmup=10,
+        inverted=24,
+        starts=12,
+        noise_samples=800,
+    ),
+}
+
+Progress = Callable[[str, float], None]
+
+
+def collect(target: Target, *, profile: Profile, progress: Progress, seed: int | None = None) -> LeakageEvidence:
+    """Run every attack. `fast` takes some 20 seconds on one core for a demonstration, `full` some minutes.
+
+    Args:
+        target: what is attacked. Its `others` give canaries and the other hospitals; without them anchors do, with drawn labels.
+        progress: called with what is being done and the fraction that is done.
+        seed: of coin flips and choices; drawn if not given, so that nothing can be tuned to it.
+
+    Raises:
+        ConfigError: too few records, or fewer than three features.
+    """
+    started = time.monotonic()
+    chosen = secrets.randbits(32) if seed is None else seed
+    size = _SIZES[profile]
+    scene = _Scene(_single_records(target), size, np.random.Generator(np.random.PCG64(chosen)))
+    membership: list[Membership] = []
+    inversion: list[Inversion] = []
+    with sdpa_kernel(SDPBackend.MATH):
+        protections: tuple[Protection, ...] = ("unprotected", "ours")
+        for index, protection in enumerate(protections):
+
+            def report(done: float, at: float = 0.45 * index, what: str = protection) -> None:
+                progress(f"membership inference, {what}", at + 0.45 * done)
+
+            membership += _infer_membership(scene, protection, report)
+        progress("gradient inversion", 0.9)
+        inversion += _invert_all(scene)
+    progress("done", 1.0)
+    return LeakageEvidence(
+        profile=profile,
+        source=target.source,
+        protocol=target.agreement.secure_sum.protocol,
+        seed=chosen,
+        settings=scene.settings(),
+        seconds=round(time.monotonic() - started, 2),
+        membership=membership,
+        inversion=inversion,
+    )
+
+
+def _single_records(target: Target) -> Target:
+    """A target whose privacy unit is a record: of every patient the first, if patients are protected."""
+    if target.agreement.privacy.unit == "record":
+        return target
+    first = np.array([own[0] for own in target.records.by_patient(1)])
+    privacy = msgspec.structs.replace(target.agreement.privacy, unit="record", records_per_patient=0)
+    agreement = msgspec.structs.replace(target.agreement, privacy=privacy)
+    return replace(target, agreement=agreement, records=_take(target.records, first))
+
+
+def _take(records: LabelledRecords, index: NDArray[Any]) -> LabelledRecords:
+    return LabelledRecords(records.features[index], records.labels[index])
+
+
+def _join(*parts: LabelledRecords) -> LabelledRecords:
+    return LabelledRecords(np.concatenate([p.features for p in parts]), np.concatenate([p.labels for p in parts]))
+
+
+def _vary(
+    target: Target,
+    *,
+    training: dict[str, Any] | None = None,
+    privacy: dict[str, Any] | None = None,
+    batch: float | None = None,
+    **fields: Any,
+) -> Target:
+    """The target with other settings; its member has the expected batch size `batch` in the agreement too."""
+    agreement, member = target.agreement, target.member
+    if batch is not None:
+        member = msgspec.structs.replace(member, expected_batch_size=batch)
+    agreement = msgspec.structs.replace(
+        agreement,
+        training=msgspec.structs.replace(agreement.training, **(training or {})),
+        privacy=msgspec.structs.replace(agreement.privacy, **(privacy or {})),
+        members=tuple(member if other.node_id == member.node_id else other for other in agreement.members),
+        **fields,
+    )
+    return replace(target, agreement=agreement, member=member)
+
+
+def _protected(target: Target, protection: Protection) -> Target:
+    if protection == "ours":
+        return target
+    training, privacy = target.agreement.training, target.agreement.privacy
+    return _vary(
+        target,
+        training={
+            "learning_rate": training.learning_rate * CAREFUL,
+            "local_learning_rate": training.local_learning_rate * CAREFUL,
+        },
+        privacy={"noise_multiplier": 0.0, "max_grad_norm": UNCLIPPED, "sample_rate": 1.0},
+        batch=target.member.expected_batch_size / privacy.sample_rate,
+        hospital_privacy=None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where every attacked round begins, known to the attacker."""
+
+    state: SharedState
+    local: dict[str, NDArray[np.float32]]
+
+
+class _Scene:
+    """Who has which records, and where the attacked round begins."""
+
+    def __init__(self, target: Target, size: _Size, chance: np.random.Generator) -> None:
+        own, width = target.records, int(np.prod(target.records.features.shape[1:]))
+        if len(own) < LEAST_RECORDS or width < 3:
+            raise ConfigError(f"leakage is measured on {LEAST_RECORDS} or more records of three or more features")
+        self.target = _vary(target, training={"warmup_steps": min(target.agreement.training.warmup_steps, size.warmup)})
+        self.size, self.chance = size, chance
+        self.rounds = min(size.rounds, max(1, target.agreement.study.rounds - 1))
+        self.layout = Layout.from_agreement(target.agreement)
+        self.members = len(target.agreement.members)
+        own = _take(own, chance.permutation(len(own))[:CROWD])
+        strangers = target.others or _strangers(target, chance)
+        if len(strangers) < LEAST_RECORDS:
+            raise ConfigError(f"leakage is measured with {LEAST_RECORDS} or more records of others")
+        strangers = _take(strangers, chance.permutation(len(strangers)))
+        records, canaries = min(size.records, len(own) // 2), min(size.canaries, len(strangers) // 2)
+        self.parts: dict[Candidates, slice] = {
+            "records": slice(0, records),
+            "canaries": slice(records, records + canaries),
+        }
+        self.base = _take(own, np.arange(records, len(own)))
+        self.strangers = _take(strangers, np.arange(canaries, len(strangers))[: 2 * CROWD])
+        self.start, wrong = self._begin(strangers.features[:canaries])
+        self.candidates = _join(_take(own, np.arange(records)), LabelledRecords(strangers.features[:canaries], wrong))
+
+    def settings(self) -> dict[str, float]:
+        """Sizes, for the report."""
+        size, agreement = self.size, self.target.agreement
+        return {
+            "trainings": size.trainings["ours"],
+            "trainings_unprotected": size.trainings["unprotected"],
+            "candidate_records": len(self.candidates) - _length(self.parts["canaries"]),
+            "canaries": _length(self.parts["canaries"]),
+            "base_records": len(self.base),
+            "records_of_others": len(self.strangers),
+            "simulated_hospitals": size.pool,
+            "rounds_of_adapter": self.rounds,
+            "steps_per_round": agreement.training.steps_per_round,
+            "warmup_steps": agreement.training.warmup_steps,
+            "sample_rate": agreement.privacy.sample_rate,
+            "expected_batch_size": self.target.member.expected_batch_size,
+            "inverted_records": min(size.inverted, len(self.base)),
+        }
+
+    def _begin(self, features: NDArray[np.float32]) -> tuple[_Start, NDArray[np.int64]]:
+        """After the first round, and one without noise on the others' records; and what `features` are least likely to be then."""
+        target = _vary(self.target, privacy={"noise_multiplier": 0.0}, hospital_privacy=None)
+        trainer = target.trainer(records=self.strangers)
+        state = SharedState.initial(target.agreement)
+        for _ in range(2):
+            vector = trainer.train_round(state).vector(self.layout)
+            state = apply_sum(state, self.layout, vector * self.members, target.agreement)
+        with torch.no_grad():
+            unlikely = trainer.model(torch.from_numpy(features)).argmin(dim=1).numpy()
+        return _Start(state, trainer.local_state()), unlikely
+
+    def trainer(self, target: Target, records: LabelledRecords) -> Any:
+        """A real trainer at the start."""
+        trainer = target.trainer(records=records)
+        trainer.load_local_state(self.start.local)
+        return trainer
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _strangers(target: Target, chance: np.random.Generator) -> LabelledRecords:
+    return LabelledRecords(target.anchors, chance.choice(target.records.labels, len(target.anchors)))
+
+
+def _vector(target: Target, layout: Layout, update: RoundUpdate) -> Values:
+    """What a node hands to the secure sum (`secgeo.node`)."""
+    vector, share = update.vector(layout), target.agreement.noise_share
+    return add_noise_share(vector, layout, share) if share else vector
+
+
+# --- what an upload looks like
+
+
+class _Uploads:
+    """Uploads by the product's code, with fresh keys each, and how an attacker reads them."""
+
+    def __init__(self, agreement: Agreement, me: str) -> None:
+        self._agreement, self._me = agreement, me
+        self._ring_of = agreement.secure_sum
+        self._packing = choose(self._ring_of.value_bits, len(agreement.members)) if self._ring_of.encrypted else None
+        self._attempt = sealing.AttemptId(secrets.token_bytes(32), 1, 1)
+        if self._packing is None:
+            self._ring = make_ring(agreement)
+        else:
+            from protocols.bfv import InProcess  # TenSEAL is slow to load, and not needed for `masked`
+
+            ciphers = InProcess()
+            self._ring = make_ring(agreement, ciphers, ciphers.generate_key(self._packing.parameters))
+
+    def masks(self) -> MaskSet:
+        """Fresh masks: our own, and one with every other hospital."""
+        if not self._ring_of.masked:
+            return MaskSet((), ())
+        added = [sealing.self_mask_key(secrets.token_bytes(32), self._attempt, self._me)]
+        subtracted: list[bytes] = []
+        for member in self._agreement.members:
+            if member.node_id != self._me:
+                low, high = sorted((self._me, member.node_id))
+                shared = sealing.contribution(secrets.token_bytes(32), self._attempt, bytes(32), low, high)
+                key = sealing.pair_mask_key(shared, self._attempt, bytes(32), low, high)
+                (added if low == self._me else subtracted).append(key)
+        return MaskSet(added, subtracted)
+
+    def seen(self, vector: Values, *, protected: bool = True) -> Values:
+        """An upload of `vector` ([d]) as [d] numbers; unprotected it is only encoded."""
+        code = FixedPoint.from_agreement(self._agreement)
+        if not protected:
+            return code.decode(code.encode(vector), 1)
+        tagger = Tagger(secrets.token_bytes(32), self._attempt)
+        upload = Upload(self._ring, code, vector, tagger, self.masks(), self._ring_of.chunk_values)
+        chunks = upload.make(upload.chunks, lambda _, __, data: bytes(data))
+        sizes = [
+            min(self._ring_of.chunk_values, vector.size - start)
+            for start in range(0, vector.size, self._ring_of.chunk_values)
+        ]
+        return np.concatenate([self.read(chunk, count) for chunk, count in zip(chunks, sizes, strict=True)])
+
+    def read(self, chunk: bytes, count: int) -> Values:
+        """`count` numbers out of a chunk, as if nothing protected it: c0 of a ciphertext is then the plaintext times q / t."""
+        if self._packing is None:
+            values = unpack(chunk, count, self._ring_of.ring_bits)
+        else:
+            parameters = self._packing.parameters
+            words, _ = unpack_upload(chunk, parameters)
+            plain = np.rint(words[:, 0].astype(np.float64) * (2.0**parameters.plain_bits / parameters.prime))
+            values = self._packing.unpack(plain.astype(np.uint64) % np.uint64(2**self._packing.used_bits), count)
+        return (values.astype(np.float64) - 2.0 ** (self._ring_of.value_bits - 1)) / 2.0**self._ring_of.fraction_bits
+
+
+# --- what a record does to a model, to first order
+
+
+GRADIENTS = 512
+"""Records per pass."""
+
+
+class _Whitebox:
+    """The attacker's copy of the model, in float64. Parameters are flat: B in the order of the update, then the local ones."""
+
+    def __init__(self, target: Target) -> None:
+        self.model = build_model(target.agreement, target.member.modality, target.anchors).double()
+        self.parameters = self.model.private_parameters()
+        known = {id(p): name for name, p in self.model.named_parameters()}
+        self._names = [known[id(p)] for p in self.parameters]
+        self._sizes = [p.numel() for p in self.parameters]
+        self.shared = sum(p.numel() for p in self.model.shared_parameters())
+        self._anchors = torch.from_numpy(target.anchors).double()
+        self._limit = target.agreement.privacy.max_grad_norm
+
+    def take(self, trainer: Any) -> Tensor:
+        """Copy a trainer's model; gives its parameters [P]."""
+        self.model.load_state_dict(trainer.model.state_dict())
+        return torch.cat([p.detach().flatten() for p in self.parameters])
+
+    @torch.no_grad()
+    def gram(self, flat: Tensor) -> Values:
+        """The Gram matrix of the anchors with parameters `flat`, as its upper triangle."""
+        for p, value in zip(self.parameters, torch.split(flat, self._sizes), strict=True):
+            p.copy_(value.view_as(p))
+        embedded = self.model.embed(self._anchors)
+        embedded = embedded - embedded.mean(dim=0)
+        kernel = (embedded @ embedded.T).numpy()
+        upper: Values = kernel[np.triu_indices(len(kernel))] / np.linalg.norm(kernel)
+        return upper
+
+    def gradients(self, features: Tensor, labels: Tensor, *, shared: bool = False) -> Tensor:
+        """Clipped gradients [n, P] of records at the parameters that were taken last; of B only [n, D] if `shared`."""
+        buffers = dict(self.model.named_buffers())
+        named = {name: p.detach() for name, p in zip(self._names, self.parameters, strict=True)}
+
+        def loss(parameters: dict[str, Tensor], record: Tensor, label: Tensor) -> Tensor:
+            logits = functional_call(self.model, (parameters, buffers), (record[None],))
+            return functional.cross_entropy(logits, label[None])
+
+        def clipped(some: Tensor, of: Tensor) -> Tensor:
+            found = vmap(grad(loss), in_dims=(None, 0, 0))(named, some, of)
+            flat = torch.cat([found[name].flatten(1) for name in self._names], dim=1)
+            flat *= (self._limit / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+            return flat[:, : self.shared] if shared else flat
+
+        pieces = zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True)
+        return torch.cat([clipped(some, of) for some, of in pieces])
+
+
+@dataclass(frozen=True, slots=True)
+class _Effects:
+    """What records do per step, from a trajectory that the attacker simulates. Records: base, candidates, strangers.
+
+    Attributes:
+        shared: per round [steps, records, D], change of B if a record is in the sample of that step.
+        total: [records, P], expected change of all parameters after the first round.
+        end: parameters [P] after the first round.
+    """
+
+    shared: list[Values]
+    total: Values
+    end: Tensor
+
+
+def _effects(scene: _Scene, target: Target, whitebox: _Whitebox, flips: Flips, others: Values) -> _Effects:
+    """Simulate the rounds: every record counts in every step with weight `sample_rate`, and there is no noise."""
+    agreement, batch = target.agreement, target.member.expected_batch_size
+    rate, steps = agreement.privacy.sample_rate, agreement.training.steps_per_round
+    records = _join(scene.base, scene.candidates, scene.strangers)
+    features, labels = torch.from_numpy(records.features).double(), torch.from_numpy(records.labels)
+    mean = _vary(
+        target,
+        privacy={"sample_rate": 1.0, "noise_multiplier": 0.0},
+        batch=batch / rate,
+        hospital_privacy=None,
+    )
+    trainer = scene.trainer(mean, _join(scene.base, _take(scene.candidates, np.flatnonzero(flips))))
+    speed = np.full(sum(whitebox._sizes), agreement.training.local_learning_rate)
+    speed[: whitebox.shared] = agreement.training.learning_rate
+    shared, state = [], scene.start.state
+    total, end = np.zeros((len(records), len(speed))), torch.empty(0)
+    weight = precision_weight(agreement, target.member)
+    for round_number in range(scene.rounds):
+        trainer.load_shared(state)
+        trainer.warm_up()
+        seen = np.zeros((steps, len(records), whitebox.shared))
+        for step in range(steps):
+            whitebox.take(trainer)
+            change = -whitebox.gradients(features, labels).numpy() * (speed / batch)
+            seen[step] = change[:, : whitebox.shared]
+            if round_number == 0:
+                echo = (1.0 - MOMENTUM ** (steps - step)) / (1.0 - MOMENTUM)
+                total[:, : whitebox.shared] += rate * seen[step]
+                total[:, whitebox.shared :] += rate * echo * change[:, whitebox.shared :]
+            trainer.step()
+        if round_number == 0:
+            end = whitebox.take(trainer)
+        shared.append(seen)
+        after = directions(trainer.model.adapted.items())
+        update = RoundUpdate(
+            {name: after[name] - state.B[name] for name in after},
+            dict.fromkeys(after, weight),
+            trainer.anchor_gram(),
+            gram_weight(agreement, target.member),
+            steps,
+        )
+        state = apply_sum(state, scene.layout, update.vector(scene.layout) + others, agreement)
+    return _Effects(shared, total, end)
+
+
+# --- membership inference
+
+
+def _infer_membership(scene: _Scene, protection: Protection, report: Callable[[float], None]) -> list[Membership]:
+    """Train again and again with other candidates, and score all candidates in all trainings."""
+    target, size, count = _protected(scene.target, protection), scene.size, scene.size.trainings[protection]
+    flips = scene.chance.random((count, len(scene.candidates))) < 0.5
+    pool = [_other_hospital(scene, target) for _ in range(max(size.pool, scene.members - 1))]
+    uploads = _Uploads(target.agreement, target.member.node_id)
+    trainings = []
+    for number in range(count):
+        report(number / count)
+        trainings.append(_train(scene, target, flips[number], pool, uploads))
+    whitebox = _Whitebox(target)
+    effects = _effects(scene, target, whitebox, flips[0], np.mean(pool, axis=0) * (scene.members - 1))
+    rows = []
+    for seen, observation, of in _WHAT_IS_SEEN[protection]:
+        model = _linear_model(scene, target, whitebox, effects, observation)
+        scores = _likelihood_ratios(np.array([getattr(training, seen) for training in trainings]), model)
+        steps = target.agreement.training.steps_per_round * (scene.rounds if observation == "adapter" else 1)
+        for candidates, part in scene.parts.items():
+            inside, outside = scores[:, part][flips[:, part]], scores[:, part][~flips[:, part]]
+            rows.append(Membership(observation, of, candidates, steps, inside.tolist(), outside.tolist()))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one training shows. Changes of B ([D]) are divided by the weights, which are public."""
+
+    update: Values
+    encoded: Values
+    masked: Values
+    aggregate: Values
+    adapter: Values
+    gram: Values
+
+
+_WHAT_IS_SEEN: dict[Protection, tuple[tuple[str, Observation, Protection], ...]] = {
+    "unprotected": (
+        ("update", "update", "unprotected"),
+        ("encoded", "upload", "unprotected"),
+        ("masked", "upload", "ours"),
+        ("aggregate", "aggregate", "unprotected"),
+        ("adapter", "adapter", "unprotected"),
+        ("gram", "gram", "unprotected"),
+    ),
+    "ours": (
+        ("update", "update", "ours"),
+        ("aggregate", "aggregate", "ours"),
+        ("adapter", "adapter", "ours"),
+        ("gram", "gram", "ours"),
+    ),
+}
+"""By the protection of training: a field of `_Seen`, and the observation and protection that it stands for."""
+
+
+def _other_hospital(scene: _Scene, target: Target) -> Values:
+    """What another hospital adds to the sum: a real update from the start, on a random half of the others' records."""
+    half = scene.chance.permutation(len(scene.strangers))[: max(1, len(scene.strangers) // 2)]
+    trainer = scene.trainer(target, _take(scene.strangers, half))
+    return _vector(target, scene.layout, trainer.train_round(scene.start.state))
+
+
+def _train(scene: _Scene, target: Target, flips: Flips, pool: list[Values], uploads: _Uploads) -> _Seen:
+    """One training over all rounds."""
+    agreement, layout = target.agreement, scene.layout
+    private, code = private_values(layout), FixedPoint.from_agreement(agreement)
+    trainer = scene.trainer(target, _join(scene.base, _take(scene.candidates, np.flatnonzero(flips))))
+    state, vectors, grams, steps = scene.start.state, [], [], []
+    for _ in range(scene.rounds):
+        update = trainer.train_round(state)
+        vectors.append(_vector(target, layout, update))
+        grams.append(update.gram[np.triu_indices(layout.anchors)])
+        chosen = scene.chance.choice(len(pool), scene.members - 1, replace=False)
+        encoded = [code.encode(values) for values in (vectors[-1], *(pool[index] for index in chosen))]
+        total = code.decode(np.sum(encoded, axis=0, dtype=np.uint32), len(encoded))
+        parts, ridge = unpack_vector(layout, total), agreement.precision.ridge
+        changes = [part.ravel() / (ridge + parts.weights[name]) for name, part in parts.weighted_delta_b.items()]
+        steps.append(np.concatenate(changes))
+        state = apply_sum(state, layout, total, agreement)
+    weight = precision_weight(agreement, target.member)
+    return _Seen(
+        update=vectors[0][private] / weight,
+        encoded=uploads.seen(vectors[0], protected=False)[private] / weight,
+        masked=uploads.seen(vectors[0])[private] / weight,
+        aggregate=steps[0],
+        adapter=np.sum(steps, axis=0),
+        gram=grams[0],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """What is seen is, but for its mean, flips @ signatures + columns @ N(0, I) + N(0, noise I).
+
+    Attributes:
+        signatures: [candidates, D].
+        columns: [K, D]. The candidates' own flips are among them.
+        noise: a variance.
+    """
+
+    signatures: Values
+    columns: Values
+    noise: float
+
+
+DRIFT = 0.03
+"""Of the variance, what first order and Gaussian samples leave out."""
+
+COLUMNS = 1500
+"""Above, the steps of a record are taken together."""
+
+
+def _linear_model(
+    scene: _Scene, target: Target, whitebox: _Whitebox, effects: _Effects, observation: Observation
+) -> _Linear:
+    agreement, own = target.agreement, len(scene.base) + len(scene.candidates)
+    rate, coins = agreement.privacy.sample_rate, slice(len(scene.base), own)
+    presence = np.ones(own)
+    presence[coins] = 0.5
+    if observation == "gram":
+        return _linear_gram(scene, target, whitebox, effects, presence)
+    rounds = effects.shared if observation == "adapter" else effects.shared[:1]
+    per_step = np.concatenate(rounds)
+    expected = rate * per_step.sum(axis=0)
+    columns = [_sampling(per_step[:, :own], presence, rate), 0.5 * expected[coins]]
+    noise, scale = len(rounds) * _noise(target), 1.0
+    if observation in ("aggregate", "adapter"):
+        weight, others = precision_weight(agreement, target.member), scene.members - 1
+        scale = weight / (agreement.precision.ridge + scene.members * weight)
+        halves = np.full(len(scene.strangers), 0.5)
+        columns += [
+            math.sqrt(others) * _sampling(per_step[:, own:], halves, rate),
+            math.sqrt(others) * 0.5 * expected[own:],
+        ]
+        noise *= scene.members
+    return _Linear(scale * expected[coins], scale * np.concatenate(columns), scale**2 * noise)
+
+
+def _sampling(per_step: Values, presence: Values, rate: float) -> Values:
+    """What Poisson sampling adds to the variance, as columns: [steps, records, D] to [K, D]."""
+    steps, records, size = per_step.shape
+    spread = np.sqrt(rate * (1.0 - rate) * presence)[:, None]
+    if steps * records <= COLUMNS:
+        whole: Values = (spread * per_step).reshape(-1, size)
+        return whole
+    together: Values = spread * per_step.sum(axis=0) / math.sqrt(steps)
+    return together
+
+
+def _noise(target: Target) -> float:
+    """The variance of the noise on each value of one update's dB."""
+    agreement, share = target.agreement, target.agreement.noise_share
+    shared = (share.std / precision_weight(agreement, target.member)) ** 2 if share else 0.0
+    return noise_variance(agreement, target.member) + shared
+
+
+def _linear_gram(scene: _Scene, target: Target, whitebox: _Whitebox, effects: _Effects, presence: Values) -> _Linear:
+    agreement, steps, end = target.agreement, target.agreement.training.steps_per_round, effects.end
+    privacy, training = agreement.privacy, agreement.training
+    here = whitebox.gram(end)
+
+    def change(direction: Values) -> Values:
+        moved: Values = whitebox.gram(end + torch.from_numpy(direction)) - here
+        return moved
+
+    own = np.array([change(effect) for effect in effects.total[: len(presence)]])
+    coins = slice(len(scene.base), len(presence))
+    spread = np.sqrt(presence * (1.0 - privacy.sample_rate) / (privacy.sample_rate * steps))
+    columns = [spread[:, None] * own, 0.5 * own[coins]]
+    std = privacy.noise_multiplier * privacy.max_grad_norm / target.member.expected_batch_size
+    if std > 0.0:
+        echoes = (1.0 - MOMENTUM ** np.arange(1, steps + 1)) / (1.0 - MOMENTUM)
+        scales = np.full(len(end), training.local_learning_rate * std * float(np.linalg.norm(echoes)))
+        scales[: whitebox.shared] = training.learning_rate * std * math.sqrt(steps)
+        drawn = scene.chance.normal(size=(scene.size.noise_samples, len(end))) * scales
+        columns.append(np.array([change(noise) for noise in drawn]) / math.sqrt(len(drawn)))
+    return _Linear(own[coins], np.concatenate(columns), 0.0)
+
+
+def _likelihood_ratios(seen: Values, model: _Linear) -> Values:
+    """Scores [trainings, candidates] of what was seen [trainings, D]; the mean is that of the other trainings."""
+    count, size = seen.shape
+    centred = (seen - seen.mean(axis=0)) * (count / (count - 1))
+    columns, signatures = model.columns, model.signatures
+    # There may be less noise than was agreed; the attacker looks.
+    noise = min(model.noise, float(centred.var())) + DRIFT * float(np.square(columns).sum()) / size + 1e-300
+    if size <= len(columns):
+        weights = np.linalg.solve(columns.T @ columns + noise * np.eye(size), signatures.T)
+    else:  # Woodbury
+        inner = columns @ columns.T + noise * np.eye(len(columns))
+        weights = (signatures.T - columns.T @ np.linalg.solve(inner, columns @ signatures.T)) / noise
+    # A candidate's own flip is among the columns; Sherman-Morrison takes it out again.
+    own = np.einsum("cd,dc->c", signatures, weights)
+    scores: Values = centred @ weights / np.maximum(1.0 - own / 4.0, 1e-9)
+    return scores
+
+
+# --- gradient inversion
+
+ITERATIONS = 30
+STUCK, STILL = 1e6, 1e-6
+"""A search ends at this damping, or when a step gains less than this part of what is left."""
+
+MOST_SLOPES = 2e7
+"""Values of all Jacobians that are in memory together."""
+
+DIFFERENCE = 1e-5
+"""Of forward differences, in deviations; everything is in float64."""
+
+
+def _invert_all(scene: _Scene) -> list[Inversion]:
+    """One record, one step, no anchors' gradient (the attacker knows it): what the update and the upload show of the record."""
+    count = min(scene.size.inverted, len(scene.base))
+    records = _take(scene.base, np.arange(count))
+    found = []
+    for protection, seen in (
+        ("unprotected", "update"),
+        ("unprotected", "upload"),
+        ("ours", "upload"),
+        ("ours", "update"),
+    ):
+        # As with membership, an upload of ours is of training without noise.
+        trained: Protection = "ours" if (protection, seen) == ("ours", "update") else "unprotected"
+        target = _vary(
+            _protected(scene.target, trained),
+            training={
+                "steps_per_round": 1,
+                "warmup_steps": 0,
+                "alignment_weight": 0.0,
+                "coordinate_weight": 0.0,
+                "learning_rate": scene.target.agreement.training.learning_rate,
+            },
+            privacy={"sample_rate": 1.0},
+            batch=1.0,
+        )
+        uploads = _Uploads(target.agreement, target.member.node_id)
+        private, weight = private_values(scene.layout), precision_weight(target.agreement, target.member)
+        changes = []
+        for index in range(count):
+            trainer = scene.trainer(target, _take(records, np.array([index])))
+            vector = _vector(target, scene.layout, trainer.train_round(scene.start.state))
+            shown = vector if seen == "update" else uploads.seen(vector, protected=protection == "ours")
+            changes.append(shown[private] / weight)
+        whitebox = _Whitebox(target)
+        start = scene.trainer(target, records)
+        start.load_shared(scene.start.state)
+        whitebox.take(start)
+        prior = _Prior.of(target)
+        problems = target.agreement.study.classes * scene.size.starts * len(prior.components)
+        groups = math.ceil(count * problems * whitebox.shared / MOST_SLOPES)
+        matched = [
+            _match(scene, target, whitebox, some) for some in np.array_split(np.array(changes), min(groups, count))
+        ]
+        guesses, labels = (np.concatenate(parts) for parts in zip(*matched, strict=True))
+        observation: Observation = "update" if seen == "update" else "upload"
+        found.append(
+            Inversion(
+                observation,
+                "ours" if protection == "ours" else "unprotected",
+                _correlations(guesses, prior.standardised(records.features)).tolist(),
+                int(np.count_nonzero(labels == records.labels)),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Prior:
+    """What the anchors tell of a record: mean and deviation of each feature, and the principal components of what is standardised."""
+
+    shape: tuple[int, ...]
+    mean: Values
+    deviation: Values
+    components: Values
+
+    @classmethod
+    def of(cls, target: Target) -> _Prior:
+        """From the target's anchors."""
+        flat = target.anchors.reshape(len(target.anchors), -1).astype(np.float64)
+        deviation = flat.std(axis=0)
+        deviation[deviation < 1e-6] = 1.0
+        standard = (flat - flat.mean(axis=0)) / deviation
+        _, sizes, rows = np.linalg.svd(standard, full_matrices=False)
+        kept = min(SUBSPACE, len(rows))
+        lengths = np.maximum(sizes[:kept] / math.sqrt(len(flat)), 0.1)
+        return cls(target.anchors.shape[1:], flat.mean(axis=0), deviation, lengths[:, None] * rows[:kept])
+
+    def standardised(self, features: NDArray[np.floating[Any]]) -> Values:
+        """[n, *shape] as [n, d] deviations from the mean, cut off as the tokeniser does."""
+        flat = (features.reshape(len(features), -1) - self.mean) / self.deviation
+        return np.clip(flat, -FEATURE_LIMIT, FEATURE_LIMIT)
+
+    def features(self, hidden: Values) -> Values:
+        """[n, k] coordinates, standard normal before anything is seen, as features [n, *shape]."""
+        cut = np.clip(hidden @ self.components, -FEATURE_LIMIT, FEATURE_LIMIT)
+        return (self.mean + cut * self.deviation).reshape(-1, *self.shape)
+
+
+def _match(scene: _Scene, target: Target, whitebox: _Whitebox, seen: Values) -> tuple[Values, NDArray[np.int64]]:
+    """The most probable records (standardised, [n, d]) and labels [n] behind changes of B [n, D], each of one step on one record."""
+    prior, classes, starts = _Prior.of(target), target.agreement.study.classes, scene.size.starts
+    size, count = len(prior.components), len(seen)
+    grid = 2.0**-target.agreement.secure_sum.fraction_bits / precision_weight(target.agreement, target.member)
+    power = np.square(seen).mean(axis=1)
+    scale = 1.0 / np.sqrt(np.minimum(_noise(target), power) + grid**2 / 12.0 + 1e-6 * power)
+    speed = target.agreement.training.learning_rate
+    owner = np.repeat(np.arange(count), classes * starts)
+    label = np.tile(np.repeat(np.arange(classes), starts), count)
+    hidden = (
+        scene.chance.normal(size=(len(owner), size)) * (np.arange(len(owner)) % starts > 0)[:, None]
+    )  # and the mean
+
+    def residuals(at: Values, which: NDArray[np.int64]) -> Values:
+        features, labels = torch.from_numpy(prior.features(at)), torch.from_numpy(label[which])
+        change = -speed * whitebox.gradients(features, labels, shared=True).numpy()
+        of = owner[which]
+        return np.concatenate([(change - seen[of]) * scale[of, None], at], axis=1)
+
+    live = np.arange(len(owner))
+    now = residuals(hidden, live)
+    damping = np.ones(len(owner))
+    for _ in range(ITERATIONS):
+        here, at = now[live], hidden[live]
+        moved = (at[:, None] + DIFFERENCE * np.eye(size)).reshape(-1, size)
+        there = residuals(moved, np.repeat(live, size)).reshape(len(live), size, -1)
+        slopes = (there - here[:, None]) / DIFFERENCE
+        normal = slopes @ slopes.transpose(0, 2, 1)
+        damped = normal + np.einsum("nkk,kl,n->nkl", normal, np.eye(size), damping[live])
+        step = np.linalg.solve(damped, slopes @ here[:, :, None])[..., 0]
+        tried = np.clip(at - step, -FEATURE_LIMIT, FEATURE_LIMIT)
+        then = residuals(tried, live)
+        before, after = np.square(here).sum(axis=1), np.square(then).sum(axis=1)
+        better = after < before
+        hidden[live[better]], now[live[better]] = tried[better], then[better]
+        damping[live] *= np.where(better, 0.25, 4.0)
+        live = live[(damping[live] < STUCK) & (~better | (before - after > STILL * before))]
+        if not len(live):
+            break
+    cost = np.square(now).sum(axis=1).reshape(count, -1)
+    best = np.arange(count) * classes * starts + cost.argmin(axis=1)
+    return prior.standardised(prior.features(hidden[best])), label[best]
+
+
+def _correlations(guesses: Values, truth: Values) -> Values:
+    """[n, n] correlations over features of guess i with record j; 0 where one of them does not vary."""
+    left, right = (rows - rows.mean(axis=1, keepdims=True) for rows in (guesses, truth))
+    norms = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
+    return np.asarray((left @ right.T) / np.where(norms > 1e-12, norms, np.inf), dtype=np.float64)

@@ -1,0 +1,126 @@
+"""White-box tests of training: silent about a sound trainer, and each planted bug found by the test that is meant for it."""
+
+import dataclasses
+
+import msgspec
+import numpy as np
+import pytest
+
+from audit import conformance
+from audit.conformance import ConformanceEvidence, Influence, ParameterNoise, judge
+from audit.plants import PLANTS
+from keys.errors import LocalProtocolError
+from tests.audit.targets import judged, target
+
+FOUND_BY = {
+    "no-noise": "noise",
+    "half-noise": "noise",
+    "noise-per-microbatch": "noise",
+    "magnitudes-without-noise": "noise",
+    "fixed-seed": "fresh noise",
+    "reused-seed": "fresh noise",
+    "clip-off": "sensitivity",
+    "clip-after-sum": "sensitivity",
+    "clip-each-parameter": "sensitivity",
+    "head-outside-clipping": "sensitivity",
+    "clip-each-record": "sensitivity",
+    "shuffled-batches": "sampling",
+    "twice-the-sample-rate": "sampling",
+    "unaccounted-steps": "bookkeeping",
+    "weights-of-raw-gradients": "side channels",
+}
+
+
+def test_the_catalogue_is_complete() -> None:
+    assert FOUND_BY.keys() == PLANTS.keys()
+    assert len(PLANTS) >= 12
+
+
+def test_sound_training_is_not_accused() -> None:
+    assert set(judged(None).values()) == {"held"}
+
+
+@pytest.mark.parametrize("plant", FOUND_BY)
+def test_each_planted_bug_is_found_by_its_own_test(plant: str) -> None:
+    broken = {name for name, status in judged(plant).items() if status == "broken"}
+    assert FOUND_BY[plant] in broken
+    # Noise that is reseeded is not independent on parameters either; all else is found by one test alone.
+    assert broken <= {FOUND_BY[plant], "noise"}
+
+
+def test_a_trainer_that_forgets_its_bookkeeping_altogether_stops_by_itself() -> None:
+    trainer = target().trainer()
+    trainer._optimizer.step_hook = None
+    trainer.step()
+    with pytest.raises(LocalProtocolError, match="booked"):
+        _ = trainer.steps_taken
+
+
+def test_patients_are_units_of_sensitivity_too() -> None:
+    sound = dataclasses.replace(PLANTS["clip-each-record"].target(target()), plant=None)
+    found = conformance.judge(conformance.collect(sound))
+    assert {finding.status for finding in found} == {"held"}
+    assert any("patient" in finding.promise for finding in found)
+
+
+def test_full_batches_can_be_audited() -> None:
+    found = conformance.judge(conformance.collect(target(privacy={"sample_rate": 1.0}, batch_sizes=(48.0, 48.0, 48.0))))
+    assert {finding.status for finding in found} == {"held"}
+
+
+def test_without_noise_nothing_is_said_about_noise() -> None:
+    found = {f.name: f.status for f in judge(conformance.collect(target(privacy={"noise_multiplier": 0.0})))}
+    assert found["noise"] == found["fresh noise"] == "not testable"
+    assert found["sensitivity"] == "held"
+
+
+@pytest.fixture(scope="module")
+def evidence() -> ConformanceEvidence:
+    return conformance.collect(target())
+
+
+def test_evidence_survives_json_and_gives_the_same_verdict(evidence: ConformanceEvidence) -> None:
+    again = msgspec.json.decode(msgspec.json.encode(evidence), type=ConformanceEvidence)
+    assert again == evidence
+    assert judge(again) == judge(evidence)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("noise", lambda e: {"noise": (ParameterNoise("one", 10_000, 0.9), *e.noise)}),
+        ("noise", lambda e: {"kolmogorov_smirnov": 0.1}),
+        ("fresh noise", lambda e: {"start_correlation": 0.9}),
+        ("fresh noise", lambda e: {"step_correlations": (*e.step_correlations, -0.9)}),
+        ("sensitivity", lambda e: {"influences": (*e.influences, Influence("one", 1.01))}),
+        ("sensitivity", lambda e: {"influences": (*e.influences, Influence("one", float("nan")))}),
+        ("sampling", lambda e: {"sample_rate": 0.3}),
+        ("bookkeeping", lambda e: {"bookkeeping": msgspec.structs.replace(e.bookkeeping, booked=e.bookkeeping.booked - 1)}),
+        ("side channels", lambda e: {"leaks": ("weight of one",)}),
+    ],
+)  # fmt: skip
+def test_the_verdict_follows_the_evidence(evidence: ConformanceEvidence, name: str, change) -> None:
+    changed = msgspec.structs.replace(evidence, **change(evidence))
+    assert {f.name: f.status for f in judge(changed)}[name] == "broken"
+
+
+def test_chance_accuses_nobody() -> None:
+    """Sampling and noise as they should be, a hundred times."""
+    random = np.random.default_rng(1)
+    for _ in range(100):
+        drawn = random.random((300, 48)) < 0.25
+        sampling = conformance.Sampling(
+            48,
+            tuple(drawn.sum(axis=1).tolist()),
+            tuple(drawn.sum(axis=0).tolist()),
+            tuple((drawn[:-1] & drawn[1:]).sum(axis=1).tolist()),
+        )
+        noise = random.standard_normal((12, 500))
+        parameters = (ParameterNoise("one", noise.size, float(np.mean(noise**2))),)
+        found = judge(
+            ConformanceEvidence(
+                1.0, 0.25, "record", parameters, 0.01, noise.size, (0.02,), 0.01, (Influence("one", 1.0),), sampling,
+                conformance.Bookkeeping(3, 3, 3, 3, 3), (), 10, 1.0,
+            )
+        )  # fmt: skip
+        assert {finding.status for finding in found} == {"held"}

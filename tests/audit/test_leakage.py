@@ -1,0 +1,258 @@
+"""Leakage audit: attacks work where nothing protects, fail on ours, and verdicts follow from the evidence alone."""
+
+import copy
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from audit import leakage
+from audit.leakage import LeakageEvidence, Rate, collect, judge
+from audit.target import Target
+from keys.errors import ConfigError
+from protocols.agreement import SecureSum, check_rules, fit_ciphertexts
+from protocols.ciphertexts import SEED_BYTES, pack_words
+from protocols.encoding import FixedPoint
+from protocols.packing import DEGREE, choose
+from protocols.prg import MaskSet
+from secgeo.datasets import LabelledRecords
+from secgeo.training import CryptographicDPOptimizer
+from tests.secgeo import tiny_study
+
+SMALL = replace(
+    leakage._SIZES["fast"], trainings={"unprotected": 12, "ours": 30}, records=4, rounds=1, warmup=1, noise_samples=40
+)
+UPLOADS = ("membership inference on a protected upload", "gradient inversion on a protected upload")
+
+
+def make_target(**sections: dict) -> Target:
+    study = tiny_study.agreement(**{"privacy": {"noise_multiplier": 2.0}} | sections)
+    member = study.members[0]
+    kind = member.modality
+    records, others = tiny_study.records(kind, 24), tiny_study.records(kind, 60, seed=8)
+    return Target(study, member, records, others, tiny_study.anchors(kind), "tiny")
+
+
+def run(target: Target, **sizes: object) -> LeakageEvidence:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(leakage._SIZES, "fast", replace(SMALL, **sizes))
+        return collect(target, profile="fast", progress=lambda what, done: None, seed=5)
+
+
+def verdicts(evidence: LeakageEvidence, target: Target) -> dict[str, str]:
+    return {finding.name: finding.status for finding in judge(evidence, target.agreement)}
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return make_target()
+
+
+@pytest.fixture(scope="module")
+def evidence(target: Target) -> LeakageEvidence:
+    return run(target)
+
+
+def change(evidence: LeakageEvidence, observation: str, protection: str, **fields: object) -> LeakageEvidence:
+    """The evidence with other fields in all membership rows of one observation and protection."""
+    rows = [
+        msgspec.structs.replace(row, **fields)
+        if (row.observation, row.protection) == (observation, protection)
+        else row
+        for row in evidence.membership
+    ]
+    return msgspec.structs.replace(evidence, membership=rows)
+
+
+# --- the attacks
+
+
+def test_attacks_work_where_nothing_protects(evidence):
+    canaries = [row for row in evidence.membership if (row.protection, row.candidates) == ("unprotected", "canaries")]
+    assert {row.observation for row in canaries} == set(leakage.OBSERVATIONS)
+    for row in canaries:
+        assert leakage.auc(row.members, row.others) > 0.85, row.observation
+        assert leakage.rate_at(row.members, row.others, 0.01).tpr > 0.3, row.observation
+    for row in evidence.inversion:
+        if row.protection == "unprotected":
+            assert leakage.recovered(row)[0] > 0.9
+            assert row.labels_right >= 7
+
+
+def test_they_fail_on_ours(evidence, target):
+    found = verdicts(evidence, target)
+    assert len(found) == 7
+    assert set(found.values()) == {"held"}
+    for row in evidence.membership:
+        if row.protection == "ours":
+            assert leakage.auc(row.members, row.others) < 0.75
+
+
+def test_an_upload_without_its_mask_is_found(monkeypatch, target):
+    monkeypatch.setattr(MaskSet, "apply", lambda self, values, start=0: None)
+    found = verdicts(run(target, trainings={"unprotected": 12, "ours": 2}), target)
+    assert {found[name] for name in UPLOADS} == {"broken"}
+
+
+def test_training_that_forgets_its_noise_is_found(monkeypatch, target):
+    quiet = CryptographicDPOptimizer.add_noise
+
+    def add_noise(self):
+        multiplier, self.noise_multiplier = self.noise_multiplier, 0.0
+        quiet(self)
+        self.noise_multiplier = multiplier
+
+    monkeypatch.setattr(CryptographicDPOptimizer, "add_noise", add_noise)
+    found = verdicts(run(target, trainings={"unprotected": 12, "ours": 2}), target)
+    assert found["gradient inversion on a raw update"] == "broken"
+
+
+def test_patients_and_a_target_without_others(target):
+    patients = np.repeat(np.arange(12), 2).astype(np.str_)
+    records = LabelledRecords(target.records.features, target.records.labels, patients)
+    privacy = {"unit": "patient", "records_per_patient": 2, "noise_multiplier": 2.0}
+    sizes = {"trainings": {"unprotected": 3, "ours": 3}, "starts": 1, "inverted": 2}
+    evidence = run(replace(make_target(privacy=privacy), records=records, others=None), **sizes)
+    assert evidence.settings["base_records"] + evidence.settings["candidate_records"] == 12
+
+
+# --- uploads
+
+
+@pytest.mark.parametrize("protocol", ["masked", "layered", "homomorphic"])
+def test_uploads_are_read_right_and_show_nothing(protocol, target):
+    agreement, vector = target.agreement, np.linspace(-3.0, 3.0, 5000)
+    if protocol != "masked":
+        ring = {"protocol": protocol, "minimum_cohort": 3, "threshold": 3}
+        fit_ciphertexts(ring, len(agreement.members))
+        agreement = msgspec.structs.replace(agreement, secure_sum=SecureSum(**ring))
+        check_rules(agreement)
+    uploads = leakage._Uploads(agreement, target.member.node_id)
+    first, second = uploads.seen(vector), uploads.seen(vector)
+    assert first.shape == vector.shape
+    assert abs(np.corrcoef(first, vector)[0, 1]) < 0.1
+    assert np.mean(first == second) < 0.01
+    assert np.abs(uploads.seen(vector, protected=False) - vector).max() < 1e-5
+
+    code = FixedPoint.from_agreement(agreement)
+    if protocol == "masked":
+        bare = code.encode(vector).tobytes()
+    else:  # what encryption without a secret would give: the plaintext, scaled up
+        packing = choose(agreement.secure_sum.value_bits, len(agreement.members))
+        words = packing.pack(code.encode(vector)).astype(object) * packing.parameters.prime
+        words = (words >> packing.parameters.plain_bits).astype(np.uint64).reshape(-1, DEGREE)
+        bare = b"".join(pack_words(word, packing.parameters) + bytes(SEED_BYTES) for word in words)
+    assert np.abs(uploads.read(bare, vector.size) - vector).max() < 1e-3
+
+
+# --- verdicts
+
+
+def test_verdicts_follow_from_the_evidence_alone(evidence, target):
+    before = copy.deepcopy(evidence)
+    findings = judge(evidence, target.agreement)
+    sent = msgspec.json.decode(msgspec.json.encode(evidence), type=LeakageEvidence)
+    assert sent == before == evidence
+    assert judge(sent, target.agreement) == findings
+    assert all(finding.part == "leakage" and finding.detail for finding in findings)
+
+
+@pytest.mark.parametrize("observation", leakage.OBSERVATIONS)
+def test_perfect_separation_is_broken(observation, evidence, target):
+    perfect = change(evidence, observation, "ours", members=[1.0] * 300, others=[0.0] * 300)
+    findings = judge(perfect, target.agreement)
+    assert [f.status for f in findings].count("broken") == 1
+    assert findings[leakage.OBSERVATIONS.index(observation)].status == "broken"
+
+
+def test_a_slight_tilt_of_uploads_is_broken_and_of_updates_is_not(evidence, target):
+    chance = np.random.Generator(np.random.PCG64(2))
+    members, others = chance.normal(0.5, 1.0, 500).tolist(), chance.normal(0.0, 1.0, 500).tolist()
+    for observation, status in (("upload", "broken"), ("update", "held")):
+        tilted = change(evidence, observation, "ours", members=members, others=others)
+        assert judge(tilted, target.agreement)[leakage.OBSERVATIONS.index(observation)].status == status
+
+
+def test_a_weak_attack_proves_nothing(evidence, target):
+    weak = change(evidence, "gram", "unprotected", members=[0.0, 1.0] * 100, others=[0.0, 1.0] * 100)
+    assert verdicts(weak, target)["membership inference on the Gram matrix of the anchors"] == "not testable"
+    reference = [
+        msgspec.structs.replace(row, similarity=np.zeros((8, 8)).tolist()) if row.protection == "unprotected" else row
+        for row in evidence.inversion
+    ]
+    blind = msgspec.structs.replace(evidence, inversion=reference)
+    assert verdicts(blind, target)["gradient inversion on a raw update"] == "not testable"
+
+
+def test_too_few_scores_prove_nothing(evidence, target):
+    few = change(evidence, "update", "ours", members=[0.0, 1.0] * 5, others=[0.0, 1.0] * 5)
+    finding = judge(few, target.agreement)[0]
+    assert finding.status == "not testable"
+    assert "not even a perfect attack" in finding.detail
+
+
+def test_without_noise_nothing_is_promised(evidence, target):
+    privacy = msgspec.structs.replace(target.agreement.privacy, noise_multiplier=0.0)
+    findings = judge(evidence, msgspec.structs.replace(target.agreement, privacy=privacy))
+    assert [f.status for f in findings[:5]] == ["not testable", "held", *["not testable"] * 3]
+
+
+def test_reconstructions_that_are_right_are_broken(evidence, target):
+    right = [
+        msgspec.structs.replace(row, similarity=np.eye(8).tolist()) if row.protection == "ours" else row
+        for row in evidence.inversion
+    ]
+    found = judge(msgspec.structs.replace(evidence, inversion=right), target.agreement)
+    assert [finding.status for finding in found[5:]] == ["broken", "broken"]
+
+
+# --- numbers
+
+
+def test_rates():
+    members, others = [3.0, 2.0, 1.0, 0.0], [2.5, 0.5, 0.5, 0.5]
+    fpr, tpr = leakage.roc(members, others)
+    assert fpr[0] == tpr[0] == 0.0
+    assert fpr[-1] == tpr[-1] == 1.0
+    assert leakage.auc(members, others) == pytest.approx(10 / 16)
+    assert leakage.rate_at(members, others, 0.0) == Rate(1, 4, 0, 4)
+    assert leakage.rate_at(members, others, 0.25) == Rate(3, 4, 1, 4)
+    assert leakage.rates(members, others) == [Rate(1, 4, 0, 4)]
+    assert [rate.wrong for rate in leakage.rates([1.0], np.arange(2000.0).tolist())] == [20, 2]
+
+
+def test_intervals_and_the_line():
+    assert leakage.clopper_pearson(0, 10, 0.05) == (0.0, pytest.approx(0.3085, abs=1e-4))
+    assert leakage.clopper_pearson(10, 10, 0.05) == (pytest.approx(0.6915, abs=1e-4), 1.0)
+    assert leakage.clopper_pearson(5, 10, 0.05) == (pytest.approx(0.1871, abs=1e-4), pytest.approx(0.8129, abs=1e-4))
+    assert leakage.dp_line(0.0, 0.0, 0.3) == 0.3
+    assert leakage.dp_line(1.0, 0.01, 0.1) == pytest.approx(0.2818, abs=1e-4)
+    assert leakage.dp_line(float("inf"), 0.0, 0.1) == 1.0
+    assert not leakage.crosses(Rate(50, 100, 0, 100), epsilon=2.0, delta=0.001)
+    assert leakage.crosses(Rate(500, 1000, 0, 1000), epsilon=2.0, delta=0.001)
+
+
+def test_evidence_that_says_nothing_is_refused(evidence, target):
+    for members, others in (([], [1.0]), ([1.0], []), ([float("nan")], [1.0])):
+        with pytest.raises(ConfigError, match="finite scores"):
+            leakage.roc(members, others)
+        with pytest.raises(ConfigError, match="finite scores"):
+            judge(change(evidence, "gram", "ours", members=members, others=others), target.agreement)
+    with pytest.raises(ConfigError, match="no membership scores"):
+        judge(msgspec.structs.replace(evidence, membership=[]), target.agreement)
+    with pytest.raises(ConfigError, match="no inversions"):
+        judge(msgspec.structs.replace(evidence, inversion=[]), target.agreement)
+    with pytest.raises(ConfigError, match="whole rounds"):
+        judge(change(evidence, "update", "ours", steps=10**6), target.agreement)
+    for similarity in ([], [[1.0]], [[1.0, 0.0]], [[float("nan"), 0.0], [0.0, 1.0]]):
+        rows = [msgspec.structs.replace(row, similarity=similarity) for row in evidence.inversion]
+        with pytest.raises(ConfigError, match="similarit"):
+            judge(msgspec.structs.replace(evidence, inversion=rows), target.agreement)
+
+
+def test_too_few_records_are_refused(target):
+    few = LabelledRecords(target.records.features[:7], target.records.labels[:7])
+    for changed in ({"records": few}, {"others": few}):
+        with pytest.raises(ConfigError, match="8 or more records"):
+            run(replace(target, **changed))

@@ -1,0 +1,531 @@
+"""The protocol audit holds the real code for sound, and says "broken" of every weakened copy, repetition, bias and open door."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from audit import deployment, protocol
+from audit import protocol_attacks as attacks
+from audit.findings import Finding
+from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, to_json
+from audit.protocol_attacks import CATALOGUE, Played, World, reduced, vector_values
+from keys.errors import ConfigError, SecGeoError
+from protocols.agreement import Agreement
+from protocols.attempt_aggregator import AttemptAggregator
+from protocols.prg import MaskSet
+from protocols.sealing import AttemptSecrets
+from secgeo import zap
+from secgeo.records import RECEIPTS, TRANSCRIPT
+from secgeo.transport import AggregatorEndpoint
+from secgeo.update import Layout
+from tests.adversary import weaken
+from tests.audit.factory import make_study
+from tests.keys.factory import AGGREGATOR
+from tests.secgeo.site import HOSPITALS, Site, make_site
+
+ROOT = Path(__file__).parents[2]
+Guard = Callable[[], AbstractContextManager[None]]
+
+
+def silent(_what: str, _done: float) -> None:
+    pass
+
+
+def agreed(protocol: str = "masked", count: int = 5, **settings: Any) -> Agreement:
+    return make_study(count, protocol=protocol, **settings).agreement
+
+
+def run(agreement: Agreement, **options: Any) -> ProtocolEvidence:
+    return collect(agreement, **{"profile": "fast", "folder": None, "config": None, "progress": silent, **options})
+
+
+@pytest.fixture(scope="module")
+def honest() -> ProtocolEvidence:
+    return run(agreed())
+
+
+def finding(findings: list[Finding], name: str) -> Finding:
+    (found,) = [f for f in findings if f.name == name]
+    return found
+
+
+def status_of(evidence: ProtocolEvidence, row: str) -> str:
+    promise = next(p for p in (*PROMISES, *protocol.COLLUSION) if p.row == row)
+    return finding(judge(evidence), promise.adversary).status
+
+
+# --- what the real code gives
+
+
+def test_the_real_code_breaks_no_promise(honest: ProtocolEvidence) -> None:
+    findings = judge(honest)
+    assert not [f for f in findings if f.status == "broken"]
+    assert len([f for f in findings if f.status == "held"]) >= 28
+    assert all(f.detail and f.promise and f.part == "protocol" for f in findings)
+    assert all(attack.took_place for attack in honest.played)
+    assert honest.control is True
+    aggregator = {attack.name for attack in honest.played if attack.adversary == "aggregator"}
+    node = {attack.name for attack in honest.played if attack.adversary == "node"}
+    assert len(aggregator) >= 12
+    assert len(node) >= 8
+    assert honest.seconds < 30
+
+
+def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CATALOGUE", CATALOGUE[:2])
+    told: list[float] = []
+    run(agreed(), progress=lambda _what, done: told.append(done))
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+
+
+def test_the_verdict_follows_from_the_evidence_alone(honest: ProtocolEvidence) -> None:
+    again = from_json(to_json(honest))
+    assert again == honest
+    assert judge(again) == judge(honest)
+    hostile_counts = to_json(honest).replace(b'"bits":32', b'"bits":9999', 1)
+    for data in (b'{"profile": "fast"}', b"[" * 100_000, b"\xff", hostile_counts):
+        with pytest.raises(ConfigError, match="no evidence"):
+            from_json(data)
+
+
+@pytest.mark.parametrize("name", ["layered", "homomorphic"])
+def test_ciphertexts_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All attacks on ciphertexts and keys, and a part of the others."""
+    kept = [
+        attack
+        for attack in CATALOGUE
+        if attack.needs == "ciphertexts" or attack.row in ("changed-sum", "second-sum", "colluders", "both-shares")
+    ]
+    monkeypatch.setattr(protocol, "CATALOGUE", kept)
+    evidence = run(agreed(name, 4))
+    assert not [f for f in judge(evidence) if f.status == "broken"]
+    for row in ("curious-encrypted", "ciphertext-sum", "study-keys", "no-ciphertexts", "no-study-key", "changed-sum"):
+        assert status_of(evidence, row) == "held", row
+    assert status_of(evidence, "key-holder") == ("held" if name == "layered" else "not testable")
+    assert status_of(evidence, "no-colluders") == "held"
+    assert status_of(evidence, "both-shares") == ("held" if name == "layered" else "not testable")
+
+
+def test_every_row_of_the_threat_model_has_its_finding() -> None:
+    text = (ROOT / "docs" / "threat-model.md").read_text()
+    lines = text.splitlines()
+    start = lines.index("|---|---|---|")
+    rows = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(line.split("|")[1].strip().replace("`", ""))
+    assert [p.adversary for p in PROMISES] == rows
+    collusion = text.split("## Collusion, precisely")[1].split("\n## ")[0]
+    assert collusion.count("\n- ") == len(protocol.COLLUSION)
+
+
+def test_large_agreements_are_played_small_and_say_so() -> None:
+    large = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+    small = reduced(large, 6)
+    assert len(small.members) == 6
+    assert small.secure_sum.threshold <= small.secure_sum.minimum_cohort <= 6
+    assert 2 * small.secure_sum.threshold > 7
+    assert vector_values(small, 10**7) < 3000
+    layered = reduced(agreed("layered", 9), 5)
+    assert len(layered.members) == 5
+
+
+def test_an_agreement_that_breaks_a_rule_is_broken_and_nothing_is_played() -> None:
+    agreement = agreed()
+    weak = msgspec.structs.replace(agreement, secure_sum=msgspec.structs.replace(agreement.secure_sum, threshold=2))
+    evidence = run(weak)
+    assert not evidence.played
+    assert finding(judge(evidence), "parameters of the sum").status == "broken"
+    assert status_of(evidence, "keys") == "not testable"
+
+
+# --- an attack that can succeed is seen to
+
+
+def play(name: str, guard: AbstractContextManager[None], world: World) -> Played:
+    (attack,) = [attack for attack in CATALOGUE if attack.name == name][:1]
+    with guard:
+        return attack.play(world)
+
+
+WEAKENED: dict[str, tuple[str, Guard]] = {
+    "substituted round keys": ("keys", weaken.relayed_signatures),
+    "replayed round keys": ("keys", weaken.relayed_freshness),
+    "a shrunk cohort": ("keys", weaken.minimum_cohort),
+    "a cohort shrunk by uploads": ("keys", weaken.minimum_cohort),
+    "self seed and pair shares of one node": ("both-shares", weaken.one_vote_one_revelation),
+    "too few votes": ("survivors", weaken.vote_quorum),
+    "votes for another set": ("survivors", weaken.vote_signatures),
+    "a neighbour that never dealt seeds": ("neighbours", weaken.neighbours_views),
+    "a second attempt after the votes": (
+        "second-sum",
+        lambda: weaken.replaced(attacks.MemoryJournal, "voted", lambda *_: False),
+    ),
+    "an upload held back": ("second-sum", weaken.vote_signatures),
+    "a changed sum": ("changed-sum", weaken.sum_tags),
+    "a replayed sum": ("changed-sum", weaken.round_of_the_record),
+    "a multiple of the sum": ("multiple", weaken.pads_of_tags),
+    "a wrong sum for a latecomer": ("latecomer", weaken.receipts_of_contributors),
+    "two records of one round": (
+        "two-stories",
+        lambda: weaken.replaced(attacks.MemoryJournal, "receipt", lambda *_: b""),
+    ),
+    "a round lost for one only": ("fork", weaken.last_records),
+    "sums out of order": ("order", weaken.sequence_of_sums),
+    "broken messages of the aggregator": ("decoders", weaken.decoding_errors),
+    "wrong documents": ("documents", lambda: weaken.replaced(attacks, "check_policy", weaken.accept)),
+    "a second upload with another digest": ("messages", weaken.digest_of_an_upload),
+    "wrong shares revealed": ("shares", lambda: weaken.replaced(AttemptAggregator, "_check_dealt", weaken.accept)),
+    "two tag seeds of one dealer": ("tag-seeds", weaken.dealt_tag_seeds),
+    "not a number": ("not-finite", weaken.finite_inputs),
+    "out of range": ("not-finite", weaken.agreed_range),
+    "a silent member": ("silence", weaken.deadlines),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("name", WEAKENED)
+def test_a_weakened_copy_is_broken(name: str, honest: ProtocolEvidence) -> None:
+    row, guard = WEAKENED[name]
+    agreement = agreed()
+    world = World(reduced(agreement, 5), 1500)
+    weak = play(name, guard(), world)
+    assert status_of(msgspec.structs.replace(honest, played=(weak,)), row) == "broken", weak
+    genuine = next(attack for attack in honest.played if attack.name == name)
+    assert status_of(msgspec.structs.replace(honest, played=(genuine,)), row) == "held"
+
+
+def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
+    sparse = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+    world = World(reduced(sparse, 17), 1100)
+    assert protocol.harms_of(play("a victim cut off", nullcontext(), world)) == []
+    harms = protocol.harms_of(play("a victim cut off", weaken.connectivity(), world))
+    assert "the vector of hospital-00 was read" in harms
+
+
+def test_an_attack_that_never_took_place_shows_nothing(honest: ProtocolEvidence) -> None:
+    idle = tuple(msgspec.structs.replace(attack, took_place=False) for attack in honest.played)
+    assert status_of(msgspec.structs.replace(honest, played=idle), "survivors") == "not testable"
+    assert status_of(msgspec.structs.replace(honest, control=False), "colluders") == "not testable"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crashed": ("SystemError: died",)},
+        {"read": ("hospital-01",)},
+        {"wrong": ("hospital-01",)},
+        {"expelled": ("hospital-00", "hospital-01")},
+        {"summed": {"hospital-01": 0}},
+        {"answers": (attacks.Answer("hospital-01", "RemoteProtocolError", "aggregator", "..."),)},
+        {"answers": (attacks.Answer("hospital-01", "VerificationFailed", "", "..."),)},
+        {"expelled": ()},
+    ],
+)
+def test_each_harm_counts(change: dict[str, Any], honest: ProtocolEvidence) -> None:
+    attack = next(attack for attack in honest.played if attack.name == "a second upload with another digest")
+    changed = msgspec.structs.replace(honest, played=(msgspec.structs.replace(attack, **change),))
+    assert status_of(changed, "messages") == "broken"
+
+
+# --- uniform, fresh, secret
+
+
+def test_uploads_without_masks_are_not_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CATALOGUE", [])
+    with weaken.replaced(MaskSet, "apply", weaken.accept):
+        evidence = run(agreed())
+    found = finding(judge(evidence), "curious aggregator (masked)")
+    assert found.status == "broken"
+    assert "not uniform" in found.detail
+    assert "places are equal" in found.detail
+    assert "correlated with the input" in found.detail
+
+
+def test_seeds_that_come_again_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that gives every hospital the same in every round: masks repeat, and seeds."""
+    monkeypatch.setattr(protocol, "CATALOGUE", [])
+    secrets = AttemptSecrets(*(bytes([index]) * 32 for index in range(4)))
+    with weaken.replaced(AttemptSecrets, "fresh", staticmethod(lambda _coins: secrets)):
+        evidence = run(agreed())
+    assert finding(judge(evidence), "freshness of seeds and keys").status == "broken"
+
+
+def test_a_slight_bias_is_found_and_chance_is_not(honest: ProtocolEvidence) -> None:
+    fair = np.random.default_rng(1).multinomial(200_000, [1 / 256] * 256)
+    biased = fair + np.where(np.arange(256) < 128, 30, -30)
+    for counts, status in ((fair, "held"), (biased, "broken")):
+        series = protocol.Series("masked values, zeros", tuple(counts.tolist()), tuple(fair.tolist()))
+        assert status_of(msgspec.structs.replace(honest, series=(series,)), "curious-masked") == status
+    few = protocol.Series("masked values, zeros", (1,) * 256, (1,) * 256)
+    assert status_of(msgspec.structs.replace(honest, series=(few,)), "curious-masked") == "not testable"
+
+
+def test_secrets_in_clear_are_found(honest: ProtocolEvidence) -> None:
+    assert honest.secrets_searched > 100
+    assert honest.secrets_found == 0
+    assert status_of(msgspec.structs.replace(honest, secrets_found=1), "secrets") == "broken"
+
+
+# --- records
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_study(3).write(tmp_path_factory.mktemp("study") / "records")
+
+
+NOW = datetime(2026, 6, 2, tzinfo=UTC)
+
+
+def test_honest_records_repeat_nothing(study_folder: Path) -> None:
+    evidence = deployment.collect_records(study_folder, NOW)
+    findings = deployment.judge_records(evidence)
+    assert [f.status for f in findings if f.name != "records repeat nothing"] == ["held"] * 3, findings
+    assert evidence.rounds == 2
+    assert len(evidence.certificates) == 4
+    assert all("Ed25519" in certificate.key for certificate in evidence.certificates)
+    repeat = msgspec.structs.replace(evidence, repeats=(deployment.Repeats("digests of uploads", 6, 5),))
+    assert finding(deployment.judge_records(repeat), "records repeat nothing").status == "broken"
+    soon = msgspec.structs.replace(evidence, taken_at=NOW + timedelta(days=350))
+    assert finding(deployment.judge_records(soon), "certificates of the records last").status == "broken"
+
+
+def hostile(folder: Path, how: str) -> None:
+    match how:
+        case "garbage":
+            (folder / TRANSCRIPT).write_bytes(os.urandom(2000))
+        case "no roster":
+            (folder / "roster.json").unlink()
+        case "a link":
+            (folder / "link").symlink_to("/etc/passwd")
+        case "a receipt of nobody":
+            (folder / RECEIPTS / "x.jsonl").write_bytes(b'{"seq":0}\n')
+        case "another agreement":
+            path = folder / "agreement.toml"
+            path.write_bytes(path.read_bytes().replace(b"rounds", b"sounds", 1))
+        case "nested":
+            (folder / TRANSCRIPT).write_bytes(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "how", ["garbage", "no roster", "a link", "a receipt of nobody", "another agreement", "nested"]
+)
+def test_hostile_folders_give_findings(how: str, study_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    shutil.copytree(study_folder, folder)
+    hostile(folder, how)
+    findings = deployment.judge_records(deployment.collect_records(folder, NOW))
+    assert finding(findings, "records can be read").status == "broken"
+
+
+def test_what_cannot_be_looked_at_is_said_before_anything_is_played(tmp_path: Path) -> None:
+    for options in ({"folder": tmp_path / "nowhere"}, {"config": tmp_path / "nowhere.toml"}):
+        with pytest.raises(ConfigError):
+            run(agreed(), **options)
+    for text in (b"\xff\xfe", b"keys = ", b"[" * 100_000, b"keys = 'keys'\n"):
+        (tmp_path / "bad.toml").write_bytes(text)
+        with pytest.raises(ConfigError):
+            deployment.collect_deployment(tmp_path / "bad.toml", NOW)
+
+
+# --- a deployment
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return make_site(tmp_path_factory.mktemp("site"))
+
+
+def look(site: Site, name: str, **options: Any) -> list[Finding]:
+    evidence = deployment.collect_deployment(site.config(name), datetime.now(UTC), **{"probe": False, **options})
+    assert msgspec.json.decode(msgspec.json.encode(evidence), type=deployment.DeploymentEvidence) == evidence
+    return deployment.judge_deployment(evidence)
+
+
+def statuses(findings: list[Finding]) -> dict[str, str]:
+    return {f.name: f.status for f in findings}
+
+
+def test_a_site_with_keys_in_clear_is_told_so_and_of_nothing_else(site: Site) -> None:
+    for name in (HOSPITALS[0], AGGREGATOR):
+        found = statuses(look(site, name))
+        assert found.pop("key files are encrypted") == "broken"
+        assert found.pop("local policy") == ("held" if name != AGGREGATOR else "not testable")
+        assert set(found.values()) == {"held"}, found
+
+
+def test_encrypted_keys_are_seen_without_the_passphrase(site: Site) -> None:
+    name = HOSPITALS[1]
+    keys = site.base / name / "keys"
+    shutil.rmtree(keys)
+    site.consortium.identities[name].save(keys, b"correct horse")
+    assert set(statuses(look(site, name)).values()) == {"held"}
+
+
+def spoil(site: Site, name: str, how: str) -> None:
+    keys = site.base / name / "keys"
+    match how:
+        case "loose key file":
+            (keys / "identity.key").chmod(0o644)
+        case "loose key folder":
+            keys.chmod(0o755)
+        case "link":
+            (keys / "identity.key").rename(keys / "real.key")
+            (keys / "identity.key").symlink_to("real.key")
+        case "no key file of ours":
+            (keys / "identity.key").write_bytes(b"-----BEGIN PRIVATE KEY-----")
+        case "another's certificate":
+            shutil.copy(site.base / AGGREGATOR / "keys" / "certificate.pem", keys / "certificate.pem")
+        case "another pin":
+            study = {"folder": "../study", "agreement_digest": "0" * 64, "authority_fingerprint": "0" * 64}
+            site.write_config(name, study=study)
+        case "stricter policy":
+            site.write_config(name, policy={"max_epsilon": 0.001})
+        case "loose state":
+            (site.base / name / "state" / "study").mkdir(parents=True)
+            (site.base / name / "state" / "study").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("how", "broken"),
+    [
+        ("loose key file", "key files are private"),
+        ("loose key folder", "folders are private"),
+        ("link", "key files are private"),
+        ("no key file of ours", "key files are encrypted"),
+        ("another's certificate", "own certificate"),
+        ("another pin", "documents of the study"),
+        ("stricter policy", "local policy"),
+        ("loose state", "folders are private"),
+    ],
+)
+def test_what_is_wrong_with_a_site_is_found(how: str, broken: str, site: Site, tmp_path: Path) -> None:
+    copy = Site(tmp_path / "site", site.consortium, site.digest)
+    shutil.copytree(site.base, copy.base)
+    spoil(copy, HOSPITALS[2], how)
+    assert statuses(look(copy, HOSPITALS[2]))[broken] == "broken"
+
+
+def test_a_certificate_that_ends_soon_is_found(site: Site) -> None:
+    late = datetime.now(UTC) + timedelta(days=350)
+    findings = deployment.judge_deployment(deployment.collect_deployment(site.config(HOSPITALS[0]), late, probe=False))
+    assert statuses(findings)["certificates of the study last"] == "broken"
+    assert statuses(findings)["certificates of the study"] == "held"
+
+
+# --- the door
+
+
+@contextmanager
+def aggregator(site: Site) -> Iterator[str]:
+    """The real process, as `secgeo aggregator` runs it."""
+    command = [sys.executable, "-m", "secgeo.cli", "aggregator", str(site.config(AGGREGATOR)), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["address"]
+        assert process.poll() is None  # it has outlived whatever was done to it
+        process.terminate()
+        process.wait(20)
+
+
+def test_a_running_aggregator_turns_every_stranger_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CATALOGUE", [])
+    with aggregator(site) as address:
+        config = site.write_config(HOSPITALS[3], aggregator_address=address)
+        evidence = run(agreed(), config=config)
+    seen = evidence.deployment
+    assert seen is not None
+    assert len(seen.probes) == 9
+    assert not [probe for probe in seen.probes if probe.served or not probe.reached]
+    assert sum(probe.seconds for probe in seen.probes) < 10
+    assert status_of(evidence, "strangers") == "held"
+    assert status_of(evidence, "secrets") == "broken"  # the keys of this site are in clear
+
+
+def door(site: Site, endpoint_address: str) -> tuple[str, str]:
+    evidence = deployment.collect_deployment(
+        site.write_config(HOSPITALS[3], aggregator_address=endpoint_address), datetime.now(UTC)
+    )
+    return deployment.judge_strangers(evidence)
+
+
+def test_an_open_door_is_broken(site: Site) -> None:
+    """The doorkeeper lets in whoever has any key."""
+
+    def let_in(self: zap.Doorkeeper, question: list[bytes]) -> list[bytes]:
+        self.allowed = {**self.allowed, question[-1]: "anybody"}
+        return genuine(self, question)
+
+    genuine, identity = zap.Doorkeeper._answer, site.consortium.identities[AGGREGATOR]
+    with (
+        weaken.replaced(zap.Doorkeeper, "_answer", let_in),
+        AggregatorEndpoint(
+            "tcp://127.0.0.1:*", curve_secret=identity.curve_secret, curve_public=identity.curve_public, allowed={}
+        ) as endpoint,
+    ):
+        status, detail = door(site, endpoint.address)
+    assert (status, detail) == ("broken", "served: a key that no roster has")
+
+
+def test_what_is_no_aggregator_or_not_there_is_not_testable(site: Site) -> None:
+    assert door(site, "tcp://127.0.0.1:9")[0] == "not testable"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer() -> None:
+            while True:
+                try:
+                    peer, _ = server.accept()
+                except OSError:
+                    return
+                peer.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        status, detail = door(site, f"tcp://127.0.0.1:{port}")
+        server.shutdown(socket.SHUT_RDWR)
+    assert status == "not testable", detail
+
+
+def test_a_door_without_encryption_is_broken() -> None:
+    """A peer that greets with NULL and says it is ready serves everybody."""
+    from secgeo.probe import greeting, say
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.sendall(greeting(b"NULL") + b"\x04\x05\x05READY")
+
+        threading.Thread(target=serve, daemon=True).start()
+        reply = say(f"tcp://127.0.0.1:{server.getsockname()[1]}", greeting(b"NULL"), seconds=2.0)
+    assert deployment._probe("no encryption (NULL)", reply).served
+    assert reply.mechanism == "NULL"
+    for address in ("tcp://127.0.0.1:0", "tcp://*:1", "127.0.0.1:80", "tcp://host:99999"):
+        with pytest.raises(SecGeoError):
+            say(address, b"")
+
+
+def test_the_size_of_the_vector_is_the_agreements(honest: ProtocolEvidence) -> None:
+    agreement = agreed()
+    assert honest.parameters.values == Layout.from_agreement(agreement).size
+    assert honest.parameters.members == len(agreement.members)

@@ -1,0 +1,137 @@
+"""Canaries in training: bounds stay below the claim for a sound trainer and pass it for bugs that cost much privacy."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from audit import training
+from audit.training import CanaryScores, Claim, bounds, judge, refuted
+from audit.watch import DiracCanaries, RandomCanaries, Seen, Watch
+from keys.errors import ConfigError
+from tests.audit.targets import target
+
+
+def one_attack(claim: Claim, included: np.ndarray, scores: np.ndarray) -> CanaryScores:
+    return CanaryScores("Dirac", "white box", claim, tuple(included.tolist()), tuple(scores.tolist()), 0.0)
+
+
+def ratios(noise: float, claim: Claim, included: np.ndarray) -> np.ndarray:
+    """Scores of canaries on the mechanism itself, with `noise` where `claim.noise_multiplier` is claimed."""
+    random, shape = np.random.default_rng(), (len(included), claim.steps)
+    seen = noise * random.standard_normal(shape) + (random.random(shape) < claim.sample_rate) * included[:, None]
+    exponent = (2 * seen - 1) / (2 * claim.noise_multiplier**2)
+    return np.logaddexp(np.log1p(-claim.sample_rate), np.log(claim.sample_rate) + exponent).sum(axis=1)
+
+
+CLAIM = Claim(5.0, 1e-3, 1.0, 0.25, 20)
+
+
+def test_known_answer_the_mechanism_itself() -> None:
+    """On the subsampled Gaussian mechanism no bound passes the truth, and the tighter one comes near."""
+    included = np.random.default_rng().random(4000) < 0.5
+    found = bounds(one_attack(CLAIM, included, ratios(1.0, CLAIM, included)))
+    from audit.budget import Steps, epsilon_pld
+
+    true = epsilon_pld([Steps(CLAIM.sample_rate, CLAIM.noise_multiplier, CLAIM.steps)], CLAIM.delta)
+    assert 0.0 < found.steinke < found.one_run < true
+    assert 0.6 * true < found.many_run < 1.02 * true
+
+
+def test_the_mechanism_as_claimed_is_not_refuted_and_one_with_less_noise_is() -> None:
+    included = np.random.default_rng().random(2000) < 0.5
+    assert not refuted(one_attack(CLAIM, included, ratios(1.0, CLAIM, included)))
+    assert not refuted(one_attack(CLAIM, included, ratios(1.5, CLAIM, included)))
+    assert refuted(one_attack(CLAIM, included, ratios(0.6, CLAIM, included)))
+
+
+def test_scores_that_say_nothing_bound_nothing() -> None:
+    included = np.random.default_rng().random(500) < 0.5
+    found = bounds(one_attack(CLAIM, included, np.zeros(500)))
+    assert found.steinke == found.one_run == found.many_run == 0.0
+
+
+@pytest.fixture(scope="module")
+def sound() -> training.TrainingEvidence:
+    return training.collect(target())
+
+
+def test_a_sound_trainer_is_not_accused_and_the_attack_sees_something(sound: training.TrainingEvidence) -> None:
+    assert {finding.status for finding in judge(sound)} == {"held"}
+    white_box = sound.attacks[0]
+    assert white_box.claim.steps == 9  # three rounds of three steps; the first round spends nothing
+    assert 0.0 < bounds(white_box).many_run < white_box.claim.epsilon
+
+
+def test_canaries_are_in_input_space_and_gradient_space_white_box_and_black_box(
+    sound: training.TrainingEvidence,
+) -> None:
+    assert {(attack.canaries, attack.view.split(",")[0]) for attack in sound.attacks} == {
+        (kind, view) for kind in ("Dirac", "mislabelled", "out of distribution") for view in ("white box", "black box")
+    }
+
+
+def test_evidence_survives_json_and_gives_the_same_verdict(sound: training.TrainingEvidence) -> None:
+    again = msgspec.json.decode(msgspec.json.encode(sound), type=training.TrainingEvidence)
+    assert again == sound
+    assert judge(again) == judge(sound)
+
+
+@pytest.mark.parametrize("plant", ["no-noise", "half-noise", "clip-off"])
+def test_bugs_that_cost_much_privacy_are_proved_by_canaries(plant: str) -> None:
+    study = {"privacy": {"sample_rate": 0.5}, "training": {"steps_per_round": 10}}
+    found = judge(training.collect(target(plant, **study)))
+    assert found[0].status == "broken"
+
+
+def test_patients_can_be_audited() -> None:
+    from audit.plants import PLANTS
+
+    patients = PLANTS["clip-each-record"].target(target())
+    sound = training.collect(patients)
+    assert sound.units == len(set(patients.records.patients))
+    assert sound.attacks
+
+
+def test_without_noise_there_is_nothing_to_audit() -> None:
+    found = judge(training.collect(target(privacy={"noise_multiplier": 0.0})))
+    assert [finding.status for finding in found] == ["not testable"]
+
+
+# --- the watch
+
+
+def test_canaries_go_through_the_products_sampling_and_clipping() -> None:
+    t = target(
+        privacy={"noise_multiplier": 0.0, "max_grad_norm": 0.5, "sample_rate": 1.0}, batch_sizes=(6.0, 48.0, 6.0)
+    )
+    trainer, seen = t.trainer(), list[Seen]()
+    size = sum(p.numel() for p in trainer._optimizer.params)
+    canaries, included = DiracCanaries(10, size, 100.0), np.arange(10) < 4
+    Watch(trainer, seen.append, canaries=canaries, included=included, fixed=np.arange(52) >= 48)
+    trainer.step()
+    np.testing.assert_allclose(canaries.project(seen[0].summed), np.where(included, 0.5, 0.0), atol=1e-5)
+
+
+def test_a_canary_left_out_leaves_no_trace() -> None:
+    t = target(privacy={"noise_multiplier": 0.0, "sample_rate": 1.0}, batch_sizes=(6.0, 48.0, 6.0))
+    sums = []
+    for canaries in (None, RandomCanaries(5, sum(p.numel() for p in t.trainer()._optimizer.params), 10.0)):
+        trainer, seen = t.trainer(), list[Seen]()
+        Watch(trainer, seen.append, canaries=canaries, included=None if canaries is None else np.zeros(5, np.bool_))
+        trainer.step()
+        sums.append(seen[0].summed.numpy())
+    np.testing.assert_array_equal(*sums)
+
+
+def test_there_are_no_more_dirac_canaries_than_parameters() -> None:
+    with pytest.raises(ConfigError, match="parameters"):
+        DiracCanaries(11, 10, 1.0)
+
+
+def test_a_claim_without_end_is_not_passed() -> None:
+    claim = msgspec.structs.replace(CLAIM, epsilon=None)
+    included = np.random.default_rng(0).random(200) < 0.5
+    evidence = training.TrainingEvidence(
+        (one_attack(claim, included, np.random.default_rng(1).normal(size=200)),), 10, 10
+    )
+    assert "claimed inf" in judge(evidence)[0].detail
