@@ -401,7 +401,10 @@ def _square(row: Inversion) -> Values:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """How much of everything; `warmup` cuts the steps on public data short, which cost time and no privacy."""
+    """How much of everything.
+
+    `warmup` cuts the steps on public data short, which cost time and no privacy; `columns` of all Jacobians may mean fewer `starts`.
+    """
 
     trainings: dict[Protection, int]
     records: int
@@ -411,6 +414,7 @@ class _Size:
     warmup: int
     inverted: int
     starts: int
+    columns: int
     noise_samples: int
 
 
@@ -424,6 +428,7 @@ _SIZES: dict[Profile, _Size] = {
         warmup=3,
         inverted=12,
         starts=5,
+        columns=3000,
         noise_samples=150,
     ),
     "full": _Size(
@@ -435,6 +440,7 @@ _SIZES: dict[Profile, _Size] = {
         warmup=10,
         inverted=24,
         starts=12,
+        columns=8000,
         noise_samples=800,
     ),
 }
@@ -700,7 +706,8 @@ class _Whitebox:
         known = {id(p): name for name, p in self.model.named_parameters()}
         self._names = [known[id(p)] for p in self.parameters]
         self._sizes = [p.numel() for p in self.parameters]
-        self.shared = sum(p.numel() for p in self.model.shared_parameters())
+        self._layers = len(self.model.shared_parameters())
+        self.shared = sum(self._sizes[: self._layers])
         self._anchors = torch.from_numpy(target.anchors).double()
         self._limit = target.agreement.privacy.max_grad_norm
 
@@ -722,18 +729,23 @@ class _Whitebox:
 
     def gradients(self, features: Tensor, labels: Tensor, *, shared: bool = False) -> Tensor:
         """Clipped gradients [n, P] of records at the parameters that were taken last; of B only [n, D] if `shared`."""
-        buffers = dict(self.model.named_buffers())
+        wanted = self._names[: self._layers] if shared else self._names
+        fixed = dict(self.model.named_buffers())
         named = {name: p.detach() for name, p in zip(self._names, self.parameters, strict=True)}
+        if self._limit >= UNCLIPPED:  # then the others' gradients are not needed for a norm
+            fixed |= {name: named.pop(name) for name in self._names if name not in wanted}
 
         def loss(parameters: dict[str, Tensor], record: Tensor, label: Tensor) -> Tensor:
-            logits = functional_call(self.model, (parameters, buffers), (record[None],))
+            logits = functional_call(self.model, (parameters, fixed), (record[None],))
             return functional.cross_entropy(logits, label[None])
 
         def clipped(some: Tensor, of: Tensor) -> Tensor:
             found = vmap(grad(loss), in_dims=(None, 0, 0))(named, some, of)
-            flat = torch.cat([found[name].flatten(1) for name in self._names], dim=1)
-            flat *= (self._limit / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
-            return flat[:, : self.shared] if shared else flat
+            parts = {name: found[name].flatten(1) for name in named}
+            norms = torch.stack([part.norm(dim=1) for part in parts.values()]).norm(dim=0)[:, None]
+            flat = torch.cat([parts[name] for name in wanted], dim=1)
+            flat *= (self._limit / norms.clamp_min(1e-12)).clamp_max(1.0)
+            return flat
 
         pieces = zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True)
         return torch.cat([clipped(some, of) for some, of in pieces])
@@ -1001,7 +1013,7 @@ def _likelihood_ratios(seen: Values, model: _Linear) -> Values:
 
 # --- gradient inversion
 
-ITERATIONS = 30
+ITERATIONS, SCREENING = 30, 6
 STUCK, STILL = 1e6, 1e-6
 """A search ends at this damping, or when a step gains less than this part of what is left."""
 
@@ -1050,10 +1062,12 @@ def _invert_all(scene: _Scene) -> list[Inversion]:
         start.load_shared(scene.start.state)
         whitebox.take(start)
         prior = _Prior.of(target)
-        problems = target.agreement.study.classes * scene.size.starts * len(prior.components)
-        groups = math.ceil(count * problems * whitebox.shared / MOST_SLOPES)
+        columns = count * target.agreement.study.classes * len(prior.components)
+        starts = min(scene.size.starts, max(1, scene.size.columns // columns))
+        groups = math.ceil(columns * starts * whitebox.shared / MOST_SLOPES)
         matched = [
-            _match(scene, target, whitebox, some) for some in np.array_split(np.array(changes), min(groups, count))
+            _match(scene, target, whitebox, some, starts)
+            for some in np.array_split(np.array(changes), min(groups, count))
         ]
         guesses, labels = (np.concatenate(parts) for parts in zip(*matched, strict=True))
         observation: Observation = "update" if seen == "update" else "upload"
@@ -1100,9 +1114,14 @@ class _Prior:
         return (self.mean + cut * self.deviation).reshape(-1, *self.shape)
 
 
-def _match(scene: _Scene, target: Target, whitebox: _Whitebox, seen: Values) -> tuple[Values, NDArray[np.int64]]:
-    """The most probable records (standardised, [n, d]) and labels [n] behind changes of B [n, D], each of one step on one record."""
-    prior, classes, starts = _Prior.of(target), target.agreement.study.classes, scene.size.starts
+def _match(
+    scene: _Scene, target: Target, whitebox: _Whitebox, seen: Values, starts: int
+) -> tuple[Values, NDArray[np.int64]]:
+    """The most probable records (standardised, [n, d]) and labels [n] behind changes of B [n, D], each of one step on one record.
+
+    Every label is tried from the anchors' mean and `starts` - 1 random places; after `SCREENING` steps twice `starts` go on.
+    """
+    prior, classes = _Prior.of(target), target.agreement.study.classes
     size, count = len(prior.components), len(seen)
     grid = 2.0**-target.agreement.secure_sum.fraction_bits / precision_weight(target.agreement, target.member)
     power = np.square(seen).mean(axis=1)
@@ -1110,9 +1129,7 @@ def _match(scene: _Scene, target: Target, whitebox: _Whitebox, seen: Values) -> 
     speed = target.agreement.training.learning_rate
     owner = np.repeat(np.arange(count), classes * starts)
     label = np.tile(np.repeat(np.arange(classes), starts), count)
-    hidden = (
-        scene.chance.normal(size=(len(owner), size)) * (np.arange(len(owner)) % starts > 0)[:, None]
-    )  # and the mean
+    hidden = scene.chance.normal(size=(len(owner), size)) * (np.arange(len(owner)) % starts > 0)[:, None]
 
     def residuals(at: Values, which: NDArray[np.int64]) -> Values:
         features, labels = torch.from_numpy(prior.features(at)), torch.from_numpy(label[which])
@@ -1123,7 +1140,13 @@ def _match(scene: _Scene, target: Target, whitebox: _Whitebox, seen: Values) -> 
     live = np.arange(len(owner))
     now = residuals(hidden, live)
     damping = np.ones(len(owner))
-    for _ in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
+        if iteration == SCREENING:
+            cost = np.square(now).sum(axis=1).reshape(count, -1)
+            ranks = cost.argsort(axis=1).argsort(axis=1).reshape(-1)
+            live = live[ranks[live] < 2 * starts]
+        if not len(live):
+            break
         here, at = now[live], hidden[live]
         moved = (at[:, None] + DIFFERENCE * np.eye(size)).reshape(-1, size)
         there = residuals(moved, np.repeat(live, size)).reshape(len(live), size, -1)
@@ -1138,8 +1161,6 @@ def _match(scene: _Scene, target: Target, whitebox: _Whitebox, seen: Values) -> 
         hidden[live[better]], now[live[better]] = tried[better], then[better]
         damping[live] *= np.where(better, 0.25, 4.0)
         live = live[(damping[live] < STUCK) & (~better | (before - after > STILL * before))]
-        if not len(live):
-            break
     cost = np.square(now).sum(axis=1).reshape(count, -1)
     best = np.arange(count) * classes * starts + cost.argmin(axis=1)
     return prior.standardised(prior.features(hidden[best])), label[best]

@@ -90,6 +90,12 @@ def run_audit(request: Request, report: Report) -> Verdict:
             doing("copying", 0.0)
             _copy_records(source, out / bundle.RECORDS)
     study = _study(request, started, parts)
+    if (
+        study is not None
+        and request.node is not None
+        and not any(m.node_id == request.node for m in study.agreement.members)
+    ):
+        raise ConfigError(f"{request.node} is no member of the study; leave --node out, or name one of its members")
     target = None
     if study is not None:
         write_public(out / bundle.AGREEMENT, study.documents[AGREEMENT])

@@ -118,9 +118,7 @@ def target_of_folder(folder: Path, study: OpenStudy, node: str | None) -> Target
         raise ConfigError(f"{SPLIT} names other rows than the demonstration's data would give")
     members = study.agreement.members
     names = [member.node_id for member in members]
-    if node is not None and node not in names:
-        raise ConfigError(f"{node} is no member of the study; choose one of: {', '.join(names)}")
-    index = 0 if node is None else names.index(node)
+    index = names.index(node) if node in names else 0
     if len(data.nodes) != len(members) or data.nodes[index].modality != members[index].modality:
         raise ConfigError(f"{SPLIT} does not fit the agreement's members")
     modality = members[index].modality

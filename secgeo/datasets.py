@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,13 @@ TokeniserKind = Literal["tabular", "image", "signal", "embedding"]
 
 MAX_PATIENT_CHARACTERS = 256
 """The longest name of a patient; the array of names takes four bytes for each character of the longest."""
+
+_NOBODY = frozenset(
+    ("", "#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "none", "null")
+)
+"""What spreadsheets, pandas and Arrow write for a value that is missing: all such rows would become one patient."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def _array_digest(label: Label, *arrays: NDArray[Any]) -> str:
@@ -88,8 +97,11 @@ class LabelledRecords:
 
     @property
     def identities(self) -> set[bytes]:
-        """What is recognised in another dataset: the features of each record, and each patient. It holds data: keep it inside."""
-        rows = np.ascontiguousarray(self.features, dtype="<f4").reshape(len(self), -1)
+        """What is recognised in another dataset: the features of each record, and each patient. It holds data: keep it inside.
+
+        Records that train alike are alike: -0.0 is 0.0.
+        """
+        rows = np.ascontiguousarray(self.features + np.float32(0), dtype="<f4").reshape(len(self), -1)
         known = {b"record" + row.tobytes() for row in rows}
         return known | {b"patient" + str(name).encode() for name in set(() if self.patients is None else self.patients)}
 
@@ -129,29 +141,62 @@ def _checked(
 
 
 def _names(patients: Any, shape: tuple[int, ...], source: str) -> NDArray[np.str_] | None:
-    """Patients as text, one for each record: names stay, whole numbers are written out."""
+    """Patients as text, one for each record: names stay as they are, whole numbers are written out in decimal.
+
+    Nothing is mended. A row of nobody is refused, for all such rows would become one patient; so are white space around a name
+    and control characters, for one patient could then have two names. In an array of text NUL at the end cannot be seen.
+    """
     if patients is None:
         return None
-    found = np.asarray(patients)
+    found = patients if isinstance(patients, np.ndarray) else np.asarray(patients, dtype=object)
     if found.shape != shape:  # before anything is made of them: names without a character cost a file no bytes
         raise ConfigError(f"{source}: patients are one name or number for each record")
-    if found.dtype.kind == "O":
-        named = all(_is_name(name) for name in found.flat)
-    else:
-        named = found.dtype.kind in "iu" or (
-            found.dtype.kind == "U" and found.dtype.itemsize <= 4 * MAX_PATIENT_CHARACTERS
-        )
-    if not named:
+    if found.dtype.kind in "iu":
+        return found.astype(np.str_)
+    if not (_is_text(found) if found.dtype.kind == "U" else found.dtype.kind == "O" and all(map(_is_name, found))):
         raise ConfigError(
             f"{source}: patients are text of at most {MAX_PATIENT_CHARACTERS} characters, or whole numbers"
         )
+    names = ["" if name is None else str(name) for name in found.tolist()]
+    _refuse_rows(
+        source,
+        [name.strip() in _NOBODY for name in names],
+        "do not say whose they are: the patient is empty, or a mark for a missing value such as NA; "
+        "fill in the patients, or leave these rows out",
+    )
+    _refuse_rows(
+        source,
+        [_CONTROL.search(name) is not None for name in names],
+        "have a control character in the name of the patient; take it away, so that every patient has one name",
+    )
+    _refuse_rows(
+        source,
+        [name != name.strip() for name in names],
+        "have white space around the name of the patient; take it away, so that every patient has one name",
+    )
     return found.astype(np.str_)
 
 
+def _refuse_rows(source: str, bad: Sequence[bool], reason: str) -> None:
+    if any(bad):
+        raise ConfigError(f"{source}: {sum(bad)} of {len(bad)} rows {reason}")
+
+
+def _is_text(array: NDArray[np.str_]) -> bool:
+    """Whether the names are short, and Unicode: a file can hold any number as a character."""
+    try:
+        array.astype("<U").tobytes().decode("utf-32-le")
+    except UnicodeDecodeError:
+        return False
+    return array.dtype.itemsize <= 4 * MAX_PATIENT_CHARACTERS
+
+
 def _is_name(value: object) -> bool:
+    """Whether it is short text, a whole number, or nothing (which is counted by itself)."""
     if isinstance(value, str):
-        return len(value) <= MAX_PATIENT_CHARACTERS
-    return isinstance(value, int) and abs(value) < 2**64
+        return len(value) <= MAX_PATIENT_CHARACTERS and not re.search(r"[\ud800-\udfff]", value)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return value is None or (whole and abs(int(value)) < 2**64)
 
 
 def _real(array: Any, kind: type[np.floating[Any]], source: str) -> NDArray[Any]:
@@ -177,13 +222,21 @@ def load_table(
 ) -> LabelledRecords:
     """Records from a .csv (with a header) or .parquet file. By default every column but the label and the patient is a feature.
 
+    Patients are text, in a CSV file just as it is written: 001 and 1 are two patients, whatever else the file holds. Whole
+    numbers of a Parquet file are written out in decimal, fractions are refused. So are rows without a patient, and names with
+    white space around them or control characters in them: ' Ann' is never taken for 'Ann', nor for somebody else.
+
     Raises:
         ConfigError: the file cannot be read, a column is missing, a cell is empty or not a number, a label is wrong.
     """
     import pyarrow
     from pyarrow import csv, parquet
 
-    readers: dict[str, Callable[[Path], Any]] = {".csv": csv.read_csv, ".parquet": parquet.read_table}
+    as_text = {} if patient_column is None else {patient_column: pyarrow.string()}
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".csv": partial(csv.read_csv, convert_options=csv.ConvertOptions(column_types=as_text)),
+        ".parquet": parquet.read_table,
+    }
     if path.suffix not in readers:
         raise ConfigError(f"{path.name}: a table is a .csv or .parquet file")
     try:
@@ -198,13 +251,26 @@ def load_table(
     missing = [name for name in [*others, *columns] if found.count(name) != 1]
     if missing or not columns:
         raise ConfigError(f"{path.name}: needs exactly one column each of: {', '.join(missing) or 'features'}")
-    if any(table.column(name).null_count for name in [*others, *columns]):
+    if any(table.column(name).null_count for name in [label_column, *columns]):
         raise ConfigError(f"{path.name}: a cell is empty; impute or drop those records first")
     features = [_real(table.column(name).to_numpy(), np.float32, f"{path.name}: {name}") for name in columns]
-    patients = None if patient_column is None else table.column(patient_column).to_numpy()
+    patients = None if patient_column is None else _patients(table.column(patient_column), path.name)
     return _checked(
         np.stack(features, axis=1), table.column(label_column).to_numpy(), shape, classes, path.name, patients
     )
+
+
+def _patients(column: Any, source: str) -> NDArray[Any]:
+    """The patients of a table. Text and whole numbers become text, so that an empty cell is None and makes no fractions of numbers."""
+    import pyarrow
+
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        column = column.cast(pyarrow.large_string())
+    try:
+        return np.asarray(column.to_numpy())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: the patients are not in UTF-8") from None
 
 
 def _read_numpy(path: Path, *names: str) -> NDArray[Any] | dict[str, NDArray[Any]]:

@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 import types
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from secgeo.datasets import (
     load_entry_point,
     load_table,
 )
+from secgeo.site_budget import SiteBudget, Spent
 
 GOOD = {"shape": (2,), "classes": 2}
 
@@ -171,6 +173,165 @@ def test_patients_that_are_no_names_are_refused(patients: np.ndarray, monkeypatc
     monkeypatch.setitem(sys.modules, "strange_source", source)
     with pytest.raises(ConfigError, match="patients"):
         load_entry_point("strange_source:load", **GOOD)
+
+
+def owned(patients: object, monkeypatch: pytest.MonkeyPatch) -> LabelledRecords:
+    """Records of an entry point that gives these patients, with as many records as patients."""
+    count, source = len(patients), types.ModuleType("owned_records")  # type: ignore[arg-type]
+    source.load = lambda: (np.ones((count, 2)), np.zeros(count), patients)
+    monkeypatch.setitem(sys.modules, "owned_records", source)
+    return load_entry_point("owned_records:load", **GOOD)
+
+
+def owned_table(path, patients: pa.Array) -> LabelledRecords:
+    count = len(patients)
+    columns = {"who": patients, "age": [1.0] * count, "lab": [2.0] * count, "outcome": [0] * count}
+    parquet.write_table(pa.table(columns), path)
+    return load_table(path, label_column="outcome", patient_column="who", **GOOD)
+
+
+def owned_csv(path, patients: Sequence[str], header: str = "who,age,lab,outcome") -> LabelledRecords:
+    path.write_text("\n".join([header, *(f"{name},1,2,0" for name in patients)]) + "\n")
+    return load_table(path, label_column="outcome", patient_column="who", **GOOD)
+
+
+def names_of(records: LabelledRecords) -> set[bytes]:
+    return {identity for identity in records.identities if identity.startswith(b"patient")}
+
+
+BAD_NAMES = {
+    "empty": (["Ann", "", ""], "2 of 3 rows do not say whose they are.* leave these rows out"),
+    "only white space": (["Ann", " ", "\u00a0"], "2 of 3 rows do not say whose they are"),
+    "a mark for a missing value": (["NA", "nan", "1"], "2 of 3 rows do not say whose they are"),
+    "white space before": (["Ann", " Ann", "Bob"], "1 of 3 rows .* white space"),
+    "white space after": (["Ann", "Ann ", "Ann\u00a0"], "2 of 3 rows .* white space"),
+    "a control character": (["Ann", "A\x07nn", "Bob"], "1 of 3 rows .* control character"),
+}
+
+
+@pytest.mark.parametrize(("patients", "reason"), BAD_NAMES.values(), ids=BAD_NAMES)
+def test_nobody_and_one_patient_under_two_names_are_refused(
+    tmp_path, patients: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "a.npz", features=np.ones((3, 2)), labels=[0, 1, 0], patients=patients)
+    loads = {
+        "a.csv": lambda: owned_csv(tmp_path / "a.csv", patients),
+        "a.parquet": lambda: owned_table(tmp_path / "a.parquet", pa.array(patients)),
+        "a.npz": lambda: load_arrays(tmp_path / "a.npz", **GOOD),
+        "load": lambda: owned(np.array(patients, dtype=object), monkeypatch),
+        "owned_records": lambda: owned(patients, monkeypatch),
+    }
+    for source, load in loads.items():
+        with pytest.raises(ConfigError, match=f"{source}.*{reason}"):
+            load()
+
+
+def test_names_that_end_with_nul_are_refused_where_it_can_be_seen(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array of text pads its names with NUL, so that "a" and "a\\0" are one there."""
+    names = ["a", "a\0"]
+    loads = (
+        lambda: owned_csv(tmp_path / "a.csv", names),
+        lambda: owned_table(tmp_path / "a.parquet", pa.array(names)),
+        lambda: owned(np.array(names, dtype=object), monkeypatch),
+        lambda: owned(names, monkeypatch),
+    )
+    for load in loads:
+        with pytest.raises(ConfigError, match="1 of 2 rows .* control character"):
+            load()
+
+
+@pytest.mark.parametrize(
+    "patients",
+    [
+        pa.array(["a", None, None]),
+        pa.array([1, None, None]),
+        pa.array(["a", None, None]).dictionary_encode(),
+        pa.array([1, None, None]).dictionary_encode(),
+        pa.DictionaryArray.from_arrays(pa.array([0, 1, 1]), pa.array(["a", None])),
+        pa.nulls(3, pa.string()).fill_null(""),
+    ],
+)
+def test_empty_cells_of_parquet_are_nobody(tmp_path, patients: pa.Array) -> None:
+    with pytest.raises(ConfigError, match=r"a\.parquet: [23] of 3 rows do not say whose"):
+        owned_table(tmp_path / "a.parquet", patients)
+
+
+def test_patients_of_a_csv_file_are_read_as_they_are_written(tmp_path) -> None:
+    """Numbers are not guessed: neither do '001' and '1' become one, nor do they differ between files."""
+    first = owned_csv(tmp_path / "a.csv", ["001", "01", "1", "001"])
+    assert [list(own) for own in first.by_patient(5)] == [[0, 3], [1], [2]]
+    assert names_of(first) == {b"patient001", b"patient01", b"patient1"}
+    second = owned_csv(tmp_path / "b.csv", ["001", "x7"])
+    assert names_of(first) & names_of(second) == {b"patient001"}
+    dates = owned_csv(tmp_path / "c.csv", ["2020-01-02", "true", "1e3"])
+    assert names_of(dates) == {b"patient2020-01-02", b"patienttrue", b"patient1e3"}
+    bom = owned_csv(tmp_path / "d.csv", ["001"], "\ufeffwho,age,lab,outcome")
+    assert names_of(bom) == {b"patient001"}
+
+
+def test_the_books_of_a_site_know_a_patient_of_another_csv_file(tmp_path) -> None:
+    spent = Spent(0.1, 1.0, 5, 1e-5)
+    for name, patients in (("first", ["001", "002"]), ("second", ["001", "x7"])):
+        records = owned_csv(tmp_path / f"{name}.csv", patients)
+        patient_only = names_of(records)
+        site = SiteBudget(tmp_path / "budget.sqlite", records.fingerprint, patient_only)
+        assert site.spent() == (() if name == "first" else (spent,))
+        site.book(name, 0, spent, lambda _: None)
+        site.close()
+
+
+def test_whole_numbers_are_named_by_their_decimal_text(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [2**63 - 1, -4, 7]
+    np.savez(tmp_path / "a.npz", features=np.ones((3, 2)), labels=[0, 1, 0], patients=numbers)
+    for records in (
+        owned_csv(tmp_path / "a.csv", [str(number) for number in numbers]),
+        owned_table(tmp_path / "a.parquet", pa.array(numbers)),
+        owned_table(tmp_path / "a.parquet", pa.array(numbers).dictionary_encode()),
+        load_arrays(tmp_path / "a.npz", **GOOD),
+        owned(numbers, monkeypatch),
+        owned(np.array(numbers), monkeypatch),
+        owned([np.int64(number) for number in numbers], monkeypatch),
+    ):
+        assert names_of(records) == {b"patient9223372036854775807", b"patient-4", b"patient7"}
+
+
+def test_fractions_and_truths_are_no_names(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for patients in ([1.0, 2.0], [1.0, None], [True, False]):
+        np.savez(tmp_path / "a.npz", features=np.ones((2, 2)), labels=[0, 1], patients=np.array(patients, dtype=float))
+        for load in (
+            lambda p=patients: owned_table(tmp_path / "a.parquet", pa.array(p)),
+            lambda p=patients: owned_table(tmp_path / "a.parquet", pa.array(p).dictionary_encode()),
+            lambda p=patients: owned(p, monkeypatch),
+            lambda: load_arrays(tmp_path / "a.npz", **GOOD),
+        ):
+            with pytest.raises(ConfigError, match="whole numbers|whose"):
+                load()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("point", [0x110000, 0xFFFFFFFF, 0xD800])
+def test_names_that_are_no_unicode_are_refused(tmp_path, order: str, point: int) -> None:
+    patients = np.array([point, ord("a")], order + "u4").view(order + "U1")
+    np.savez(tmp_path / "a.npz", features=np.ones((2, 2)), labels=[0, 1], patients=patients)
+    with pytest.raises(ConfigError, match=r"a\.npz: patients are text"):
+        load_arrays(tmp_path / "a.npz", **GOOD)
+    np.savez(tmp_path / "b.npz", features=np.ones((2, 2)), labels=[0, 1], patients=np.array(["é", "b"], order + "U1"))
+    assert names_of(load_arrays(tmp_path / "b.npz", **GOOD)) == {"patienté".encode(), b"patientb"}
+
+
+def test_a_table_with_names_that_are_no_unicode_is_refused(tmp_path) -> None:
+    data = pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"\xffa")
+    with pytest.raises(ConfigError, match=r"a\.parquet.*UTF-8"):
+        owned_table(tmp_path / "a.parquet", pa.StringArray.from_buffers(2, *data))
+
+
+def test_minus_zero_is_zero_where_records_are_recognised() -> None:
+    labels = np.zeros(2, dtype=np.int64)
+    plus, minus = (LabelledRecords(np.array([[zero, 1], [2, zero]], np.float32), labels) for zero in (0.0, -0.0))
+    assert plus.identities == minus.identities
+    assert len(minus.identities) == 2
+    assert plus.fingerprint != minus.fingerprint
+    assert np.signbit(minus.features[0, 0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,259 @@
+"""`secgeo audit`: from a real demonstration to a signed bundle, and everything that somebody might change in one afterwards."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from audit import bundle
+from audit.bundle import Auditor
+from audit.findings import Finding
+from audit.report import render
+from keys.errors import SecGeoError, VerificationFailed
+from keys.identity import sign_labelled
+from secgeo.records import MANIFEST
+from tests.secgeo.site import make_site
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 900
+
+
+def secgeo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "secgeo.cli", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A demonstration's records, and its authority."""
+    folder = tmp_path_factory.mktemp("demo") / "records"
+    done = secgeo("demo", "--rounds", 2, "--out", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])["authority_fingerprint"]
+
+
+@pytest.fixture(scope="module")
+def audited(demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A whole audit of it, and what it said."""
+    folder = tmp_path_factory.mktemp("audit") / "bundle"
+    done = secgeo("audit", "run", demo[0], "--authority", demo[1], "--out", folder, "--json")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return folder, json.loads(done.stdout)
+
+
+@pytest.fixture
+def copy(audited: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(audited[0], tmp_path / "bundle"))
+
+
+def reseal(folder: Path) -> None:
+    """Sign what is there now: by whoever lies."""
+    key = Ed25519PrivateKey.generate()
+    auditor = Auditor("the auditor", key.public_key().public_bytes_raw().hex())
+    bundle.seal(folder, auditor, lambda label, data: sign_labelled(key, label, data))
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_an_audit_of_the_demonstration_breaks_no_promise(audited: tuple[Path, dict[str, Any]]) -> None:
+    folder, said = audited
+    assert said["ok"]
+    assert {finding["part"] for finding in said["findings"]} == {"records", "training", "leakage", "protocol"}
+    held = [finding for finding in said["findings"] if finding["status"] == "held"]
+    assert len(held) > len(said["findings"]) / 2
+    for part in ("records", "training", "leakage", "protocol"):
+        assert any(finding["part"] == part for finding in held)
+    assert {finding["status"] for finding in said["findings"] if finding["part"] == "training"} == {"held"}
+    assert said["about"]["not_done"] == {}
+    assert json.loads((folder / "verdict.json").read_bytes())["findings"] == said["findings"]
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_everything_in_the_report_can_be_computed_again(audited: tuple[Path, dict[str, Any]]) -> None:
+    done = secgeo("audit", "verify", audited[0], "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert said["findings"] == audited[1]["findings"]
+    assert secgeo("audit", "verify", audited[0], "--auditor", said["auditor"]).returncode == 0
+    other = secgeo("audit", "verify", audited[0], "--auditor", "ab" * 32)
+    assert other.returncode == 8
+    assert "signed by" in other.stderr
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_no_byte_of_any_file_can_change_unseen(copy: Path) -> None:
+    bundle.check_seal(copy, None)
+    names = [path for path in sorted(copy.rglob("*")) if path.is_file()]
+    assert len(names) > 20
+    for path in names:
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(SecGeoError):
+            bundle.check_seal(copy, None)
+        path.write_bytes(kept)
+    (copy / "evidence" / "one-more.json").write_text("{}")
+    with pytest.raises(VerificationFailed, match="one-more"):
+        bundle.check_seal(copy, None)
+
+
+def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        value = json.loads((folder / name).read_bytes())
+        change(value)
+        (folder / name).write_text(json.dumps(value))
+
+    return apply
+
+
+def without_records_of_one_hospital(folder: Path) -> None:
+    next((folder / "evidence" / "records" / "ledgers").iterdir()).unlink()
+
+
+LIES: dict[str, Callable[[Path], None]] = {
+    "a broken promise that held": edit("verdict.json", lambda v: v["findings"][0].update(detail="all is well")),
+    "a finding left out": edit("verdict.json", lambda v: v["findings"].pop()),
+    "less noise in the evidence": edit(
+        "evidence/conformance.json", lambda v: v["noise"][0].update(mean_square=0.01)
+    ),
+    "another claim": edit("evidence/training.json", lambda v: v["attacks"][0]["claim"].update(epsilon=99.0)),
+    "scores that say nothing": edit(
+        "evidence/training.json", lambda v: v["attacks"][0].update(scores=[0.0] * len(v["attacks"][0]["scores"]))
+    ),
+    "a part left out": lambda folder: (folder / "evidence" / "leakage.json").unlink(),
+    "a ledger left out": without_records_of_one_hospital,
+    "a friendlier report": lambda folder: (folder / "report.html").write_text("<h1>All is well</h1>"),
+    "evidence that is none": lambda folder: (folder / "evidence" / "training.json").write_text("{}"),
+    "another format": edit("evidence/about.json", lambda v: v.update(format="secgeo-audit/9")),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.parametrize("lie", LIES)
+def test_a_verdict_that_does_not_follow_is_found_although_it_is_signed(copy: Path, lie: str) -> None:
+    LIES[lie](copy)
+    (copy / MANIFEST).unlink()
+    (copy / f"{MANIFEST}.sig").unlink()
+    reseal(copy)
+    with pytest.raises(VerificationFailed):
+        bundle.verify(copy, None, render)
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_the_report_holds_everything_and_asks_for_nothing(audited: tuple[Path, dict[str, Any]]) -> None:
+    page = (audited[0] / "report.html").read_text()
+    assert "default-src 'none'" in page
+    assert "<script" not in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", page)
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(images) >= 6
+    for image in images:
+        drawn = b64decode(image).decode()
+        assert "<script" not in drawn
+        assert not re.findall(r"""(?:href|url)\s*[=(]\s*["']?https?:""", drawn)
+    assert page.index("No promise was broken") < page.index("Records and budgets") < page.index("Limits of the method")
+
+
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; .ci/run installs it")
+def test_the_report_in_headless_chromium(audited: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command = [
+        str(CHROMIUM),
+        *quiet.split(),
+        "--disable-component-update",
+        "--disable-quic",
+        f"--user-data-dir={tmp_path}",
+    ]
+    page = (audited[0] / "report.html").as_uri()
+    for width in (400, 1200):
+        done = subprocess.run(
+            [*command, "--enable-logging=stderr", "--hide-scrollbars", f"--window-size={width},2000", "--dump-dom", page],
+            capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        assert "No promise was broken" in done.stdout
+        assert not re.findall(r"CONSOLE.*(?:Refused|Error|Failed)", done.stderr)
+        picture = tmp_path / f"{width}.png"
+        shot = [*command, "--hide-scrollbars", f"--window-size={width},2000", f"--screenshot={picture}", page]
+        subprocess.run(shot, capture_output=True, check=True, timeout=120)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size > 20_000
+
+
+def test_words_from_outside_stay_words(audited: tuple[Path, dict[str, Any]]) -> None:
+    evidence = bundle.read_evidence(audited[0])
+    hostile = Finding("training", "<script>alert(1)</script>", "<b>", "broken", "<img src=x onerror=alert(1)>")
+    page = render(bundle.Verdict(False, (hostile,), evidence.about), evidence)
+    assert "<script>" not in page
+    assert "<img src=x" not in page
+    assert "1 promise was</strong>" in page or "1 promise was broken" in page
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_a_planted_bug_is_found(demo: tuple[Path, str], tmp_path: Path) -> None:
+    done = secgeo("audit", "run", demo[0], "--plant", "half-noise", "--out", tmp_path / "b", "--json")
+    assert done.returncode == 8
+    said = json.loads(done.stdout)
+    broken = {finding["name"] for finding in said["findings"] if finding["status"] == "broken"}
+    assert "noise" in broken
+    assert "planted on purpose" in (tmp_path / "b" / "report.html").read_text()
+    assert secgeo("audit", "verify", tmp_path / "b").returncode == 8
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_a_hospital_audits_its_own_training(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    done = secgeo("audit", "run", site.config("hospital-1"), "--plant", "clip-off", "--out", tmp_path / "b", "--json")
+    assert done.returncode == 8, done.stderr
+    said = json.loads(done.stdout)
+    assert said["about"]["node"] == "hospital-1"
+    assert {f["name"] for f in said["findings"] if f["status"] == "broken"} >= {"sensitivity"}
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_records_that_were_changed_break_their_promise(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(demo[0], tmp_path / "records"))
+    path = next((folder / "ledgers").iterdir())
+    path.write_bytes(path.read_bytes().replace(b'"sample_rate":0.25', b'"sample_rate":0.20'))
+    (folder / "split.json").unlink()
+    done = secgeo("audit", "run", folder, "--out", tmp_path / "b", "--json")
+    assert done.returncode == 8, done.stderr
+    said = json.loads(done.stdout)
+    assert any(f["status"] == "broken" and f["part"] == "records" for f in said["findings"])
+    assert "split.json" in said["about"]["not_done"]["training data"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nowhere"], 3, "does not exist"),
+        (["{demo}", "--plant", "gremlins"], 3, "half-noise"),
+        (["{demo}", "--profile", "slow"], 3, "fast or full"),
+        (["{demo}", "--node", "hospital-77"], 3, "no member"),
+        (["{demo}", "--out", "{demo}"], 3, "not empty"),
+    ],
+)
+def test_wrong_options_say_so(
+    demo: tuple[Path, str], tmp_path: Path, arguments: list[str], code: int, says: str
+) -> None:
+    given = [argument.format(demo=demo[0]) for argument in arguments]
+    out = [] if "--out" in given else ["--out", tmp_path / "b"]
+    done = secgeo("audit", "run", *given, *out)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+
+
+def test_verify_of_nothing_fails_without_a_crash(tmp_path: Path) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        done = secgeo("audit", "verify", folder)
+        assert done.returncode in (3, 4, 8)
+        assert "Traceback" not in done.stderr
