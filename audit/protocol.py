@@ -1,7 +1,7 @@
 """The audit of the secure sum: is every promise of the threat model held by the code that is installed here?
 
 `collect` plays the malicious aggregator and malicious members against the real machines under the agreement's own parameters
-(`audit.protocol_attacks`), measures what uploads look like, counts whether anything that must be fresh comes twice, and looks at records
+(`audit.attacks`), measures what uploads look like, counts whether anything that must be fresh comes twice, and looks at records
 and at a deployment if it is given them (`audit.deployment`). `judge` turns this into one finding per row of docs/threat-model.md and is a
 pure function: it sees raw outcomes and counts, and decides alone.
 
@@ -24,6 +24,19 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
+from audit.attacks import CATALOGUE
+from audit.attacks.by_members import control
+from audit.attacks.stage import (
+    AGGREGATOR,
+    Network,
+    Play,
+    Played,
+    World,
+    decrypted,
+    packing_of,
+    reduced,
+    vector_values,
+)
 from audit.deployment import (
     DeploymentEvidence,
     RecordsEvidence,
@@ -35,19 +48,6 @@ from audit.deployment import (
     judge_strangers,
 )
 from audit.findings import Finding, Status
-from audit.protocol_attacks import (
-    AGGREGATOR,
-    CATALOGUE,
-    Network,
-    Play,
-    Played,
-    World,
-    control,
-    decrypted,
-    packing_of,
-    reduced,
-    vector_values,
-)
 from keys.errors import ConfigError
 from protocols import messages as m
 from protocols.agreement import Agreement, check_rules

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from audit import deployment, protocol
-from audit import protocol_attacks as attacks
+from audit.attacks import CATALOGUE, by_aggregator, stage
+from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
 from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, to_json
-from audit.protocol_attacks import CATALOGUE, Played, World, reduced, vector_values
 from keys.errors import ConfigError, SecGeoError
 from protocols.agreement import Agreement
 from protocols.attempt_aggregator import AttemptAggregator
@@ -176,7 +176,7 @@ WEAKENED: dict[str, tuple[str, Guard]] = {
     "a neighbour that never dealt seeds": ("neighbours", weaken.neighbours_views),
     "a second attempt after the votes": (
         "second-sum",
-        lambda: weaken.replaced(attacks.MemoryJournal, "voted", lambda *_: False),
+        lambda: weaken.replaced(stage.MemoryJournal, "voted", lambda *_: False),
     ),
     "an upload held back": ("second-sum", weaken.vote_signatures),
     "a changed sum": ("changed-sum", weaken.sum_tags),
@@ -185,12 +185,12 @@ WEAKENED: dict[str, tuple[str, Guard]] = {
     "a wrong sum for a latecomer": ("latecomer", weaken.receipts_of_contributors),
     "two records of one round": (
         "two-stories",
-        lambda: weaken.replaced(attacks.MemoryJournal, "receipt", lambda *_: b""),
+        lambda: weaken.replaced(stage.MemoryJournal, "receipt", lambda *_: b""),
     ),
     "a round lost for one only": ("fork", weaken.last_records),
     "sums out of order": ("order", weaken.sequence_of_sums),
     "broken messages of the aggregator": ("decoders", weaken.decoding_errors),
-    "wrong documents": ("documents", lambda: weaken.replaced(attacks, "check_policy", weaken.accept)),
+    "wrong documents": ("documents", lambda: weaken.replaced(by_aggregator, "check_policy", weaken.accept)),
     "a second upload with another digest": ("messages", weaken.digest_of_an_upload),
     "wrong shares revealed": ("shares", lambda: weaken.replaced(AttemptAggregator, "_check_dealt", weaken.accept)),
     "two tag seeds of one dealer": ("tag-seeds", weaken.dealt_tag_seeds),
@@ -234,8 +234,8 @@ def test_an_attack_that_never_took_place_shows_nothing(honest: ProtocolEvidence)
         {"wrong": ("hospital-01",)},
         {"expelled": ("hospital-00", "hospital-01")},
         {"summed": {"hospital-01": 0}},
-        {"answers": (attacks.Answer("hospital-01", "RemoteProtocolError", "aggregator", "..."),)},
-        {"answers": (attacks.Answer("hospital-01", "VerificationFailed", "", "..."),)},
+        {"answers": (stage.Answer("hospital-01", "RemoteProtocolError", "aggregator", "..."),)},
+        {"answers": (stage.Answer("hospital-01", "VerificationFailed", "", "..."),)},
         {"expelled": ()},
     ],
 )
