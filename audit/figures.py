@@ -197,7 +197,8 @@ def _rocs(evidence: LeakageEvidence, agreement: Agreement) -> Figure:
             axis.set_title(kind)
             axis.set_xlabel("false positives")
         axes[0].set_ylabel("true positives")
-        axes[-1].legend(frameon=False, fontsize=6, loc="lower right")
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="outside lower center")
 
     return Figure(
         "Membership inference",

@@ -132,10 +132,9 @@ def _checked(
         values = values.reshape(-1, *shape)
     if numbers.ndim != 1 or not np.isin(numbers, np.arange(classes)).all():
         raise ConfigError(f"{source}: labels must be whole class numbers from 0 to {classes - 1}, one per record")
+    names = _names(patients, numbers.shape, source)
     try:
-        return LabelledRecords(
-            np.ascontiguousarray(values), numbers.astype(np.int64), _names(patients, numbers.shape, source)
-        )
+        return LabelledRecords(np.ascontiguousarray(values), numbers.astype(np.int64), names)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -153,7 +152,8 @@ def _names(patients: Any, shape: tuple[int, ...], source: str) -> NDArray[np.str
         raise ConfigError(f"{source}: patients are one name or number for each record")
     if found.dtype.kind in "iu":
         return found.astype(np.str_)
-    if not (_is_text(found) if found.dtype.kind == "U" else found.dtype.kind == "O" and all(map(_is_name, found))):
+    named = _is_text(found) if found.dtype.kind == "U" else found.dtype.kind == "O" and all(map(_is_name, found))
+    if not named:
         raise ConfigError(
             f"{source}: patients are text of at most {MAX_PATIENT_CHARACTERS} characters, or whole numbers"
         )
@@ -184,19 +184,22 @@ def _refuse_rows(source: str, bad: Sequence[bool], reason: str) -> None:
 
 def _is_text(array: NDArray[np.str_]) -> bool:
     """Whether the names are short, and Unicode: a file can hold any number as a character."""
+    if array.dtype.itemsize > 4 * MAX_PATIENT_CHARACTERS:
+        return False
     try:
-        array.astype("<U").tobytes().decode("utf-32-le")
+        array.astype(array.dtype.newbyteorder("<")).tobytes().decode("utf-32-le")
     except UnicodeDecodeError:
         return False
-    return array.dtype.itemsize <= 4 * MAX_PATIENT_CHARACTERS
+    return True
 
 
 def _is_name(value: object) -> bool:
     """Whether it is short text, a whole number, or nothing (which is counted by itself)."""
     if isinstance(value, str):
         return len(value) <= MAX_PATIENT_CHARACTERS and not re.search(r"[\ud800-\udfff]", value)
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return value is None or (whole and abs(int(value)) < 2**64)
+    if isinstance(value, int | np.integer):
+        return not isinstance(value, bool) and abs(int(value)) < 2**64
+    return value is None
 
 
 def _real(array: Any, kind: type[np.floating[Any]], source: str) -> NDArray[Any]:
@@ -253,24 +256,25 @@ def load_table(
         raise ConfigError(f"{path.name}: needs exactly one column each of: {', '.join(missing) or 'features'}")
     if any(table.column(name).null_count for name in [label_column, *columns]):
         raise ConfigError(f"{path.name}: a cell is empty; impute or drop those records first")
-    features = [_real(table.column(name).to_numpy(), np.float32, f"{path.name}: {name}") for name in columns]
-    patients = None if patient_column is None else _patients(table.column(patient_column), path.name)
-    return _checked(
-        np.stack(features, axis=1), table.column(label_column).to_numpy(), shape, classes, path.name, patients
-    )
+    features = [_real(_cells(table, name, path.name), np.float32, f"{path.name}: {name}") for name in columns]
+    labels = _cells(table, label_column, path.name)
+    patients = None if patient_column is None else _cells(table, patient_column, path.name, whole_as_text=True)
+    return _checked(np.stack(features, axis=1), labels, shape, classes, path.name, patients)
 
 
-def _patients(column: Any, source: str) -> NDArray[Any]:
-    """The patients of a table. Text and whole numbers become text, so that an empty cell is None and makes no fractions of numbers."""
+def _cells(table: Any, name: str, source: str, *, whole_as_text: bool = False) -> NDArray[Any]:
+    """A column of a table. Whole numbers as text stay whole beside an empty cell, which is None then."""
     import pyarrow
+    from pyarrow import types
 
-    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
-    if pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        column = column.cast(pyarrow.large_string())
+    column = table.column(name)
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     try:
+        if whole_as_text and (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+            column = column.cast(pyarrow.large_string())
         return np.asarray(column.to_numpy())
-    except UnicodeDecodeError:
-        raise ConfigError(f"{source}: the patients are not in UTF-8") from None
+    except (ValueError, pyarrow.ArrowException):  # its message may show a record
+        raise ConfigError(f"{source}: {name} cannot be read; it needs numbers, or text in UTF-8") from None
 
 
 def _read_numpy(path: Path, *names: str) -> NDArray[Any] | dict[str, NDArray[Any]]:
