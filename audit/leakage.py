@@ -6,21 +6,22 @@
     adapter     the change of the shared B over several rounds, as it is released
     gram        its Gram matrix of the anchors after one round
 
-Each attack runs on "ours" and on "unprotected": no noise, no clipping, no masks. Where it fails on the unprotected one, it is too weak
-to say anything about ours. An upload is attacked without the noise of DP, so that the mask alone has to hide it.
+Each attack runs on "ours" and on "unprotected": no noise, no clipping, no masks, every record in every step, and steps a tenth as long,
+since unclipped gradients are larger. Where an attack fails on the unprotected one, it is too weak to say anything about ours. An upload
+of "ours" is of unprotected training, masked or encrypted, so that this alone has to hide it.
 
-*Membership.* Trainings are repeated with real `LocalTrainer`s; whether a candidate is among the records is a coin flip each time. Half
-of the candidates are ordinary records, half are canaries: strangers with a wrong label. The attacker knows the model at the start of
-the round (local parameters too), every record, clipping, noise level and sampling rate, but not the flips, the samples and the noise. To
-first order a candidate adds m to what is seen, its clipped gradients along a trajectory that the attacker simulates; everything else
-is close to Gaussian, with a covariance S that follows from the same gradients and the noise. The score is the log likelihood ratio
-m' S^-1 (seen - mean), as in LiRA (Carlini et al. 2022, arXiv 2112.03570), but with the whole vector in place of a loss. The mean is taken
-over the other trainings, which are its shadow models. Several candidates per training are those of Steinke et al. 2023
-(arXiv 2305.08846).
+*Membership.* Trainings are repeated with real `LocalTrainer`s; whether a candidate is among the records is a coin flip each time. Some
+candidates are ordinary records, some are canaries: strangers, with the label that the model finds least likely. The attacker knows the
+model at the start of the round (local parameters too), every record, clipping, noise level and sampling rate, but not the flips, the
+samples and the noise. To first order a candidate adds m to what is seen, its clipped gradients along a trajectory that the attacker
+simulates; everything else is close to Gaussian, with a covariance S that follows from the same gradients and the noise. The score is the
+log likelihood ratio m' S^-1 (seen - mean), as in LiRA (Carlini et al. 2022, arXiv 2112.03570), but with the whole vector in place of a
+loss. The mean is taken over the other trainings, which are its shadow models. Several candidates per training are those of Steinke et
+al. 2023 (arXiv 2305.08846).
 
 *Inversion.* One step on one record. The attacker looks for features and label whose clipped gradient is the one seen (gradient matching:
-Zhu et al. 2019, Geiping et al. 2020) by Levenberg-Marquardt, with the anchors' covariance as its prior, and knows the model. The head
-starts at zero, where B has no gradient; so all attacks begin after a first round on other data.
+Zhu et al. 2019, Geiping et al. 2020) by Levenberg-Marquardt, along the anchors' principal components and with their sizes as its prior,
+and knows the model. The head starts at zero, where B has no gradient; so all attacks begin after a first round on other data.
 
 *Simplifications, all for the attacker.* Other hospitals hold the target's modality and train from its local parameters; their updates are
 drawn from a pool made with records of `others` (without those: anchors with drawn labels), which the attacker knows. Consensus is from the
@@ -305,13 +306,13 @@ def _judge_membership(ours: list[Membership], reference: list[Membership], agree
     if math.isinf(epsilon):
         return Finding("leakage", name, "none: the agreement has no noise", "not testable", detail)
     crossed = any(crosses(rate, epsilon, privacy.delta) for row in ours for rate in rates(row.members, row.others))
-    ideal = [Rate(len(row.members), len(row.members), 0, len(row.others)) for row in ours]
-    testable = any(crosses(rate, epsilon, privacy.delta) for rate in ideal)
     bounds = ", ".join(f"TPR {dp_line(epsilon, privacy.delta, rate):.3g} at FPR {rate:g}" for rate in RATES)
-    detail = f"{detail}; allowed: {bounds}"
-    if not testable:
-        detail = f"{detail}; with so few scores not even a perfect attack would be beyond that"
-    return Finding("leakage", name, promise, _status(works and testable, crossed), detail)
+    fails = all(_fails(row) for row in ours)
+    promise = f"the attack fails, where it succeeds on unprotected training, and {promise}"
+    detail = f"{detail}; allowed by DP: {bounds}"
+    if not fails and not crossed:
+        detail = f"{detail}; the attack succeeds within what DP allows, or there are too few scores to tell"
+    return Finding("leakage", name, promise, _status(works and fails, crossed), detail)
 
 
 def crosses(rate: Rate, epsilon: float, delta: float) -> bool:
@@ -327,6 +328,10 @@ def _status(works: bool, broken: bool) -> Status:
 
 def _works(row: Membership) -> bool:
     return rate_at(row.members, row.others, RATES[0]).tpr_interval()[0] >= SUCCESS_RATE
+
+
+def _fails(row: Membership) -> bool:
+    return rate_at(row.members, row.others, RATES[0]).tpr_interval()[1] < SUCCESS_RATE
 
 
 def _away_from_chance(row: Membership) -> float:
@@ -449,7 +454,9 @@ Progress = Callable[[str, float], None]
 
 
 def collect(target: Target, *, profile: Profile, progress: Progress, seed: int | None = None) -> LeakageEvidence:
-    """Run every attack. `fast` takes some 20 seconds on one core for a demonstration, `full` some minutes.
+    """Run every attack. On one core `fast` takes 12 seconds for the breast-cancer demonstration and 2 minutes for mfeat.
+
+    `full` takes some minutes for the former.
 
     Args:
         target: what is attacked. Its `others` give canaries and the other hospitals; without them anchors do, with drawn labels.

@@ -189,7 +189,15 @@ def test_too_few_scores_prove_nothing(evidence, target):
     few = change(evidence, "update", "ours", members=[0.0, 1.0] * 5, others=[0.0, 1.0] * 5)
     finding = judge(few, target.agreement)[0]
     assert finding.status == "not testable"
-    assert "not even a perfect attack" in finding.detail
+    assert "too few scores" in finding.detail
+
+
+def test_an_attack_that_succeeds_within_what_dp_allows_is_not_called_held(evidence, target):
+    privacy = msgspec.structs.replace(target.agreement.privacy, noise_multiplier=0.31)
+    agreement = msgspec.structs.replace(target.agreement, privacy=privacy)
+    found = change(evidence, "update", "ours", members=[1.0] * 80 + [0.0] * 20, others=[0.0] * 100)
+    assert judge(found, agreement)[0].status == "not testable"
+    assert judge(found, target.agreement)[0].status in ("broken", "not testable")
 
 
 def test_without_noise_nothing_is_promised(evidence, target):
