@@ -164,7 +164,19 @@ def read_evidence(folder: Path) -> Evidence:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """What all the evidence says; a pure function."""
+    """What all the evidence says; a pure function.
+
+    Raises:
+        VerificationFailed: it says nothing: counts that do not go together, or numbers that are none.
+    """
+    try:
+        findings = _findings(evidence)
+    except (ArithmeticError, ValueError, LookupError, TypeError, ConfigError) as error:
+        raise VerificationFailed(f"the evidence cannot be judged: {error}") from None
+    return Verdict(not any(finding.status == "broken" for finding in findings), tuple(findings), evidence.about)
+
+
+def _findings(evidence: Evidence) -> list[Finding]:
     findings: list[Finding] = []
     if evidence.budgets is not None:
         findings += _judge_records(evidence.budgets)
@@ -179,7 +191,7 @@ def judge(evidence: Evidence) -> Verdict:
     for part, reason in evidence.about.not_done.items():
         kind = part if part in ("records", "leakage", "protocol") else "training"
         findings.append(Finding(kind, part, f"the {part} audit can be done", "not testable", reason))  # type: ignore[arg-type]
-    return Verdict(not any(finding.status == "broken" for finding in findings), tuple(findings), evidence.about)
+    return findings
 
 
 def _judge_records(report: BudgetReport) -> list[Finding]:

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import torch
-from msgspec import Struct
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 from torch.nn import functional
 
@@ -64,10 +64,10 @@ class Claim(Struct, frozen=True, forbid_unknown_fields=True):
     """What the ledger says of the audited steps: epsilon by Opacus RDP, add or remove one; None without noise."""
 
     epsilon: float | None
-    delta: float
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
+    delta: Annotated[float, Meta(gt=0.0, lt=1.0)]
+    noise_multiplier: Annotated[float, Meta(ge=0.0, le=1e6)]
+    sample_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
+    steps: Annotated[int, Meta(ge=0, le=1_000_000)]
 
 
 class CanaryScores(Struct, frozen=True, forbid_unknown_fields=True):

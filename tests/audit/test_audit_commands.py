@@ -1,5 +1,7 @@
 """`secgeo audit`: from a real demonstration to a signed bundle, and everything that somebody might change in one afterwards."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -145,6 +149,35 @@ def test_a_verdict_that_does_not_follow_is_found_although_it_is_signed(copy: Pat
     reseal(copy)
     with pytest.raises(VerificationFailed):
         bundle.verify(copy, None, render)
+
+
+def spoilt(value: Any, random: np.random.Generator) -> Any:
+    """The value with one leaf, somewhere inside, replaced by something else."""
+    if isinstance(value, dict | list) and value and random.random() < 0.97:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[int(random.integers(len(keys)))]
+        other = dict(value) if isinstance(value, dict) else list(value)
+        other[key] = spoilt(value[key], random)
+        return other
+    return [0, -1, 1e300, 2**62, 0.5, "", "x" * 50, [], {}, None, True][int(random.integers(11))]
+
+
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.parametrize("part", ["conformance", "leakage", "protocol"])
+def test_evidence_of_a_liar_gives_a_verdict_or_a_clear_error(audited: tuple[Path, dict[str, Any]], part: str) -> None:
+    random, whole = np.random.default_rng(3), bundle.read_evidence(audited[0])
+    seed = json.loads((audited[0] / "evidence" / f"{part}.json").read_bytes())
+    alone = dict.fromkeys(bundle.PARTS) | {"budgets": None}
+    decoded = 0
+    for _ in range(150):
+        try:
+            evidence = msgspec.convert(spoilt(seed, random), bundle.PARTS[part])
+        except msgspec.ValidationError:
+            continue
+        decoded += 1
+        with contextlib.suppress(VerificationFailed):
+            bundle.judge(dataclasses.replace(whole, **(alone | {part: evidence})))
+    assert decoded > 20
 
 
 @pytest.mark.timeout(PATIENCE)
