@@ -55,7 +55,11 @@ def line_digest(line: bytes) -> bytes:
 
 
 class ChainWriter(Generic[Body]):
-    """Makes the lines of one chain, of bodies that `kind` reads, behind the lines that are `written` already."""
+    """Makes the lines of one chain, of bodies that `kind` reads, behind the lines that are `written` already.
+
+    Every line that was made has to be kept: the next one follows it. Whoever could not keep one makes no more, and begins again with
+    what is written.
+    """
 
     def __init__(
         self, identity: Identity, label: Label, kind: type[Entry[Body]], written: Sequence[bytes] = ()

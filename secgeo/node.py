@@ -1,7 +1,7 @@
 """The hospital's process: checks everything, then trains and sums round by round, and books its privacy budget.
 
 Order of work, and nothing later starts before the earlier has passed: key files, study documents and pins, local policy,
-anchors, private data, ledger, connection. Before each round its event is durable (`secgeo.budget`); the round that would pass
+anchors, private data, journal, ledger, connection. Before each round its event is durable (`secgeo.budget`); the round that would pass
 a budget is refused and the study left in good order, so that the others can go on.
 
 Started again after a crash, the node goes on with the study: its model and an update that waits to be summed are in its
@@ -18,6 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from keys.identity import Identity
 from keys.labels import Label
 from protocols import study_node as machine
 from protocols.agreement import Modality
-from protocols.chain import line_digest
+from protocols.chain import GENESIS, line_digest
 from protocols.policy import check_policy
 from secgeo import datasets
 from secgeo.accountant import epsilon_after
@@ -36,7 +37,7 @@ from secgeo.budget import Budget
 from secgeo.config import AnyData, ArrayData, EntryPointData, NodeConfig, TableData
 from secgeo.geometry import debiased_cka
 from secgeo.hospital_noise import add_noise_share
-from secgeo.journal import NodeJournal
+from secgeo.journal import NodeJournal, Progress
 from secgeo.noise import NoiseSource
 from secgeo.sandbox import Sandboxes
 from secgeo.site_budget import SiteBudget
@@ -114,14 +115,16 @@ class NodeProcess:
         # Keyed by the site's identity: a bare hash of the data would confirm guesses at them to whoever reads the ledger.
         keyed = hashlib.sha256(identity.sign(Label.DATASET, bytes.fromhex(records.fingerprint))).hexdigest()
         self._site = SiteBudget(folder.parent / SITE_BUDGET, keyed, records.identities)
-        digest, most = self._study.agreement_digest, config.policy.max_epsilon
-        self._budget = Budget(agreement, digest, identity, self._site, folder / LEDGER, keyed, most)
         # As the dataset's key, a signature that never leaves this process: who has the identity's keys has it, and nobody else.
         wrapping = hashlib.sha256(identity.sign(Label.KEEP_STUDY_KEY, self._study.agreement_digest)).digest()
         self._journal = NodeJournal(folder, wrapping)
+        progress = self._journal.progress()
+        link = GENESIS if progress is None else progress.link
+        digest, most = self._study.agreement_digest, config.policy.max_epsilon
+        self._budget = Budget(agreement, digest, identity, self._site, folder / LEDGER, keyed, most, link)
         self._ciphers = Sandboxes()
         self._state = SharedState.initial(agreement)
-        completed = self._restore()
+        self._restore(progress)
         entry = self._study.roster.aggregator
         self._server_key = entry.curve_public
         self._machine = machine.NodeMachine(
@@ -131,7 +134,7 @@ class NodeProcess:
             self._layout.size,
             coins=os.urandom,
             journal=self._journal,
-            completed=completed,
+            completed=0 if progress is None else progress.completed,
             ciphers=self._ciphers,
         )
         self._round_started = 0.0
@@ -140,9 +143,8 @@ class NodeProcess:
             fields["patients"] = len(set(records.patients))
         self._report("checked", fields | {"epsilon_spent_before": _finite(self._budget.epsilon_of_all()[0])})
 
-    def _restore(self) -> int:
-        """Take over what an earlier run of this study had reached; gives the last round that it applied."""
-        progress = self._journal.progress()
+    def _restore(self, progress: Progress | None) -> None:
+        """Take over what an earlier run of this study had reached."""
         arrays = {} if progress is None else progress.model
         if progress is not None:
             shared = {
@@ -150,13 +152,11 @@ class NodeProcess:
             }
             self._state = SharedState.from_arrays(self._study.agreement, shared)
             self._trainer.load_shared(self._state)
-            self._budget.link = progress.link
         local = self._journal.trained_model() or arrays
         if local:
             self._trainer.load_local_state(
                 {name.removeprefix("local/"): array for name, array in local.items() if name.startswith("local/")}
             )
-        return 0 if progress is None else progress.completed
 
     @property
     def ledger_path(self) -> Path:
@@ -170,40 +170,50 @@ class NodeProcess:
             TransportError: the aggregator cannot be reached, refuses us, or falls silent.
             RemoteProtocolError: the aggregator or a peer broke the protocol; we have left.
             BudgetExceeded: our budget is spent; we have left in good order.
+            ConfigError: the ledger cannot be closed.
         """
+        try:
+            self._take_part()
+        except BaseException:
+            with suppress(Exception):  # what ended the study counts; a ledger without its closing line tells the other
+                self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        """Claim what was spent, and close everything, whatever of it fails."""
+        with ExitStack() as closing:
+            for part in (self._ciphers, self._journal, self._site, self._budget):
+                closing.callback(part.close)
+            self._budget.claim()
+
+    def _take_part(self) -> None:
         deadlines = self._study.agreement.deadlines
         silence = SILENCE_FACTOR * max(deadlines.join_seconds, deadlines.train_seconds, deadlines.phase_seconds)
-        try:
-            with NodeEndpoint(
-                self._config.aggregator_address,
-                curve_secret=self._identity.curve_secret,
-                curve_public=self._identity.curve_public,
-                server_curve_public=self._server_key,
-            ) as endpoint:
-                if not self._wait_connected(endpoint):
+        with NodeEndpoint(
+            self._config.aggregator_address,
+            curve_secret=self._identity.curve_secret,
+            curve_public=self._identity.curve_public,
+            server_curve_public=self._server_key,
+        ) as endpoint:
+            if not self._wait_connected(endpoint):
+                return
+            self._report("connected", {"address": self._config.aggregator_address})
+            self._carry(endpoint, self._machine.start())
+            heard, connections = time.monotonic(), endpoint.connections
+            while not self._machine.ended:
+                data = endpoint.receive(POLL_SECONDS)
+                if data is None and endpoint.state != "connected" and not self._wait_connected(endpoint):
                     return
-                self._report("connected", {"address": self._config.aggregator_address})
-                self._carry(endpoint, self._machine.start())
-                heard, connections = time.monotonic(), endpoint.connections
-                while not self._machine.ended:
-                    data = endpoint.receive(POLL_SECONDS)
-                    if data is None and endpoint.state != "connected" and not self._wait_connected(endpoint):
-                        return
-                    if endpoint.connections != connections:
-                        connections = endpoint.connections
-                        self._report("reconnected", {"address": self._config.aggregator_address})
-                        self._carry(endpoint, self._machine.rejoin())
-                    if data is not None:
-                        heard = time.monotonic()
-                        self._carry(endpoint, self._machine.receive(data))
-                    elif time.monotonic() - heard > silence:
-                        raise TransportError(f"the aggregator said nothing for {silence:.0f} seconds; ask its operator")
-        finally:
-            self._budget.claim()
-            self._budget.close()
-            self._site.close()
-            self._journal.close()
-            self._ciphers.close()
+                if endpoint.connections != connections:
+                    connections = endpoint.connections
+                    self._report("reconnected", {"address": self._config.aggregator_address})
+                    self._carry(endpoint, self._machine.rejoin())
+                if data is not None:
+                    heard = time.monotonic()
+                    self._carry(endpoint, self._machine.receive(data))
+                elif time.monotonic() - heard > silence:
+                    raise TransportError(f"the aggregator said nothing for {silence:.0f} seconds; ask its operator")
 
     def _wait_connected(self, endpoint: NodeEndpoint) -> bool:
         """Whether there is a connection; there need be none once every sum is here."""

@@ -5,7 +5,8 @@ even one of them with its own, so that neither a new study nor an added record n
 a keyed hash of its features, a patient by one of the name that the data give; who is in another file under another name is not
 recognised (docs/privacy.md). No clock is asked.
 
-An event is on disk before its noise is drawn. Two studies at a time are booked one after the other.
+An event is on disk before its noise is drawn. Two studies at a time are booked one after the other. With each event goes the privacy
+unit of its study: what was spent on records and what was spent on patients cannot be added up here (`secgeo.budget` refuses it).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from keys.errors import ConfigError
+from protocols.agreement import PrivacyUnit
 from secgeo.journal import open_database
 
 DIGEST_BYTES = 16
@@ -28,11 +31,11 @@ CREATE TABLE IF NOT EXISTS records (dataset TEXT, digest BLOB, PRIMARY KEY (dige
 CREATE INDEX IF NOT EXISTS of_dataset ON records (dataset);
 CREATE TABLE IF NOT EXISTS events (
   id INTEGER PRIMARY KEY, dataset TEXT, study TEXT, round INTEGER,
-  sample_rate REAL, noise_multiplier REAL, steps INTEGER, delta REAL) STRICT;
+  sample_rate REAL, noise_multiplier REAL, steps INTEGER, delta REAL, unit TEXT, records_per_patient INTEGER) STRICT;
 """
 
 _SPENT = """
-SELECT sample_rate, noise_multiplier, steps, delta FROM events WHERE dataset IN (
+SELECT sample_rate, noise_multiplier, steps, delta, unit, records_per_patient FROM events WHERE dataset IN (
   SELECT theirs.dataset FROM records AS ours JOIN records AS theirs USING (digest) WHERE ours.dataset = ?)
 ORDER BY id
 """
@@ -40,12 +43,14 @@ ORDER BY id
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """`steps` DP-SGD steps, and the delta at which their study counts."""
+    """`steps` DP-SGD steps, the delta at which their study counts, and whom it protects."""
 
     sample_rate: float
     noise_multiplier: float
     steps: int
     delta: float
+    unit: PrivacyUnit = "record"
+    records_per_patient: int = 0
 
 
 class SiteBudget:
@@ -57,11 +62,17 @@ class SiteBudget:
         identities: of its records and patients, as `secgeo.datasets.LabelledRecords` gives them.
 
     Raises:
-        ConfigError: the database cannot be opened.
+        ConfigError: the database cannot be opened, or is of an earlier version, which did not keep the privacy unit.
     """
 
     def __init__(self, path: Path, dataset: str, identities: Iterable[bytes]) -> None:
         self._database, self._dataset = open_database(path, _TABLES), dataset
+        if "unit" not in {column[1] for column in self._database.execute("PRAGMA table_info(events)")}:
+            self._database.close()
+            raise ConfigError(
+                f"{path} was begun by an earlier version, which did not keep the privacy unit; go on with that version, or count "
+                "what it holds by hand (docs/privacy.md) and begin with another state folder"
+            )
         with self._transaction():
             self._database.execute("INSERT OR IGNORE INTO site VALUES (1, ?)", (os.urandom(KEY_BYTES),))
             (key,) = self._database.execute("SELECT key FROM site").fetchone()
@@ -86,13 +97,15 @@ class SiteBudget:
                 event.noise_multiplier,
                 event.steps,
                 event.delta,
+                event.unit,
+                event.records_per_patient,
             )
-            self._database.execute("INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._database.execute("INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def steps_of(self, study: str) -> int:
-        """Steps that were booked for a study."""
-        row = self._database.execute("SELECT COALESCE(SUM(steps), 0) FROM events WHERE study = ?", (study,)).fetchone()
-        return int(row[0])
+    def booked(self, study: str) -> list[tuple[int, int]]:
+        """Round and steps of all events of a study, on whatever records, in their order."""
+        rows = self._database.execute("SELECT round, steps FROM events WHERE study = ? ORDER BY id", (study,))
+        return [(int(round_number), int(steps)) for round_number, steps in rows]
 
     def close(self) -> None:
         """Close the database."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +20,22 @@ from audit.budget import epsilon_concentrated
 from audit.records import verify_folder
 from keys.errors import BudgetExceeded, ConfigError, KeyFileError, SecGeoError, VerificationFailed
 from keys.identity import Identity
+from protocols import study_node as machine
 from protocols.agreement import agreement_digest, read_agreement
 from protocols.encoding import FixedPoint
 from protocols.messages import Join, encode
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import SendTo
 from protocols.transcript import StudyOpened, TranscriptWriter
+from secgeo import hospital_noise, node
 from secgeo.aggregator import AggregatorProcess, run_aggregator
+from secgeo.budget import Budget
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
 from secgeo.datasets import LabelledRecords
+from secgeo.hospital_noise import private_values
+from secgeo.journal import NodeJournal
 from secgeo.node import NodeProcess, run_node
+from secgeo.noise import NoiseSource
 from secgeo.records import write_manifest
 from secgeo.site_budget import SiteBudget, Spent
 from secgeo.update import Layout
@@ -135,6 +143,199 @@ def test_a_ledger_of_other_records_is_not_continued(site: Site) -> None:
     np.savez(site.base / NODE / "records.npz", **records)
     with pytest.raises(ConfigError, match="opened for other records"):
         start(site)
+
+
+# --- what is booked, drawn, kept and sent, in which order
+
+HOSPITAL = {"noise_multiplier": 1.0, "max_update_norm": 0.5, "delta": 1e-3, "epsilon_budget": 9.0}
+
+
+class Seen:
+    """What a node does, in order, with what it was done to; `machine` stands in for its part of the secure sum."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, object]] = []
+        for place, name in (
+            (Budget, "book"),
+            (NoiseSource, "uniform"),
+            (NoiseSource, "gaussian"),
+            (hospital_noise, "discrete_gaussian"),
+            (NodeJournal, "keep_update"),
+        ):
+            self._watch(monkeypatch, place, name)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> None:
+        inner = getattr(place, name)
+
+        def watched(*arguments: object) -> object:
+            self.calls.append((name, arguments))
+            return inner(*arguments)
+
+        monkeypatch.setattr(place, name, watched)
+
+    def instead_of(self, running: NodeProcess) -> None:
+        running._machine = SimpleNamespace(submit=self.submit, decline=self.decline)  # type: ignore[assignment]
+
+    def submit(self, round_number: int, vector: np.ndarray) -> list[machine.Output]:
+        self.calls.append(("submit", vector.copy()))
+        return []
+
+    def decline(self, reason: str) -> list[machine.Output]:
+        self.calls.append(("decline", reason))
+        return [machine.Send(b"declined")]
+
+    @property
+    def order(self) -> list[str]:
+        return [name for name, _ in groupby(name for name, _ in self.calls)]
+
+    @property
+    def submitted(self) -> np.ndarray:
+        (vector,) = (value for name, value in self.calls if name == "submit")
+        assert isinstance(vector, np.ndarray)
+        return vector
+
+
+def after_first_round(site: Site, seen: Seen) -> NodeProcess:
+    """A node that has applied the first sum, which is public: its next round is private."""
+    running = start(site)
+    seen.instead_of(running)
+    running._train(SimpleNamespace(), 1)  # type: ignore[arg-type]
+    assert seen.order == ["book", "keep_update", "submit"], "the first round draws nothing"
+    total = len(HOSPITALS) * seen.submitted
+    running._apply(machine.Summed(1, total, HOSPITALS, b"the record of round 1"))
+    seen.calls.clear()
+    return running
+
+
+def end(running: NodeProcess) -> None:
+    for part in (running._budget, running._site, running._journal):
+        part.close()
+
+
+@pytest.mark.parametrize("hospital", [None, HOSPITAL], ids=["dp-sgd alone", "with noise for the hospital"])
+def test_a_round_is_booked_before_anything_is_drawn_and_kept_before_it_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hospital: dict[str, float] | None
+) -> None:
+    site, seen = make_site(tmp_path, hospital=hospital), Seen(monkeypatch)
+    running = after_first_round(site, seen)
+    gaussian, booked = NoiseSource.gaussian, []
+
+    def drawing(*arguments: object) -> np.ndarray:
+        booked.append(b'"round":2' in running.ledger_path.read_bytes())
+        return gaussian(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(NoiseSource, "gaussian", drawing)
+    running._train(SimpleNamespace(), 2)  # type: ignore[arg-type]
+    drawn = {"uniform", "gaussian"}
+    order = [name for name, _ in groupby("drawn" if name in drawn else name for name in seen.order)]
+    shared = ["discrete_gaussian"] if hospital else []
+    assert order == ["book", "drawn", *shared, "keep_update", "submit"]
+    assert {name for name, _ in seen.calls} >= drawn
+    assert booked
+    assert all(booked), "the event was on disk"
+
+
+@pytest.mark.parametrize("hospital", [None, HOSPITAL], ids=["dp-sgd alone", "with noise for the hospital"])
+def test_nothing_is_drawn_for_a_round_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hospital: dict[str, float] | None
+) -> None:
+    site, seen, sent = make_site(tmp_path, hospital=hospital), Seen(monkeypatch), []
+    running = after_first_round(site, seen)
+    running._budget._max_epsilon = 1e-9
+    with pytest.raises(BudgetExceeded):
+        running._train(SimpleNamespace(send=sent.append), 2)  # type: ignore[arg-type]
+    assert seen.order == ["book", "decline"]
+    assert sent == [b"declined"]
+    assert running._journal.update(2) is None
+
+
+def test_a_restart_sends_the_very_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shares of noise on one update would average; the update without its noise is never on disk."""
+    site, seen = make_site(tmp_path, hospital=HOSPITAL), Seen(monkeypatch)
+    running = after_first_round(site, seen)
+    running._train(SimpleNamespace(), 2)  # type: ignore[arg-type]
+    first, share = seen.submitted, running._study.agreement.noise_share
+    assert share is not None
+    noised = first[private_values(running._layout)]
+    assert np.std(noised) == pytest.approx(share.std, rel=0.15)
+    np.testing.assert_array_equal(np.rint(noised / share.step) * share.step, noised)
+    end(running)
+    again = start(site)
+    seen.instead_of(again)
+    seen.calls.clear()
+    again._train(SimpleNamespace(), 2)  # type: ignore[arg-type]
+    assert seen.order == ["submit"], "nothing is booked or drawn again"
+    np.testing.assert_array_equal(seen.submitted, first)
+    kept = [arguments for name, arguments in seen.calls if name == "keep_update"]
+    assert not kept
+
+
+def test_an_event_that_a_crash_kept_from_the_ledger_is_linked_as_it_would_have_been(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen(monkeypatch)
+    running = after_first_round(site, seen)
+    link = running._budget.link
+    monkeypatch.setattr(running._budget._file, "append", lambda _: (_ for _ in ()).throw(ConfigError("killed")))
+    with pytest.raises(ConfigError, match="killed"):
+        running._train(SimpleNamespace(), 2)  # type: ignore[arg-type]
+    assert seen.order == ["book"]
+    end(running)
+    again = start(site)
+    bodies = [json.loads(line)["body"] for line in again.ledger_path.read_text().splitlines()]
+    assert [(b["round"], b["transcript_link"]) for b in bodies if b["type"] == "DpSgdEvent"][1:] == [(2, link)]
+
+
+@pytest.mark.parametrize("books", ["books are kept", "books are lost"])
+def test_a_node_whose_ledger_is_lost_takes_no_part(site: Site, monkeypatch: pytest.MonkeyPatch, books: str) -> None:
+    """Nor if the books of the site are lost with it: the journal knows that there were sums."""
+    running = after_first_round(site, Seen(monkeypatch))
+    running._train(SimpleNamespace(), 2)  # type: ignore[arg-type]
+    end(running)
+    running.ledger_path.unlink()
+    if books == "books are lost":
+        for path in running.ledger_path.parent.parent.glob("budget.sqlite*"):
+            path.unlink()
+    with pytest.raises(ConfigError, match=r"ledger.*backup") as refused:
+        start(site)
+    assert refused.value.exit_code == 3
+
+
+def test_what_ended_a_study_is_told_although_the_disk_is_full_and_everything_is_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spent:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise BudgetExceeded("the budget is spent")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    running = start(site)
+    with monkeypatch.context() as patched:
+        patched.setattr(node, "NodeEndpoint", Spent)
+        patched.setattr(os, "write", full)
+        with pytest.raises(BudgetExceeded, match="the budget is spent"):
+            running.run()
+    again = start(site)  # ledger and journal are free again
+    with monkeypatch.context() as patched:
+        patched.setattr(node, "NodeEndpoint", Spent)
+        patched.setattr(again._ciphers, "close", full)
+        with pytest.raises(BudgetExceeded, match="the budget is spent"):
+            again.run()
+    last = json.loads(again.ledger_path.read_text().splitlines()[-1])
+    assert last["body"]["type"] == "LedgerClosed"
+
+
+def test_a_study_that_ends_well_says_if_its_ledger_could_not_be_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start(site)
+    monkeypatch.setattr(running, "_take_part", lambda: None)
+    monkeypatch.setattr(running._budget._file, "append", lambda _: (_ for _ in ()).throw(ConfigError("full")))
+    with pytest.raises(ConfigError, match="full"):
+        running.run()
+    start(site)
 
 
 def test_refusals_come_before_torch_is_even_imported(site: Site) -> None:
