@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,9 +42,10 @@ def budget_epsilon(
     from audit.accountants import epsilons
     from audit.budget import Steps
 
-    answer = epsilons([Steps(sample_rate, noise_multiplier, steps)], delta)
+    with _settings():
+        answer = epsilons([Steps(sample_rate, noise_multiplier, steps)], delta)
     if not emit(json, **answer.to_json()):
-        _show_epsilons(answer)
+        _show_epsilons(answer, "unit")
 
 
 @budget_app.command("plan")
@@ -75,22 +78,27 @@ def budget_plan(
     """
     from rich.console import Console
 
-    from audit.plan import Budget, calibrate, plot_plans, trade_offs, write_spec
+    from audit.plan import Budget, calibrate, check_plot, plot_plans, trade_offs, write_spec
 
     if (study is None) != (out is None):
         raise ConfigError("--study and --out go together: the one is read, the other written")
+    spec = {} if study is None else _read_toml(study)
+    unit = _unit_of(spec)
+    if plot is not None:
+        check_plot(plot)
     budget = Budget(epsilon, delta, patients, rounds, steps_per_round)
-    with Console(stderr=True).status("trying noise multipliers ..."):
+    with Console(stderr=True).status("trying noise multipliers ..."), _settings():
         plan = calibrate(budget, batch)
         plans = trade_offs(budget, batch)
-        if plot is not None:
-            plot_plans(plot, plans, batch)
-    if out is not None and study is not None:
-        write_spec(_read_toml(study), plan, out)
-    if emit(json, plan=plan.to_json(), trade_offs=[other.to_json() for other in plans]):
+    if out is not None:
+        write_spec(spec, plan, out)
+    if plot is not None:
+        plot_plans(plot, plans, batch, unit)
+    if emit(json, plan=plan.to_json(), trade_offs=[other.to_json() for other in plans], unit=unit):
         return
     show(
-        f"epsilon {epsilon:g} at delta {delta:g}, add or remove one; {rounds} rounds of {steps_per_round} steps, {patients} patients"
+        f"epsilon {epsilon:g} at delta {delta:g}, add or remove one {unit}; {rounds} rounds of {steps_per_round} steps, "
+        f"{patients} {unit}s"
     )
     show(
         f"\n{'batch':>8} {'sample rate':>12} {'noise multiplier':>17} {'noise per step':>15} {'RDP':>8} {'PRV':>8} {'PLD':>8}"
@@ -175,7 +183,7 @@ def budget_verify(
             show(
                 f"{name}: claims epsilon {'infinite' if claimed is None else format(claimed, '.4f')} at delta {answer.delta:g}"
             )
-            _show_epsilons(answer, indent="  ")
+            _show_epsilons(answer, report.unit, indent="  ")
             if hospital := report.hospitals.get(name):
                 show(
                     f"  the whole hospital: claims epsilon {hospital['claimed']:.4f}, by RDP {hospital['google_rdp']:.4f} "
@@ -198,10 +206,11 @@ def budget_compose(
     at: At = None,
     json: Json = False,
 ) -> None:
-    """Epsilon of patients who are in several ledgers: at two hospitals, or in two studies of one. Every folder is verified first.
+    """Epsilon of patients (or records) who are in several ledgers: at two hospitals, or in two studies of one. Every folder is verified.
 
     A patient who is in one of them only has that one's epsilon: over disjoint patients the whole system has the maximum, over shared
-    patients the composition, which this computes from all events (less than the sum of epsilons).
+    patients the composition, which this computes from all events (less than the sum of epsilons). All agreements must protect the same
+    unit, records or patients.
 
     Example: secgeo budget compose runs/a:hospital-01 runs/b:hospital-02
     """
@@ -209,22 +218,38 @@ def budget_compose(
 
     now = (at or datetime.now(UTC)).replace(tzinfo=UTC)
     pinned = ungroup_digits(authority) if authority else None
-    single, composed = compose([_ledger_of(name) for name in ledgers], delta, authority_fingerprint=pinned, now=now)
+    named = [_ledger_of(name) for name in ledgers]
+    single, composed, unit = compose(named, delta, authority_fingerprint=pinned, now=now)
     alone = {name: answer.to_json() for name, answer in zip(ledgers, single, strict=True)}
-    if emit(json, patients_of_one=alone, patients_of_all=composed.to_json()):
+    if emit(json, patients_of_one=alone, patients_of_all=composed.to_json(), unit=unit):
         return
     for name, answer in zip(ledgers, single, strict=True):
-        show(f"a patient in {name} only, at delta {answer.delta:g}")
-        _show_epsilons(answer, indent="  ")
-    show(f"a patient in all of them, at delta {composed.delta:g}")
-    _show_epsilons(composed, indent="  ")
+        show(f"a {unit} in {name} only, at delta {answer.delta:g}")
+        _show_epsilons(answer, unit, indent="  ")
+    show(f"a {unit} in all of them, at delta {composed.delta:g}")
+    _show_epsilons(composed, unit, indent="  ")
 
 
-def _show_epsilons(answer: Epsilons, indent: str = "") -> None:
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Settings that no accountant can answer are to be mended; they are no claim that fails."""
+    try:
+        yield
+    except VerificationFailed as error:
+        raise ConfigError(str(error)) from None
+
+
+def _unit_of(spec: dict[str, Any]) -> str:
+    privacy = spec.get("privacy")
+    unit = privacy.get("unit") if isinstance(privacy, dict) else None
+    return unit if unit in ("record", "patient") else "unit"
+
+
+def _show_epsilons(answer: Epsilons, unit: str, indent: str = "") -> None:
     for name, title in (("rdp", "Opacus RDP"), ("prv", "Opacus PRV"), ("pld", "Google PLD")):
         value = answer.epsilon[name]
         show(f"{indent}{title}  " + (f"no answer: {answer.refused[name]}" if value is None else f"epsilon {value:.4f}"))
-    show(f"{indent}delta {answer.delta:g}, neighbouring relation: add or remove one")
+    show(f"{indent}delta {answer.delta:g}, neighbouring relation: add or remove one {unit}")
 
 
 def _ledger_of(name: str) -> tuple[Path, str]:

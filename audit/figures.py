@@ -12,7 +12,7 @@ from scipy import stats
 
 from audit.bundle import Evidence
 from audit.conformance import ConformanceEvidence
-from audit.leakage import LeakageEvidence, Membership, dp_line, roc
+from audit.leakage import OBSERVATIONS, LeakageEvidence, Membership, dp_line, roc
 from audit.ledgers import BudgetReport
 from audit.protocol import ProtocolEvidence
 from audit.training import CanaryScores, TrainingEvidence, bounds
@@ -211,14 +211,14 @@ def _rocs(evidence: LeakageEvidence, agreement: Agreement) -> Figure:
 
 def _inversions(evidence: LeakageEvidence) -> Figure:
     def draw(axes: Sequence[Axes]) -> None:
-        rows = evidence.inversion
+        rows = sorted(evidence.inversion, key=lambda row: OBSERVATIONS.index(row.observation))
         labels, places = [f"{row.observation}\n{row.protection}" for row in rows], np.arange(len(rows))
         for place, row in zip(places, rows, strict=True):
             matrix = np.array(row.similarity)
             guesses = matrix[~np.eye(len(matrix), dtype=bool)]
             axes[0].scatter(np.full(len(guesses), place) + 0.15, guesses, s=3, color=GREY, alpha=0.3)
             axes[0].scatter(np.full(len(matrix), place) - 0.15, np.diag(matrix), s=12, color=BLUE)
-        axes[0].set_xticks(places, labels)
+        axes[0].set_xticks(places, labels, fontsize=8)
         axes[0].set_ylabel("correlation with the record")
 
     return Figure(

@@ -22,6 +22,11 @@ al. 2023 (arXiv 2305.08846).
 *Inversion.* One step on one record. The attacker looks for features and label whose clipped gradient is the one seen (gradient matching:
 Zhu et al. 2019, Geiping et al. 2020) by Levenberg-Marquardt, along the anchors' principal components and with their sizes as its prior,
 and knows the model. The head starts at zero, where B has no gradient; so all attacks begin after a first round on other data.
+In the aggregate each hospital took one step on a record of its own. The attacker colludes with all others but one, takes off what these
+sent, and looks for the two records that are left, both at once. Who had which it cannot tell: the more similar one counts, for guesses
+too. (With all others colluding the aggregate is the update.) What is released of B after that round is the aggregate over the sum of the
+weights, which are public: the same attack, on the released B. Of the Gram matrix the attacker takes the change to first order in the
+step, along the directions in which records that it draws move it, and whitens it by what noise that it draws does.
 
 *Simplifications, all for the attacker.* Other hospitals hold the target's modality and train from its local parameters; their updates are
 drawn from a pool made with records of `others` (without those: anchors with drawn labels), which the attacker knows. Consensus is from the
@@ -40,6 +45,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal
 
 import msgspec
@@ -132,8 +138,8 @@ class Inversion(Struct, frozen=True, forbid_unknown_fields=True):
     """Reconstructions from one step on one record each.
 
     Attributes:
-        similarity: [n][n] correlation of reconstruction i with the true standardised features of record j. Off the diagonal is what a
-            guess would reach.
+        similarity: [n][n] correlation of reconstruction i with the true standardised features of record j; of two reconstructions that
+            of the more similar one. Off the diagonal is what a guess would reach.
         labels_right: how many labels were found.
     """
 
@@ -262,6 +268,7 @@ def judge(evidence: LeakageEvidence, agreement: Agreement) -> list[Finding]:
     Raises:
         ConfigError: evidence is missing, empty or not finite.
     """
+    inversions = [_inverted(evidence, observation) for observation in OBSERVATIONS]
     findings = []
     for observation in OBSERVATIONS:
         found = [row for row in evidence.membership if row.observation == observation]
@@ -270,12 +277,18 @@ def judge(evidence: LeakageEvidence, agreement: Agreement) -> list[Finding]:
         if not ours or not reference:
             raise ConfigError(f"the evidence has no membership scores of the {observation}, ours and unprotected")
         findings.append(_judge_membership(ours, reference, agreement))
-    for observation in ("update", "upload"):
-        inverted = {row.protection: row for row in evidence.inversion if row.observation == observation}
-        if inverted.keys() != {"ours", "unprotected"}:
-            raise ConfigError(f"the evidence has no inversions of the {observation}, ours and unprotected")
-        findings.append(_judge_inversion(inverted["ours"], inverted["unprotected"]))
-    return findings
+    return findings + [_judge_inversion(ours, reference) for ours, reference in inversions]
+
+
+def _inverted(evidence: LeakageEvidence, observation: Observation) -> tuple[Inversion, Inversion]:
+    rows = [row for row in evidence.inversion if row.observation == observation]
+    ours = [row for row in rows if row.protection == "ours"]
+    reference = [row for row in rows if row.protection == "unprotected"]
+    if len(ours) != 1 or len(reference) != 1:
+        raise ConfigError(f"the evidence has not one inversion each of the {observation}, ours and unprotected")
+    for row in rows:
+        _square(row)
+    return ours[0], reference[0]
 
 
 _SEEN = {
@@ -285,6 +298,12 @@ _SEEN = {
     "adapter": "the released adapter",
     "gram": "the Gram matrix of the anchors",
 }
+
+_KNOWN: dict[Observation, str] = {
+    "aggregate": "; the attacker knows what all other hospitals but one sent, and looks for the records of both that are left",
+    "adapter": "; the attacker knows all of the aggregate, but what this hospital and one other sent, and looks for both records",
+}
+"""What the attacker knows in an inversion, beside the model."""
 
 
 def _judge_membership(ours: list[Membership], reference: list[Membership], agreement: Agreement) -> Finding:
@@ -356,15 +375,23 @@ def _judge_inversion(ours: Inversion, reference: Inversion) -> Finding:
     works = middle_reference >= SUCCESS_SIMILARITY and chance_reference < PLAUSIBLE
     if observation == "upload":
         promise, broken = "it tells nothing about any record, not even without the noise of training", chance < CHANCE
+        fails = not broken
     else:
         promise = f"no step on a single record shows it: median correlation below {SUCCESS_SIMILARITY}"
         broken = middle >= SUCCESS_SIMILARITY and chance < CHANCE
+        fails = middle < SUCCESS_SIMILARITY or chance >= PLAUSIBLE
     detail = "; ".join(
         f"{row.protection}: median correlation {value:.3f} (guesses: {_guess(row):.3f}), "
         f"by chance with probability {p:.2g}, {row.labels_right} of {len(row.similarity)} labels"
         for row, value, p in ((ours, middle, chance), (reference, middle_reference, chance_reference))
     )
-    return Finding("leakage", f"gradient inversion on {_SEEN[observation]}", promise, _status(works, broken), detail)
+    detail += _KNOWN.get(observation, "")
+    if not works:
+        detail += "; the attack fails on unprotected training, so that it shows nothing about ours"
+    elif not fails and not broken:
+        detail += "; the attack succeeds on ours, on too few records to tell it from chance"
+    name = f"gradient inversion on {_SEEN[observation]}"
+    return Finding("leakage", name, promise, _status(works and fails, broken), detail)
 
 
 PERMUTATIONS = 30_000
@@ -396,8 +423,10 @@ def _square(row: Inversion) -> Values:
     if count < 2 or any(len(line) != count for line in row.similarity):
         raise ConfigError("similarities of reconstructions are a square matrix of two or more records")
     matrix = np.array(row.similarity, dtype=np.float64)
-    if not np.isfinite(matrix).all():
-        raise ConfigError("a similarity of reconstructions is not finite")
+    if not np.isfinite(matrix).all() or np.abs(matrix).max() > 1.0 + 1e-9:
+        raise ConfigError("a similarity of reconstructions is no correlation")
+    if not 0 <= row.labels_right <= count:
+        raise ConfigError("more labels of reconstructions are right than there are, or fewer than none")
     return matrix
 
 
@@ -454,7 +483,7 @@ Progress = Callable[[str, float], None]
 
 
 def collect(target: Target, *, profile: Profile, progress: Progress, seed: int | None = None) -> LeakageEvidence:
-    """Run every attack. On one core `fast` takes 12 seconds for the breast-cancer demonstration and 2 minutes for mfeat.
+    """Run every attack. On one core `fast` takes 15 seconds for the breast-cancer demonstration and 3 minutes for mfeat.
 
     `full` takes some minutes for the former.
 
@@ -726,12 +755,36 @@ class _Whitebox:
     @torch.no_grad()
     def gram(self, flat: Tensor) -> Values:
         """The Gram matrix of the anchors with parameters `flat`, as its upper triangle."""
+        kept = [p.clone() for p in self.parameters]
         for p, value in zip(self.parameters, torch.split(flat, self._sizes), strict=True):
             p.copy_(value.view_as(p))
+        upper: Values = self._gram().numpy()
+        for p, value in zip(self.parameters, kept, strict=True):
+            p.copy_(value)
+        return upper
+
+    def gram_slopes(self, along: Values) -> Values:
+        """How the Gram matrix along [k, K] changes with the parameters that were taken last: [k, P]."""
+        upper = self._gram()
+        slopes = []
+        for one in torch.from_numpy(along):
+            found = torch.autograd.grad(upper @ one, self.parameters[:-2], retain_graph=True)  # all but the head
+            parts = [part.clone() for part in found]
+            for index, layer in enumerate(self.model.adapted.values()):
+                # The row norms are detached in training; but they do change with B.
+                norms, scale = layer.row_norms(), layer.scale
+                turn = scale * (layer.base @ layer.projection.T + scale * layer.direction.weight.detach())
+                shrink = parts[self._layers + index] * layer.magnitude.weight.detach() / norms.square()
+                parts[index] -= shrink[:, None] * turn
+            slopes.append(torch.cat([*(part.flatten() for part in parts), torch.zeros(sum(self._sizes[-2:]))]))
+        found_slopes: Values = torch.stack(slopes).numpy()
+        return found_slopes
+
+    def _gram(self) -> Tensor:
         embedded = self.model.embed(self._anchors)
         embedded = embedded - embedded.mean(dim=0)
-        kernel = (embedded @ embedded.T).numpy()
-        upper: Values = kernel[np.triu_indices(len(kernel))] / np.linalg.norm(kernel)
+        kernel = embedded @ embedded.T
+        upper: Tensor = kernel[*torch.triu_indices(len(kernel), len(kernel))] / kernel.norm()
         return upper
 
     def gradients(self, features: Tensor, labels: Tensor, *, shared: bool = False) -> Tensor:
@@ -1021,8 +1074,8 @@ def _likelihood_ratios(seen: Values, model: _Linear) -> Values:
 # --- gradient inversion
 
 ITERATIONS, SCREENING = 30, 6
-STUCK, STILL = 1e6, 1e-6
-"""A search ends at this damping, or when a step gains less than this part of what is left."""
+STUCK, STILL = 1e6, 0.01
+"""A search ends at this damping, or when a step gains less than this in twice the log likelihood."""
 
 MOST_SLOPES = 2e7
 """Values of all Jacobians that are in memory together."""
@@ -1030,63 +1083,149 @@ MOST_SLOPES = 2e7
 DIFFERENCE = 1e-5
 """Of forward differences, in deviations; everything is in float64."""
 
+DRAWN, MOST_DRAWN = 40, 400
+"""Records per label, and of all labels as long as each has two, that are tried before a search begins."""
+
+DIRECTIONS = 48
+"""Of the Gram matrix: those along which records move it most."""
+
+Effect = Callable[[Tensor, Tensor], Values]
+
+
+@dataclass(frozen=True, slots=True)
+class _Clue:
+    """What one step on one record shows of it.
+
+    Attributes:
+        seen: [n, D], less what the attacker knows.
+        effect: what each of m records, with its label, adds to it to first order: [m, D].
+        noise: the variance that was agreed, on each value.
+        together: so many records, each of another hospital, are in it; their effects add up.
+    """
+
+    seen: Values
+    effect: Effect
+    noise: float
+    together: int = 1
+
 
 def _invert_all(scene: _Scene) -> list[Inversion]:
-    """One record, one step, no anchors' gradient (the attacker knows it): what the update and the upload show of the record."""
+    """One record, one step, no anchors' gradient (the attacker knows it): what each observation shows of the record."""
     count = min(scene.size.inverted, len(scene.base))
     records = _take(scene.base, np.arange(count))
-    found = []
-    for protection, seen in (
-        ("unprotected", "update"),
-        ("unprotected", "upload"),
-        ("ours", "upload"),
-        ("ours", "update"),
-    ):
-        # As with membership, an upload of ours is of training without noise.
-        trained: Protection = "ours" if (protection, seen) == ("ours", "update") else "unprotected"
+    prior = _Prior.of(scene.target)
+    truth, found = prior.standardised(records.features), []
+    for protection, shown in _WHAT_IS_SEEN.items():
         target = _vary(
-            _protected(scene.target, trained),
+            _protected(scene.target, protection),
             training={
                 "steps_per_round": 1,
                 "warmup_steps": 0,
                 "alignment_weight": 0.0,
                 "coordinate_weight": 0.0,
+                "merge_every_rounds": 0,
                 "learning_rate": scene.target.agreement.training.learning_rate,
             },
             privacy={"sample_rate": 1.0},
             batch=1.0,
         )
-        uploads = _Uploads(target.agreement, target.member.node_id)
-        private, weight = private_values(scene.layout), precision_weight(target.agreement, target.member)
-        changes = []
-        for index in range(count):
-            trainer = scene.trainer(target, _take(records, np.array([index])))
-            vector = _vector(target, scene.layout, trainer.train_round(scene.start.state))
-            shown = vector if seen == "update" else uploads.seen(vector, protected=protection == "ours")
-            changes.append(shown[private] / weight)
-        whitebox = _Whitebox(target)
-        start = scene.trainer(target, records)
-        start.load_shared(scene.start.state)
-        whitebox.take(start)
-        prior = _Prior.of(target)
-        columns = count * target.agreement.study.classes * len(prior.components)
-        starts = min(scene.size.starts, max(1, scene.size.columns // columns))
-        groups = math.ceil(columns * starts * whitebox.shared / MOST_SLOPES)
-        matched = [
-            _match(scene, target, whitebox, some, starts)
-            for some in np.array_split(np.array(changes), min(groups, count))
-        ]
-        guesses, labels = (np.concatenate(parts) for parts in zip(*matched, strict=True))
-        observation: Observation = "update" if seen == "update" else "upload"
-        found.append(
-            Inversion(
-                observation,
-                "ours" if protection == "ours" else "unprotected",
-                _correlations(guesses, prior.standardised(records.features)).tolist(),
-                int(np.count_nonzero(labels == records.labels)),
-            )
-        )
+        clues = _clues(scene, target, prior, records, {seen for seen, _, _ in shown})
+        for seen, observation, of in shown:
+            guesses, labels = _match(scene, target, prior, clues[seen])
+            similarity = np.array([_correlations(guess, truth) for guess in guesses.swapaxes(0, 1)])
+            nearest = similarity.argmax(axis=0).diagonal()
+            right = labels[np.arange(count), nearest] == records.labels
+            found.append(Inversion(observation, of, similarity.max(axis=0).tolist(), int(np.count_nonzero(right))))
     return found
+
+
+def _clues(
+    scene: _Scene, target: Target, prior: _Prior, records: LabelledRecords, wanted: set[str]
+) -> dict[str, _Clue]:
+    """What is seen, by the names of `_Seen`, of real steps from the start."""
+    agreement, layout, start = target.agreement, scene.layout, scene.start.state
+    private, code = private_values(layout), FixedPoint.from_agreement(agreement)
+    weight, noise = precision_weight(agreement, target.member), _noise(target)
+    noise += (2.0**-code.fraction_bits / weight) ** 2 / 12.0
+    everybody = agreement.precision.ridge + scene.members * weight
+    whitebox, trainer = _Whitebox(target), scene.trainer(target, records)
+    trainer.load_shared(start)
+    at = whitebox.take(trainer)
+
+    def gradients(features: Tensor, labels: Tensor) -> Values:
+        found: Values = whitebox.gradients(features, labels, shared=True).numpy()
+        return -agreement.training.learning_rate * found
+
+    def step(of: LabelledRecords) -> list[RoundUpdate]:
+        return [scene.trainer(target, _take(of, np.array([i]))).train_round(start) for i in range(len(of))]
+
+    updates = step(records)
+    ours = [_vector(target, layout, update) for update in updates]
+    drawn = scene.chance.choice(len(scene.strangers), max(len(ours), scene.members - 1))
+    others = [_vector(target, layout, update) for update in step(_take(scene.strangers, drawn))]
+    sums, released = [], []
+    for index, vector in enumerate(ours):
+        theirs = [others[(index + place) % len(others)] for place in range(scene.members - 1)]
+        encoded = [code.encode(values) for values in (vector, *theirs)]
+        total = code.decode(np.sum(encoded, axis=0, dtype=np.uint32), len(encoded))
+        after = apply_sum(start, layout, total, agreement).B
+        change = np.concatenate([(after[s.name] - start.B[s.name]).ravel() for s in layout.segments])
+        known = np.sum([code.decode(code.encode(values), 1)[private] for values in theirs[1:]], axis=0)
+        sums.append((total[private] - known) / weight)
+        released.append((change * everybody - known) / weight)
+    clues = {
+        "update": _Clue(np.array(ours)[:, private] / weight, gradients, noise),
+        "aggregate": _Clue(np.array(sums), gradients, 2.0 * noise, together=2),
+        "adapter": _Clue(np.array(released), gradients, 2.0 * noise, together=2),
+        "gram": _gram_clue(scene, target, prior, whitebox, at, np.array([update.gram for update in updates])),
+    }
+    uploads = _Uploads(agreement, target.member.node_id)
+    for seen, protected in (("encoded", False), ("masked", True)):
+        if seen in wanted:
+            read = np.array([uploads.seen(vector, protected=protected)[private] for vector in ours])
+            clues[seen] = _Clue(read / weight, gradients, noise)
+    return clues
+
+
+def _gram_clue(scene: _Scene, target: Target, prior: _Prior, whitebox: _Whitebox, at: Tensor, grams: Values) -> _Clue:
+    """Changes of the Gram matrix, along the directions in which records that the attacker draws move it."""
+    training, privacy = target.agreement.training, target.agreement.privacy
+    speed = np.full(len(at), training.local_learning_rate)
+    speed[: whitebox.shared] = training.learning_rate
+    before, triangle = whitebox.gram(at), np.triu_indices(scene.layout.anchors)
+
+    def steps(features: Tensor, labels: Tensor) -> Values:
+        found: Values = whitebox.gradients(features, labels).numpy()
+        return -speed * found
+
+    def changes(of: Values) -> Values:
+        return np.array([whitebox.gram(at + torch.from_numpy(one)) - before for one in of])
+
+    hidden, labels = prior.draw(scene.chance, target.agreement.study.classes)
+    moved = changes(steps(*prior.tensors(hidden, labels)))
+    _, sizes, rows = np.linalg.svd(moved, full_matrices=False)
+    along = rows[:DIRECTIONS][sizes[:DIRECTIONS] > 1e-6 * sizes[0]]
+    seen = (grams[:, *triangle] - before) @ along.T
+    slopes = whitebox.gram_slopes(along)
+    std = privacy.noise_multiplier * privacy.max_grad_norm
+    noise = 0.0
+    if std > 0.0:
+        cloud = changes(scene.chance.normal(size=(scene.size.noise_samples, len(at))) * speed * std) @ along.T
+        inner = np.cov(cloud.T)
+        inner += DRIFT * np.trace(inner) / len(inner) * np.eye(len(inner))
+        whiten = np.linalg.inv(np.linalg.cholesky(inner))
+        centred = (seen - cloud.mean(axis=0)) @ whiten.T
+        # There may be less noise than was agreed; the attacker looks.
+        if np.square(centred).mean() > 0.5:
+            seen, along, slopes, noise = centred, whiten @ along, whiten @ slopes, 1.0
+
+    projected = torch.from_numpy(-speed * slopes).T
+
+    def effect(features: Tensor, labels: Tensor) -> Values:
+        pieces = zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True)
+        return torch.cat([whitebox.gradients(some, of) @ projected for some, of in pieces]).numpy()
+
+    return _Clue(seen, effect, noise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1120,57 +1259,123 @@ class _Prior:
         cut = np.clip(hidden @ self.components, -FEATURE_LIMIT, FEATURE_LIMIT)
         return (self.mean + cut * self.deviation).reshape(-1, *self.shape)
 
+    def tensors(self, hidden: Values, labels: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Features and labels of [..., k] coordinates and [...] labels, in one row."""
+        features = self.features(hidden.reshape(-1, hidden.shape[-1]))
+        return torch.from_numpy(features), torch.from_numpy(labels.reshape(-1).copy())
 
-def _match(
-    scene: _Scene, target: Target, whitebox: _Whitebox, seen: Values, starts: int
-) -> tuple[Values, NDArray[np.int64]]:
-    """The most probable records (standardised, [n, d]) and labels [n] behind changes of B [n, D], each of one step on one record.
+    def draw(self, chance: np.random.Generator, classes: int) -> tuple[Values, NDArray[np.int64]]:
+        """Coordinates [m, k] and labels [m] of as many records of every label; the first of each is the mean."""
+        each = max(2, min(DRAWN, MOST_DRAWN // classes))
+        hidden = chance.normal(size=(classes, each, len(self.components)))
+        hidden[:, 0] = 0.0
+        return hidden.reshape(-1, len(self.components)), np.repeat(np.arange(classes), each)
 
-    Every label is tried from the anchors' mean and `starts` - 1 random places; after `SCREENING` steps twice `starts` go on.
+
+def _match(scene: _Scene, target: Target, prior: _Prior, clue: _Clue) -> tuple[Values, NDArray[np.int64]]:
+    """The most probable records (standardised, [n, together, d]) and labels [n, together] behind what is seen.
+
+    A search begins at several places; after `SCREENING` steps the best of them go on.
     """
-    prior, classes = _Prior.of(target), target.agreement.study.classes
-    size, count = len(prior.components), len(seen)
-    grid = 2.0**-target.agreement.secure_sum.fraction_bits / precision_weight(target.agreement, target.member)
-    power = np.square(seen).mean(axis=1)
-    scale = 1.0 / np.sqrt(np.minimum(_noise(target), power) + grid**2 / 12.0 + 1e-6 * power)
-    speed = target.agreement.training.learning_rate
-    owner = np.repeat(np.arange(count), classes * starts)
-    label = np.tile(np.repeat(np.arange(classes), starts), count)
-    hidden = scene.chance.normal(size=(len(owner), size)) * (np.arange(len(owner)) % starts > 0)[:, None]
+    classes, count, together = target.agreement.study.classes, len(clue.seen), clue.together
+    columns = count * together * len(prior.components)
+    tries = min(scene.size.starts * classes, max(1, scene.size.columns // columns))
+    power = np.square(clue.seen).mean(axis=1)
+    scale = 1.0 / np.sqrt(np.minimum(clue.noise, power) + 1e-6 * power + 1e-30)
+    groups = min(count, math.ceil(columns * tries * clue.seen.shape[1] / MOST_SLOPES))
+    found = []
+    for part in np.array_split(np.arange(count), groups):
+        hidden, labels = _places(scene, prior, clue, clue.seen[part], classes, tries)
+        kept = max(1, tries // classes)
+        hidden, cost = _search(prior, clue, np.repeat(part, tries), np.repeat(scale[part], tries), hidden, labels, kept)
+        best = np.arange(len(part)) * tries + cost.reshape(len(part), tries).argmin(axis=1)
+        found.append((hidden[best], labels[best]))
+    hidden, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    guesses = prior.standardised(prior.features(hidden.reshape(count * together, -1)))
+    return guesses.reshape(count, together, -1), labels
 
-    def residuals(at: Values, which: NDArray[np.int64]) -> Values:
-        features, labels = torch.from_numpy(prior.features(at)), torch.from_numpy(label[which])
-        change = -speed * whitebox.gradients(features, labels, shared=True).numpy()
-        of = owner[which]
-        return np.concatenate([(change - seen[of]) * scale[of, None], at], axis=1)
 
-    live = np.arange(len(owner))
-    now = residuals(hidden, live)
-    damping = np.ones(len(owner))
+def _places(
+    scene: _Scene, prior: _Prior, clue: _Clue, seen: Values, classes: int, tries: int
+) -> tuple[Values, NDArray[np.int64]]:
+    """Where searches begin, `tries` for each of `seen`: coordinates [m, together, k] and labels [m, together].
+
+    Of drawn records those whose effects come nearest to what is seen, with all labels in turn.
+    """
+    hidden, labels = prior.draw(scene.chance, classes)
+    effects = clue.effect(*prior.tensors(hidden, labels))
+    sets = np.array(list(combinations(range(len(labels)), clue.together)))
+    sizes = (effects @ effects.T)[sets[:, :, None], sets[:, None, :]].sum(axis=(1, 2))
+    distances = sizes - 2.0 * (seen @ effects.T)[:, sets].sum(axis=2)
+    kinds = np.sort(labels[sets], axis=1) @ classes ** np.arange(clue.together)
+    chosen = []
+    for distance in distances:
+        order = np.lexsort((distance, kinds))
+        ordered = kinds[order]
+        rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        chosen.append(order[np.lexsort((distance[order], rank))[:tries]])
+    picked = sets[np.concatenate(chosen)]
+    return hidden[picked], labels[picked]
+
+
+def _search(
+    prior: _Prior,
+    clue: _Clue,
+    owner: NDArray[np.int64],
+    scale: Values,
+    hidden: Values,
+    labels: NDArray[np.int64],
+    kept: int,
+) -> tuple[Values, Values]:
+    """Levenberg-Marquardt from `hidden` [m, together, k]: where it ends, and the cost [m].
+
+    Residuals are those of `clue.seen[owner]` times `scale` [m]. After `SCREENING` steps only the `kept` best of every owner go on.
+    """
+    count, together, size = hidden.shape
+    hidden, width = hidden.copy(), together * size
+
+    def effects(at: Values, of: NDArray[np.int64]) -> Values:
+        return clue.effect(*prior.tensors(at, of)).reshape(*at.shape[:-1], -1)
+
+    def residuals(shown: Values, at: Values, which: NDArray[np.int64]) -> Values:
+        off = (shown.sum(axis=1) - clue.seen[owner[which]]) * scale[which, None]
+        return np.concatenate([off, at.reshape(len(at), -1)], axis=1)
+
+    def jacobian(which: NDArray[np.int64]) -> Values:
+        moved = hidden[which][:, :, None] + DIFFERENCE * np.eye(size)
+        change = effects(moved, np.repeat(labels[which][:, :, None], size, axis=2)) - shown[which][:, :, None]
+        data = change.reshape(len(which), width, -1) * (scale[which] / DIFFERENCE)[:, None, None]
+        return np.concatenate([data, np.tile(unit, (len(which), 1, 1))], axis=2)
+
+    live = np.arange(count)
+    shown = effects(hidden, labels)
+    now = residuals(shown, hidden, live)
+    damping, stale, unit = np.ones(count), np.ones(count, dtype=np.bool_), np.eye(width)
+    slopes = np.empty((count, width, now.shape[1]))
     for iteration in range(ITERATIONS):
         if iteration == SCREENING:
-            cost = np.square(now).sum(axis=1).reshape(count, -1)
+            cost = np.square(now).sum(axis=1).reshape(len(set(owner.tolist())), -1)
             ranks = cost.argsort(axis=1).argsort(axis=1).reshape(-1)
-            live = live[ranks[live] < 2 * starts]
+            live = live[ranks[live] < kept]
         if not len(live):
             break
-        here, at = now[live], hidden[live]
-        moved = (at[:, None] + DIFFERENCE * np.eye(size)).reshape(-1, size)
-        there = residuals(moved, np.repeat(live, size)).reshape(len(live), size, -1)
-        slopes = (there - here[:, None]) / DIFFERENCE
-        normal = slopes @ slopes.transpose(0, 2, 1)
-        damped = normal + np.einsum("nkk,kl,n->nkl", normal, np.eye(size), damping[live])
-        step = np.linalg.solve(damped, slopes @ here[:, :, None])[..., 0]
+        fresh = live[stale[live]]
+        if len(fresh):
+            slopes[fresh] = jacobian(fresh)
+        here, at, slope = now[live], hidden[live], slopes[live]
+        normal = slope @ slope.transpose(0, 2, 1)
+        damped = normal + np.einsum("nkk,kl,n->nkl", normal, unit, damping[live])
+        step = np.linalg.solve(damped, slope @ here[:, :, None]).reshape(at.shape)
         tried = np.clip(at - step, -FEATURE_LIMIT, FEATURE_LIMIT)
-        then = residuals(tried, live)
-        before, after = np.square(here).sum(axis=1), np.square(then).sum(axis=1)
-        better = after < before
-        hidden[live[better]], now[live[better]] = tried[better], then[better]
+        then_shown = effects(tried, labels[live])
+        then = residuals(then_shown, tried, live)
+        gain = np.square(here).sum(axis=1) - np.square(then).sum(axis=1)
+        better = gain > 0.0
+        moving, stale[live] = live[better], better
+        hidden[moving], shown[moving], now[moving] = tried[better], then_shown[better], then[better]
         damping[live] *= np.where(better, 0.25, 4.0)
-        live = live[(damping[live] < STUCK) & (~better | (before - after > STILL * before))]
-    cost = np.square(now).sum(axis=1).reshape(count, -1)
-    best = np.arange(count) * classes * starts + cost.argmin(axis=1)
-    return prior.standardised(prior.features(hidden[best])), label[best]
+        live = live[(damping[live] < STUCK) & (~better | (gain > STILL))]
+    return hidden, np.square(now).sum(axis=1)
 
 
 def _correlations(guesses: Values, truth: Values) -> Values:

@@ -1,7 +1,7 @@
 """Budgets from the ledgers of a folder of records, without trust in the nodes that wrote them.
 
-`audit.records` checks signatures, chains, the link of every event to transcript and agreement, and each claim against Google's PLD; here
-every claim is recomputed by Opacus' accountants too, and ledgers are composed.
+`audit.records` checks signatures, chains, the link of every event to transcript and agreement, and each claim against the smaller of RDP
+and PLD; here every claim must reach Opacus' RDP, by which nodes claim, and ledgers are composed.
 """
 
 from __future__ import annotations
@@ -10,24 +10,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import msgspec
 
 from audit.accountants import Epsilons, epsilons, opacus_rdp
+from audit.budget import Steps
 from audit.records import Check, VerificationReport, check_claim, verify_folder
 from keys.errors import ConfigError, VerificationFailed
 from protocols.ledger import DpSgdEvent
 
+RDP_TOLERANCE, RDP_ROUNDING = 1e-9, 1e-12
+"""Slack when a claim is compared with Opacus' RDP: relative, and for each step, since it cuts the series of a step at e^-30."""
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetReport:
-    """What each hospital claims, and what its events give; None is infinite."""
+    """What each hospital claims for each `unit` (a record or a patient), and what its events give; None is infinite."""
 
     checks: tuple[Check, ...]
     warnings: tuple[str, ...]
     budgets: dict[str, tuple[float | None, Epsilons]]
     hospitals: dict[str, dict[str, float | str]]
+    unit: str
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -42,7 +48,7 @@ class BudgetReport:
     def to_json(self) -> dict[str, object]:
         """A JSON-able form."""
         budgets = {
-            name: {"claimed": claimed, **answer.to_json()}
+            name: {"claimed": claimed, **answer.to_json(), "unit": self.unit}
             | ({"hospital": self.hospitals[name]} if name in self.hospitals else {})
             for name, (claimed, answer) in self.budgets.items()
         }
@@ -59,29 +65,40 @@ def verify_budgets(folder: Path, *, authority_fingerprint: str | None, now: date
     report = verify_folder(folder, authority_fingerprint=authority_fingerprint, now=now)
     checks = list(report.checks)
     budgets: dict[str, tuple[float | None, Epsilons]] = {}
+    answers = cache(epsilons)  # most hospitals took the same steps
     for name, (events, claims) in report.ledgers.items():
         try:
             for count, claim in claims:
-                if count:
-                    check_claim(claim, events[:count], opacus_rdp(events[:count], claim.delta)[0], "Opacus RDP")
+                rdp = opacus_rdp(_history(events, claim.steps_total), claim.delta)[0]
+                least = rdp * (1 - RDP_TOLERANCE) - claim.steps_total * RDP_ROUNDING
+                check_claim(claim, events[:count], least, f"{rdp:.6g} (Opacus RDP)")
             last = claims[-1][1]
-            budgets[name] = last.epsilon, epsilons(events, last.delta)
+            budgets[name] = last.epsilon, answers(_history(events, last.steps_total), last.delta)
         except VerificationFailed as error:
             checks.append(Check(f"ledgers/{name}.jsonl", False, str(error)))
-    return BudgetReport(tuple(checks), tuple(report.warnings), budgets, report.hospitals)
+    return BudgetReport(tuple(checks), tuple(report.warnings), budgets, report.hospitals, report.unit)
+
+
+def _history(events: Sequence[DpSgdEvent], steps: int) -> tuple[Steps, ...]:
+    """The first `steps` steps: all events of a ledger that verifies have the agreed rate and noise."""
+    return (Steps(events[0].sample_rate, events[0].noise_multiplier, steps),) if events else ()
 
 
 def compose(
     ledgers: Sequence[tuple[Path, str]], delta: float | None, *, authority_fingerprint: str | None, now: datetime
-) -> tuple[list[Epsilons], Epsilons]:
+) -> tuple[list[Epsilons], Epsilons, str]:
     """Epsilon of each (folder, hospital) alone, and of a unit that is in all of them, at `delta` or the smallest of the studies'.
 
+    Gives the unit too. A patient has several records, so what was counted for each record is not what was spent on a patient.
+
     Raises:
-        ConfigError: fewer than two, one named twice, or a hospital without a ledger.
+        ConfigError: fewer than two, one named twice, a hospital without a ledger, another unit, or a delta out of range.
         VerificationFailed: a folder does not verify, or no accountant has an answer.
     """
     if len(set(ledgers)) != len(ledgers) or len(ledgers) < 2:
         raise ConfigError("name two or more ledgers, each once")
+    if delta is not None and not 0.0 < delta < 1.0:
+        raise ConfigError(f"delta is above 0 and below 1, not {delta}")
     reports: dict[Path, VerificationReport] = {}
     histories: list[tuple[DpSgdEvent, ...]] = []
     deltas = []
@@ -96,7 +113,10 @@ def compose(
         events, claims = reports[folder].ledgers[node]
         histories.append(events)
         deltas.append(claims[-1][1].delta)
+    units = {reports[folder].unit: folder for folder, _ in ledgers}
+    if len(units) > 1:
+        told = ", ".join(f"{folder}: {unit}" for unit, folder in sorted(units.items()))
+        raise ConfigError(f"ledgers that count for each record and for each patient cannot be composed ({told})")
     chosen = delta if delta is not None else min(deltas, default=math.nan)
-    return [epsilons(events, chosen) for events in histories], epsilons(
-        [e for events in histories for e in events], chosen
-    )
+    alone = [epsilons(events, chosen) for events in histories]
+    return alone, epsilons([event for events in histories for event in events], chosen), next(iter(units))

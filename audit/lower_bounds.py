@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from audit.budget import LARGEST_EPSILON, NOISE_RANGE, Steps, epsilon_pld, epsilon_rdp
+from audit.budget import NOISE_RANGE, Steps, epsilon_pld, epsilon_rdp
 from keys.errors import ConfigError, VerificationFailed
 
 Array = NDArray[np.float64]
@@ -40,6 +40,9 @@ T = TypeVar("T")
 
 THRESHOLDS = 400
 """At most so many are tried."""
+
+LARGEST_EPSILON = 100.0
+"""By RDP. Beyond, a curve is not computed."""
 
 CURVE_DELTAS = (1e-10, 1e-8, 1e-6)
 CURVE_POINTS = 128

@@ -13,12 +13,13 @@ import msgspec
 
 from audit.accountants import Epsilons, epsilons, opacus_rdp
 from audit.budget import NOISE_RANGE, Steps
-from keys.errors import ConfigError
+from keys.errors import ConfigError, KeyFileError
 from keys.files import write_public
 from secgeo.accountant import hospital_epsilon
 
 NOISE_DIGITS = 4
 BATCH_FACTORS = (0.25, 0.5, 1.0, 2.0)
+PLOT_ENDINGS = (".png", ".svg")
 NOISE_FACTORS = (0.7, 1.0, 1.4, 2.0, 3.0)
 
 
@@ -149,7 +150,7 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
     """Write a study's parameters with the planned ones in them. Comments of the original are lost.
 
     Raises:
-        ConfigError: `path` exists, or the spec has no [privacy], [training] or [study].
+        ConfigError: `path` exists or cannot be written, or the spec has no [privacy], [training] or [study].
     """
     import tomli_w
 
@@ -167,11 +168,30 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
         "delta": plan.budget.delta,
         "epsilon_budget": plan.budget.epsilon,
     }
-    write_public(path, tomli_w.dumps(changed).encode())
+    try:
+        write_public(path, tomli_w.dumps(changed).encode())
+    except KeyFileError as error:
+        raise ConfigError(str(error)) from None
 
 
-def plot_plans(path: Path, plans: Sequence[Plan], batch: int) -> None:
-    """Draw noise against epsilon for several batch sizes: the multiplier, and the noise per step that it comes to."""
+def check_plot(path: Path) -> None:
+    """Say before the work is done that a plot cannot be written.
+
+    Raises:
+        ConfigError: another ending than .png or .svg, or no folder to write into.
+    """
+    if path.suffix not in PLOT_ENDINGS:
+        raise ConfigError(f"a plot ends in {' or '.join(PLOT_ENDINGS)}, unlike {path}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def plot_plans(path: Path, plans: Sequence[Plan], batch: int, unit: str) -> None:
+    """Draw noise against epsilon for several batch sizes: the multiplier, and the noise per step that it comes to.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     import matplotlib
 
     budget = plans[0].budget
@@ -179,7 +199,7 @@ def plot_plans(path: Path, plans: Sequence[Plan], batch: int) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    title = f"delta {budget.delta:g}, {budget.steps} steps, {budget.patients} patients; add or remove one, Opacus RDP"
+    title = f"delta {budget.delta:g}, {budget.steps} steps; {budget.patients} {unit}s, add or remove one; Opacus RDP"
     figure.suptitle(title, fontsize=10)
     for plan in plans:
         noises = [max(plan.noise_multiplier * factor, NOISE_RANGE[0]) for factor in NOISE_FACTORS]
@@ -192,5 +212,9 @@ def plot_plans(path: Path, plans: Sequence[Plan], batch: int) -> None:
         axis.set(xlabel="epsilon", ylabel=name, xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        plt.close(figure)

@@ -5,6 +5,9 @@ kept sum against its record; the records that each member was shown against thos
 that the aggregator equivocated); each member's ledger, its link to the transcript, and epsilon recomputed from its events;
 the manifest over every byte of every file. Hostile input gives a failed check that names the file, never a crash.
 
+A node is in the cohort of a record only after it has said that it has trained, so every such round must be booked. A round that
+was abandoned, or an attempt before the one that was recorded, leaves no cohort: an event that was left out of it is not found.
+
 What this proves and what not: who signed what, that nothing was changed since, and that the claimed epsilon follows from
 the booked events. It does not prove that a node really ran DP-SGD as it booked (see `secgeo audit`, and docs/threat-model.md).
 """
@@ -12,16 +15,18 @@ the booked events. It does not prove that a node really ran DP-SGD as it booked 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from cryptography import x509
 
-from audit.budget import epsilon_concentrated, epsilon_pld, epsilon_rdp
+from audit.budget import Steps, epsilon_concentrated, epsilon_pld, epsilon_rdp
 from keys.certificates import check_root, fingerprint, from_pem
 from keys.errors import SecGeoError, VerificationFailed
 from keys.files import read_public
@@ -49,7 +54,15 @@ from secgeo.update import Layout
 
 FILE_LIMIT_BYTES = 1 << 30
 EPSILON_TOLERANCE = 1e-3
-"""Relative slack when a claim is compared with PLD, for its discretisation."""
+"""Relative slack when a claim is compared with Google's accountants: for the discretisation of PLD, and for RDP's series, which is not
+Opacus'. `audit.ledgers` compares with Opacus' own, without such slack."""
+
+HOSPITAL_TOLERANCE = 1e-9
+"""The same for a whole hospital, where both are formulas."""
+
+MAXIMUM_PLDS = 400
+"""Of the claims of one ledger: PLD takes about half a second. An honest node needs one wherever epsilon has grown by as much as RDP lies
+above PLD, which is some ten for a hundred rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,8 @@ class VerificationReport:
 
     checks: list[Check] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unit: str = ""
+    """What is added or removed: a record or a patient, as the agreement says."""
     epsilons: dict[str, dict[str, float | None]] = field(default_factory=dict)
     hospitals: dict[str, dict[str, float | str]] = field(default_factory=dict)
     ledgers: dict[str, tuple[tuple[DpSgdEvent, ...], tuple[tuple[int, EpsilonClaim], ...]]] = field(
@@ -84,6 +99,7 @@ class VerificationReport:
         return {
             "ok": self.ok,
             **msgspec.to_builtins({"checks": self.checks, "warnings": self.warnings, "epsilon": self.epsilons}),
+            **({"unit": self.unit} if self.unit else {}),
             **({"hospital": self.hospitals} if self.hospitals else {}),
         }
 
@@ -147,6 +163,7 @@ def _verify_manifest(folder: Path, root: x509.Certificate) -> str:
 
 
 def _verify_study(folder: Path, study: OpenStudy, report: VerificationReport) -> None:
+    report.unit = study.agreement.privacy.unit
     records: dict[int, RoundRecord] | None = None
     lines: tuple[tuple[Body, bytes], ...] = ()
     with _checking(report, TRANSCRIPT) as done:
@@ -263,30 +280,62 @@ def _verify_ledger(
     _link_to_transcript(events, node_id, study, records, digests)
     if closed.transcript_link not in (GENESIS, *digests.values()):
         raise VerificationFailed("the node has seen the record of a round that the transcript hides")
-    delta = study.agreement.privacy.delta
-    rdp, pld = epsilon_rdp(events, delta), epsilon_pld(events, delta)
+    privacy = study.agreement.privacy
+    rdp = epsilon_rdp(events, privacy.delta)
+    pld = _pld_or_infinite(events, privacy.delta)
     claimed = _claimed(claims[-1][1])
     report.epsilons[node_id] = {
         "claimed_opacus_rdp": _finite(claimed),
-        "google_rdp": _finite(rdp),
+        "rdp": _finite(rdp),
         "google_pld": _finite(pld),
-        "delta": delta,
+        "delta": privacy.delta,
     }
-    for count, claim in claims:
-        check_claim(claim, events[:count], epsilon_pld(events[:count], delta), "PLD")
+    _verify_claims(study.agreement, events, claims)
     report.ledgers[node_id] = events, claims
     whole = _verify_hospital(node_id, study.agreement, events, claims, records, report)
-    budget = study.agreement.privacy.epsilon_budget
-    if (
-        study.agreement.privacy.noise_multiplier > 0
-        and max(pld * (1 - EPSILON_TOLERANCE), claimed if math.isfinite(claimed) else 0.0) > budget
-    ):
+    spent = min(rdp, pld * (1 - EPSILON_TOLERANCE))
+    if privacy.noise_multiplier > 0 and max(spent, claimed if math.isfinite(claimed) else 0.0) > privacy.epsilon_budget:
         raise VerificationFailed(
-            f"the node spent epsilon {pld:.6g} (PLD; {claimed:.6g} by its own count), more than the budget of {budget:g}"
+            f"the node spent epsilon {min(rdp, pld):.6g} ({claimed:.6g} by its own count), more than the budget of "
+            f"{privacy.epsilon_budget:g}"
         )
     steps = sum(event.steps for event in events)
-    shown = f"{claimed:.3f} claimed, {rdp:.3f} by RDP, {pld:.3f} by PLD, at delta {delta:g}, add-or-remove-one"
-    return f"{len(events)} events, {steps} steps, epsilon {shown}{whole}"
+    shown = f"{claimed:.3f} claimed, {rdp:.3f} by RDP, {f'{pld:.3f}' if math.isfinite(pld) else 'no answer'} by PLD"
+    relation = f"at delta {privacy.delta:g}, add or remove one {privacy.unit}"
+    return f"{len(events)} events, {steps} steps, epsilon {shown}, {relation}{whole}"
+
+
+def _verify_claims(
+    agreement: Agreement, events: Sequence[DpSgdEvent], claims: Sequence[tuple[int, EpsilonClaim]]
+) -> None:
+    """Check every claim against the smaller of RDP and PLD of the steps before it, which all have the agreed rate and noise.
+
+    RDP costs next to nothing, and honest claims reach it. PLD is slow, so it is asked about the last claim first: epsilon grows
+    with the steps, and an earlier claim that reaches what more steps cost needs no PLD of its own.
+    """
+    privacy, enough, asked = agreement.privacy, math.inf, 0
+    for count, claim in reversed(claims):
+        history = [Steps(privacy.sample_rate, privacy.noise_multiplier, claim.steps_total)]
+        rdp = epsilon_rdp(history, privacy.delta)
+        if _claimed(claim) >= min(enough, rdp * (1 - EPSILON_TOLERANCE)):
+            continue
+        asked += 1
+        if asked > MAXIMUM_PLDS:
+            raise VerificationFailed(
+                f"more than {MAXIMUM_PLDS} claims are below RDP and near PLD, which is too slow for all"
+            )
+        pld = epsilon_pld(history, privacy.delta)
+        enough = min(enough, pld * (1 - EPSILON_TOLERANCE))
+        smaller, accountant = min((pld, "PLD"), (rdp, "RDP"))
+        check_claim(claim, events[:count], smaller * (1 - EPSILON_TOLERANCE), f"{smaller:.6g} ({accountant})")
+
+
+def _pld_or_infinite(events: Sequence[DpSgdEvent | Steps], delta: float) -> float:
+    """What PLD has no answer to, only RDP bounds."""
+    try:
+        return epsilon_pld(events, delta)
+    except VerificationFailed:
+        return math.inf
 
 
 def _verify_hospital(
@@ -302,13 +351,14 @@ def _verify_hospital(
     if hospital is None or share is None:
         return ""
     claimed = counted = 0.0
+    noised_rounds = [0, *accumulate(event.noise_share is not None for event in events)]
     for number, claim in claims:
-        shares = [event.noise_share for event in events[:number] if event.noise_share is not None]
-        counted = epsilon_concentrated(sum(noised.concentrated for noised in shares), hospital.delta)
+        counted = epsilon_concentrated(noised_rounds[number] * share.concentrated, hospital.delta)
         claimed = -1.0 if claim.hospital is None else claim.hospital.epsilon
-        if claimed < counted * (1 - EPSILON_TOLERANCE):
+        if claimed < counted * (1 - HOSPITAL_TOLERANCE):
             raise VerificationFailed(
-                f"the claim for the hospital after {len(shares)} noised rounds is lower than epsilon {counted:.6g} (Google RDP)"
+                f"the claim for the hospital after {noised_rounds[number]} noised rounds is lower than epsilon {counted:.6g} "
+                "(Google RDP)"
             )
         if claimed > hospital.epsilon_budget:
             raise VerificationFailed(
@@ -330,17 +380,17 @@ def _verify_hospital(
     )
 
 
-def check_claim(claim: EpsilonClaim, events: Sequence[DpSgdEvent], epsilon: float, accountant: str) -> None:
-    """Compare a claim with the `epsilon` that an accountant gives for the events before it.
+def check_claim(claim: EpsilonClaim, events: Sequence[DpSgdEvent], least: float, given: str) -> None:
+    """Compare a claim with the `least` that holds for the events before it; `given` names epsilon and who computed it.
 
     Raises:
         VerificationFailed: the claim is lower.
     """
-    if _claimed(claim) < epsilon * (1 - EPSILON_TOLERANCE):
+    if _claimed(claim) < least:
         after = f"after the event of round {events[-1].round}" if events else "before any event"
         raise VerificationFailed(
             f"the claim {after} ({claim.steps_total} steps): the node claims epsilon {_claimed(claim):.6g}, "
-            f"but its events give {epsilon:.6g} ({accountant})"
+            f"but its events give {given}"
         )
 
 
@@ -360,21 +410,29 @@ def _link_to_transcript(
         for number, record in records.items()
         if any(survivor.node_id == node_id for survivor in record.survivors)
     }
-    if missing := summed - {event.round for event in events}:
+    named = {number for number, record in records.items() if node_id in record.cohort}
+    if missing := named - {event.round for event in events}:
+        number = min(missing)
+        if number in summed:
+            raise VerificationFailed(
+                f"the node's update is in the sum of round {number}, but no event is booked for it"
+            )
         raise VerificationFailed(
-            f"the node's update is in the sum of round {min(missing)}, but no event is booked for it"
+            f"the record of round {number} names the node among those that had trained, but no event is booked for it: the node "
+            "left it out, or the aggregator names it falsely"
         )
-    first = min(records, default=study.agreement.study.rounds + 1)
+    numbers, rounds = sorted(digests), {digest: number for number, digest in digests.items()}
+    first = numbers[0] if numbers else study.agreement.study.rounds + 1
     for event in events:
         due = study.agreement.training.steps_per_round if event.round > first else 0
         if event.steps != due:
             raise VerificationFailed(f"round {event.round} takes {due} private steps, but {event.steps} are booked")
-        earlier = {number: digest for number, digest in digests.items() if number < event.round}
-        if event.transcript_link != GENESIS and event.transcript_link not in earlier.values():
+        if event.transcript_link != GENESIS and rounds.get(event.transcript_link, event.round) >= event.round:
             raise VerificationFailed(
                 f"the event of round {event.round} is linked to a record that is not in the transcript"
             )
-        latest = earlier[max(earlier)] if earlier else GENESIS
+        before = bisect_left(numbers, event.round)
+        latest = digests[numbers[before - 1]] if before else GENESIS
         if event.round in summed and event.transcript_link != latest:
             raise VerificationFailed(f"the event of round {event.round} is not linked to the record before it")
 

@@ -29,6 +29,12 @@ NEIGHBOURING_RELATION: Literal["add-or-remove-one"] = "add-or-remove-one"
 HOSPITAL_RELATION: Literal["one-hospital-zero"] = "one-hospital-zero"
 ACCOUNTANT: Literal["opacus-rdp"] = "opacus-rdp"
 
+RNG_KIND = "aes-256-ctr/ndtri/4-sum/v2"
+"""The noise generator of `secgeo.noise`, as nodes book it."""
+
+RNG_KINDS = frozenset({RNG_KIND, "aes-256-ctr/ndtri/4-sum/v1"})
+"""What a ledger may name. v1 had uniforms of 53 bits, of which one in 2^53 became 1 and its noise infinite."""
+
 Number = Annotated[int, Meta(ge=0, lt=1 << 53)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 
@@ -134,8 +140,8 @@ def verify_ledger(
     With each claim goes the number of events before it; the last claim counts them all.
 
     Raises:
-        VerificationFailed: another node or agreement, parameters that are not the agreed ones, rounds told twice,
-            claims that do not count every step, or no proper end.
+        VerificationFailed: another node or agreement, parameters that are not the agreed ones, noise of an unknown
+            generator, rounds told twice, claims that do not count every step or that are too many, or no proper end.
     """
     if not ledger or not isinstance(ledger[0], LedgerOpened):
         raise VerificationFailed("the ledger does not begin with its opening line")
@@ -146,10 +152,13 @@ def verify_ledger(
     if (opened.delta, opened.epsilon_budget, opened.privacy_unit) != agreed:
         raise VerificationFailed("the ledger was opened with another delta, budget or privacy unit than agreed")
     if not isinstance(closed, LedgerClosed):
-        raise VerificationFailed("the ledger has no closing line: it was cut off, or the study still runs")
+        raise VerificationFailed(
+            "the ledger has no closing line: the node still runs, its machine died, or lines were cut off; what was spent after the "
+            "last line is not known. A node that is started again closes its ledger"
+        )
     events: list[DpSgdEvent] = []
     claims: list[tuple[int, EpsilonClaim]] = []
-    restarted = False
+    restarted, lives, total = False, 1, 0
     for body, following in pairwise(ledger[1:]):
         match body:
             case DpSgdEvent():
@@ -157,16 +166,21 @@ def verify_ledger(
                     raise VerificationFailed(f"round {body.round} is booked after round {events[-1].round}")
                 _verify_event(body, opened, agreement)
                 events.append(body)
-                restarted = False
+                restarted, total = False, total + body.steps
             case LedgerReopened():
-                if (body.rounds, body.steps_total) != (len(events), sum(event.steps for event in events)):
+                if (body.rounds, body.steps_total) != (len(events), total):
                     raise VerificationFailed("the ledger was reopened with another count than its events give")
-                restarted = True
+                restarted, lives = True, lives + 1
             case LedgerClosed() if isinstance(following, LedgerReopened):
                 pass
             case EpsilonClaim():
-                if body.steps_total != sum(event.steps for event in events) or body.delta != opened.delta:
+                if body.steps_total != total or body.delta != opened.delta:
                     raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count every step before it")
+                if len(claims) == agreement.study.rounds + lives:
+                    raise VerificationFailed(
+                        f"there are more claims than a node makes: one for each of {agreement.study.rounds} rounds, and one "
+                        "whenever it stops"
+                    )
                 hospital = agreement.hospital_privacy
                 if (None if body.hospital is None else body.hospital.delta) != (hospital and hospital.delta):
                     raise VerificationFailed(
@@ -175,7 +189,6 @@ def verify_ledger(
                 claims.append((len(events), body))
             case _:
                 raise VerificationFailed(f"{type(body).__name__} stands in the middle of the ledger")
-    total = sum(event.steps for event in events)
     if (closed.rounds, closed.steps_total) != (len(events), total) or not claims or claims[-1][1].steps_total != total:
         raise VerificationFailed("the closing line and the last claim do not count every event: one is missing")
     return tuple(events), tuple(claims), closed
@@ -201,6 +214,10 @@ def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement)
     )
     if booked != agreed:
         raise VerificationFailed(f"the event of round {event.round} has other parameters than agreed")
+    if event.rng_kind not in RNG_KINDS:
+        raise VerificationFailed(
+            f"the event of round {event.round} names an unknown noise generator, {event.rng_kind!r}"
+        )
     if not 1 <= event.round <= agreement.study.rounds or event.steps not in (0, agreement.training.steps_per_round):
         raise VerificationFailed(f"the event of round {event.round} is outside the agreed rounds or steps")
     if event.round == 1 and event.transcript_link != GENESIS:

@@ -22,7 +22,7 @@ def epsilon_of(history: Sequence[tuple[float, float, int]], delta: float) -> flo
         return 0.0
     if any(noise == 0.0 for noise, _, _ in accountant.history):
         return math.inf
-    return float(accountant.get_epsilon(delta))
+    return max(0.0, float(accountant.get_epsilon(delta)))  # below zero at a large delta
 
 
 def epsilon_after(privacy: Privacy, steps: int, delta: float) -> float:

@@ -6,10 +6,11 @@ parent's noise, so it is refused, and a source cannot be copied or pickled.
 
 Floating-point attacks (Mironov 2012; Jin et al. 2021): the set of doubles that a sampler can return has holes, and
 holes shifted by a secret sum give it away. What is done: (1) each value is (g1 + g2 + g3 + g4) / 2 of four independent
-Gaussians (Holohan and Braghin 2021), so that recovering the parts means a search of about 2^159; (2) the trainer adds
-noise to the gradient sum in float64 and only then rounds to float32, which drops 29 of 53 bits. What is not: this is a
-continuous Gaussian in floating point, not an exact discrete one, so the guarantee is that of the ideal mechanism up to
-these mitigations; and run time depends on the number of values only by intent, not by proof.
+Gaussians (Holohan and Braghin 2021) made from 52 random bits each: guessing three of them to find the fourth is a search
+of 2^156, or of about 2^104 with as much memory by meeting in the middle; (2) the trainer adds noise to the gradient sum
+in float64 and only then rounds to float32, which drops 29 of 53 bits. What is not: this is a continuous Gaussian in
+floating point, not an exact discrete one, so the guarantee is that of the ideal mechanism up to these mitigations;
+and run time depends on the number of values only by intent, not by proof.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from keys.errors import ConfigError, LocalProtocolError
-
-RNG_KIND = "aes-256-ctr/ndtri/4-sum/v1"
-"""The name of this generator in the budget ledger."""
+from protocols.ledger import RNG_KIND as RNG_KIND  # the name of this generator in the budget ledger
 
 BLOCK_VALUES = 1 << 18
 """Uniform values per pass (2 MiB of keystream), so that memory stays flat for large models."""
@@ -55,7 +54,7 @@ class NoiseSource:
         raise LocalProtocolError("a noise source cannot be copied or pickled: two copies would add the same noise")
 
     def uniform(self, count: int) -> NDArray[np.float64]:
-        """`count` independent uniform values in (0, 1), 53 bits each.
+        """`count` independent uniform values, 52 bits each, all strictly between 0 and 1.
 
         Raises:
             LocalProtocolError: the process was forked since the source was made.
@@ -63,7 +62,8 @@ class NoiseSource:
         if os.getpid() != self._process:
             raise LocalProtocolError("this noise source belongs to the parent process; make a new one in the child")
         raw = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
-        return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        # One bit more, and the half would be rounded: the largest value would be 1, and its noise infinite.
+        return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def gaussian(self, shape: tuple[int, ...], std: float) -> NDArray[np.float64]:
         """Independent N(0, std^2) values of `shape`, float64; all zero for std 0.

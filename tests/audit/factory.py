@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from audit.budget import epsilon_rdp
 from keys.errors import VerificationFailed
 from keys.labels import Label
 from keys.signed import sign_document
@@ -22,7 +21,7 @@ from protocols import transcript as t
 from protocols.agreement import Agreement, Anchors, HospitalPrivacy, Model, agreement_digest, write_agreement
 from protocols.chain import GENESIS, line_digest
 from protocols.sealing import AttemptId
-from secgeo.accountant import hospital_epsilon
+from secgeo.accountant import epsilon_of, hospital_epsilon
 from secgeo.records import LEDGERS, RECEIPTS, TRANSCRIPT, sum_path, write_manifest, write_sum
 from secgeo.update import Layout
 from tests.keys.factory import AGGREGATOR, NOW, Consortium, make_consortium
@@ -30,7 +29,7 @@ from tests.protocols.network import make_agreement, names
 
 TINY = Model(seed=1, trunk_digest="0" * 64, width=8, layers=1, heads=1, tokens=2, feedforward=8, rank=1)
 FINGERPRINT = "ab" * 32
-RNG = "aes-256-ctr"
+RNG = led.RNG_KIND
 
 Bodies = list[t.Body]
 
@@ -91,7 +90,7 @@ class Study:
         alive = list(self.names if survivors is None else survivors)
         everyone = tuple(sorted({*self.names, *alive}) if cohort is None else cohort)
         uploads = [(name, t.upload_digest(f"{name}/{number}".encode(), number)) for name in alive]
-        view = bytes([number]) * 32
+        view = bytes([number % 256]) * 32
         statement = t.survivor_statement(AttemptId(self.digest, number, attempt), view, uploads)
         voting = alive if voters is None else voters
         votes = {
@@ -165,7 +164,7 @@ class Study:
                 node_id=node,
                 agreement_digest=self.digest.hex(),
                 dataset_fingerprint=FINGERPRINT,
-                privacy_unit="record",
+                privacy_unit=privacy.unit,
                 neighbouring_relation=led.NEIGHBOURING_RELATION,
                 delta=privacy.delta,
                 epsilon_budget=privacy.epsilon_budget,
@@ -183,7 +182,7 @@ class Study:
                     noise_multiplier=privacy.noise_multiplier,
                     max_grad_norm=privacy.max_grad_norm,
                     steps=taken,
-                    privacy_unit="record",
+                    privacy_unit=privacy.unit,
                     dataset_fingerprint=FINGERPRINT,
                     rng_kind=RNG,
                     transcript_link=link,
@@ -192,7 +191,7 @@ class Study:
             )
             steps, link = steps + taken, line_digest(line).hex()
         events = [body for body in bodies if isinstance(body, led.DpSgdEvent)]
-        epsilon = epsilon_rdp(events, privacy.delta)
+        epsilon = epsilon_of([(e.noise_multiplier, e.sample_rate, e.steps) for e in events], privacy.delta)
         claimed = epsilon if np.isfinite(epsilon) else None
         hospital, whole = self.agreement.hospital_privacy, None
         if hospital is not None:

@@ -66,7 +66,7 @@ def test_the_answers_are_the_known_ones(rate: float, noise: float, steps: int, d
     [
         ((0.01, 0.0, 10, 1e-5), {"rdp": "no noise", "prv": "no noise", "pld": "no noise"}),
         ((0.01, 50.0, 1000, 1e-5), {"rdp": "at most 0.1041"}),
-        ((0.5, 0.3, 100, 1e-5), {"rdp": "at most 40", "prv": "above 100", "pld": "above 100"}),
+        ((0.5, 0.3, 100, 1e-5), {"rdp": "at most 40", "prv": "above 300", "pld": "above 300"}),
         ((0.01, 1.0, 10, 0.5), {"prv": "does not hold here"}),
     ],
 )
@@ -87,6 +87,10 @@ def test_outside_its_range_an_accountant_says_why_it_has_no_number(settings: tup
         (0.0, 1.0, 10, 1e-5),
         (0.1, 0.01, 10, 1e-5),
         (0.1, 1e9, 10, 1e-5),
+        (0.1, math.inf, 10, 1e-5),
+        (-3.0, 0.0, 10, 1e-5),
+        (-3.0, 1.0, 0, 1e-5),
+        (0.1, 1.0, 0, math.nan),
         (0.1, 1.0, 10**9, 1e-5),
         (math.nan, 1.0, 1, 1e-5),
     ],
@@ -95,6 +99,23 @@ def test_what_no_accountant_can_answer_is_refused(settings: tuple) -> None:
     rate, noise, steps, delta = settings
     with pytest.raises(VerificationFailed):
         epsilons([Steps(rate, noise, steps)], delta)
+    options = ["--sample-rate", rate, "--noise-multiplier", noise, "--steps", steps, "--delta", delta]
+    result = run("epsilon", *options)
+    usage = result.exit_code == 2  # not a number at all
+    assert isinstance(result.exception, ConfigError) is not usage
+    assert usage is any(math.isnan(setting) for setting in settings)
+
+
+def test_a_rate_that_is_next_to_nothing_is_answered_without_a_crash() -> None:
+    answer = ask(1e-320, 1.0, 10_000_000, 1e-5)
+    assert answer["epsilon"]["pld"] is None
+    assert "no number here" in answer["refused"]["pld"]
+
+
+def test_an_answer_names_relation_and_unit() -> None:
+    result = run("epsilon", "--sample-rate", 0.01, "--noise-multiplier", 1, "--steps", 10, "--delta", 1e-5)
+    assert "add or remove one unit" in result.output
+    assert ask(0.01, 1.0, 10, 1e-5).keys() == {"epsilon", "delta", "neighbouring_relation"}
 
 
 def test_no_step_costs_nothing() -> None:
@@ -176,6 +197,38 @@ def test_a_plan_overwrites_nothing(tmp_path: Path) -> None:
     assert isinstance(run("plan", *options, "--out", tmp_path / "new.toml").exception, ConfigError)
 
 
+PLAN = ["plan", "--epsilon", 4, "--delta", 1e-4, "--patients", 400, "--rounds", 2, "--batch", 40]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--plot", "{folder}/plan.xyz"],
+        ["--plot", "{folder}/missing/plan.png"],
+        ["--plot", "{folder}/folder.png"],
+        ["--study", "{folder}/study.toml", "--out", "{folder}/missing/new.toml"],
+        ["--study", "{folder}/missing.toml", "--out", "{folder}/new.toml"],
+    ],
+)
+def test_a_plan_that_cannot_be_written_is_a_setting_to_mend(tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(make_spec()))
+    (tmp_path / "folder.png").mkdir()
+    result = run(*PLAN, *(option.format(folder=tmp_path) for option in options))
+    assert isinstance(result.exception, ConfigError)
+    assert "plan" in str(result.exception) or "toml" in str(result.exception)
+
+
+def test_a_plan_names_the_unit_of_its_study(tmp_path: Path) -> None:
+    spec = make_spec()
+    spec["privacy"] |= {"unit": "patient", "records_per_patient": 3}
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(spec))
+    files = ["--study", tmp_path / "study.toml", "--out", tmp_path / "new.toml"]
+    assert "add or remove one patient" in run(*PLAN, *files).output
+    (tmp_path / "new.toml").unlink()
+    assert json.loads(run(*PLAN, *files, "--json").stdout)["unit"] == "patient"
+    assert "add or remove one unit" in run(*PLAN).output
+
+
 # --- verify and compose
 
 
@@ -205,7 +258,9 @@ def test_honest_claims_verify_by_three_accountants(study: Study, honest: Path) -
     assert code == 0, report
     assert report["budgets"].keys() == set(study.names)
     for budget in report["budgets"].values():
-        assert budget["claimed"] >= budget["epsilon"]["rdp"] > budget["epsilon"]["prv"] > budget["epsilon"]["pld"] > 0
+        assert budget["claimed"] == pytest.approx(budget["epsilon"]["rdp"])
+        assert budget["epsilon"]["rdp"] > budget["epsilon"]["prv"] > budget["epsilon"]["pld"] > 0
+        assert budget["unit"] == "record"
         assert budget["neighbouring_relation"] == "add-or-remove-one"
 
 
@@ -213,6 +268,10 @@ LIES: dict[str, tuple[Callable[[list], object], str]] = {
     "a claim below PLD": (lambda b: b.__setitem__(4, replace(b[4], epsilon=1.0)), "after the event of round 3"),
     "a claim between PLD and RDP": (
         lambda b: b.__setitem__(4, replace(b[4], epsilon=0.9 * b[4].epsilon)),
+        "Opacus RDP",
+    ),
+    "a claim hardly below RDP": (
+        lambda b: b.__setitem__(4, replace(b[4], epsilon=(1 - 1e-6) * b[4].epsilon)),
         "Opacus RDP",
     ),
     "an early claim that a later one mends": (
@@ -263,8 +322,37 @@ def test_a_patient_in_two_ledgers_has_the_composition_and_one_in_one_has_that(st
     for count, found in ((1, answer["patients_of_one"][ledgers[0]]), (2, answer["patients_of_all"])):
         expected = epsilon_pld([Steps(privacy.sample_rate, privacy.noise_multiplier, count * steps)], privacy.delta)
         assert found["epsilon"]["pld"] == pytest.approx(expected, rel=1e-6)
+    assert answer["unit"] == "record"
     one, both = answer["patients_of_one"][ledgers[0]]["epsilon"]["pld"], answer["patients_of_all"]["epsilon"]["pld"]
     assert one < both < 2 * one
+
+
+def test_records_and_patients_are_not_composed(study: Study, honest: Path, tmp_path: Path) -> None:
+    other = study.with_sections(privacy={"unit": "patient", "records_per_patient": 3})
+    second = other.write(tmp_path / "second")
+    name, at = study.names[0], NOW.replace(tzinfo=None).isoformat(timespec="seconds")
+    refused = run("compose", f"{honest}:{name}", f"{second}:{name}", "--at", at)
+    assert isinstance(refused.exception, ConfigError)
+    assert "record" in str(refused.exception)
+    assert "patient" in str(refused.exception)
+    both = run("compose", f"{second}:{name}", f"{second}:{study.names[1]}", "--at", at)
+    assert "a patient in all of them" in both.output
+    assert "add or remove one patient" in both.output
+
+
+def test_many_claims_cost_each_accountant_one_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    answer = epsilons
+
+    def counted(history: list[Steps], delta: float) -> accountants.Epsilons:
+        asked.append(sum(steps.steps for steps in history))
+        return answer(history, delta)
+
+    monkeypatch.setattr("audit.ledgers.epsilons", counted)
+    study = make_study(count=3, rounds=3)
+    code, report = verify(study, study.write(tmp_path / "study"))
+    assert code == 0, report
+    assert asked == [4]
 
 
 @pytest.mark.parametrize(

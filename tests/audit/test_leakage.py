@@ -6,6 +6,8 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from audit import leakage
 from audit.leakage import LeakageEvidence, Rate, collect, judge
@@ -22,6 +24,10 @@ from tests.secgeo import tiny_study
 
 SMALL = replace(
     leakage._SIZES["fast"], trainings={"unprotected": 12, "ours": 30}, records=4, rounds=1, warmup=1, noise_samples=40
+)
+INVERSIONS = tuple(
+    f"gradient inversion on {seen}"
+    for seen in ("a raw update", "the aggregate", "the released adapter", "the Gram matrix of the anchors")
 )
 UPLOADS = ("membership inference on a protected upload", "gradient inversion on a protected upload")
 
@@ -65,6 +71,15 @@ def change(evidence: LeakageEvidence, observation: str, protection: str, **field
     return msgspec.structs.replace(evidence, membership=rows)
 
 
+def change_inversion(evidence: LeakageEvidence, observation: str, **fields: object) -> LeakageEvidence:
+    """The evidence with other fields in the inversion of one observation on ours."""
+    rows = [
+        msgspec.structs.replace(row, **fields) if (row.observation, row.protection) == (observation, "ours") else row
+        for row in evidence.inversion
+    ]
+    return msgspec.structs.replace(evidence, inversion=rows)
+
+
 # --- the attacks
 
 
@@ -74,15 +89,18 @@ def test_attacks_work_where_nothing_protects(evidence):
     for row in canaries:
         assert leakage.auc(row.members, row.others) > 0.85, row.observation
         assert leakage.rate_at(row.members, row.others, 0.01).tpr > 0.3, row.observation
-    for row in evidence.inversion:
-        if row.protection == "unprotected":
-            assert leakage.recovered(row)[0] > 0.9
-            assert row.labels_right >= 7
+    inverted = [row for row in evidence.inversion if row.protection == "unprotected"]
+    assert {row.observation for row in inverted} == set(leakage.OBSERVATIONS)
+    for row in inverted:
+        middle, chance = leakage.recovered(row)
+        assert middle > 0.9, row.observation
+        assert chance < 1e-3, row.observation
+        assert row.labels_right >= 6, row.observation
 
 
 def test_they_fail_on_ours(evidence, target):
     found = verdicts(evidence, target)
-    assert len(found) == 7
+    assert len(found) == 10
     assert set(found.values()) == {"held"}
     for row in evidence.membership:
         if row.protection == "ours":
@@ -105,7 +123,8 @@ def test_training_that_forgets_its_noise_is_found(monkeypatch, target):
 
     monkeypatch.setattr(CryptographicDPOptimizer, "add_noise", add_noise)
     found = verdicts(run(target, trainings={"unprotected": 12, "ours": 2}), target)
-    assert found["gradient inversion on a raw update"] == "broken"
+    assert {found[name] for name in INVERSIONS} == {"broken"}
+    assert found["gradient inversion on a protected upload"] == "held"
 
 
 def test_patients_and_a_target_without_others(target):
@@ -178,11 +197,13 @@ def test_a_weak_attack_proves_nothing(evidence, target):
     weak = change(evidence, "gram", "unprotected", members=[0.0, 1.0] * 100, others=[0.0, 1.0] * 100)
     assert verdicts(weak, target)["membership inference on the Gram matrix of the anchors"] == "not testable"
     reference = [
-        msgspec.structs.replace(row, similarity=np.zeros((8, 8)).tolist()) if row.protection == "unprotected" else row
+        msgspec.structs.replace(row, similarity=np.zeros((12, 12)).tolist()) if row.protection == "unprotected" else row
         for row in evidence.inversion
     ]
     blind = msgspec.structs.replace(evidence, inversion=reference)
-    assert verdicts(blind, target)["gradient inversion on a raw update"] == "not testable"
+    findings = judge(blind, target.agreement)[5:]
+    assert {finding.status for finding in findings} == {"not testable"}
+    assert all("fails on unprotected training" in finding.detail for finding in findings)
 
 
 def test_too_few_scores_prove_nothing(evidence, target):
@@ -206,13 +227,52 @@ def test_without_noise_nothing_is_promised(evidence, target):
     assert [f.status for f in findings[:5]] == ["not testable", "held", *["not testable"] * 3]
 
 
-def test_reconstructions_that_are_right_are_broken(evidence, target):
-    right = [
-        msgspec.structs.replace(row, similarity=np.eye(8).tolist()) if row.protection == "ours" else row
-        for row in evidence.inversion
-    ]
-    found = judge(msgspec.structs.replace(evidence, inversion=right), target.agreement)
-    assert [finding.status for finding in found[5:]] == ["broken", "broken"]
+@pytest.mark.parametrize("observation", leakage.OBSERVATIONS)
+def test_reconstructions_that_are_right_are_broken(observation, evidence, target):
+    right = change_inversion(evidence, observation, similarity=np.eye(12).tolist())
+    findings = judge(right, target.agreement)
+    assert [finding.status for finding in findings].count("broken") == 1
+    assert findings[5 + leakage.OBSERVATIONS.index(observation)].status == "broken"
+
+
+def test_right_reconstructions_of_few_records_are_not_called_held(evidence, target):
+    few = change_inversion(evidence, "gram", similarity=np.eye(5).tolist(), labels_right=5)
+    finding = judge(few, target.agreement)[-1]
+    assert finding.status == "not testable"
+    assert "too few records" in finding.detail
+
+
+def test_findings_say_what_the_attacker_knows(evidence, target):
+    details = {finding.name: finding.detail for finding in judge(evidence, target.agreement)}
+    assert "all other hospitals but one" in details["gradient inversion on the aggregate"]
+    assert "one other" in details["gradient inversion on the released adapter"]
+
+
+def test_the_released_adapter_shows_the_aggregate_of_two(target):
+    scene = leakage._Scene(target, SMALL, np.random.Generator(np.random.PCG64(3)))
+    bare = leakage._vary(
+        leakage._protected(target, "unprotected"), training={"steps_per_round": 1, "warmup_steps": 0}, batch=1.0
+    )
+    records = leakage._take(scene.base, np.arange(4))
+    with sdpa_kernel(SDPBackend.MATH):
+        clues = leakage._clues(scene, bare, leakage._Prior.of(bare), records, set())
+    update, aggregate, adapter = clues["update"], clues["aggregate"], clues["adapter"]
+    assert np.abs(aggregate.seen - adapter.seen).max() < 1e-9
+    assert aggregate.together == adapter.together == 2 * update.together
+    assert aggregate.noise == adapter.noise == 2 * update.noise
+    others = np.linalg.norm(aggregate.seen - update.seen, axis=1) / np.linalg.norm(update.seen, axis=1)
+    assert 0.1 < np.median(others) < 10.0
+
+
+def test_the_gram_matrix_moves_as_its_slopes_say(target):
+    scene = leakage._Scene(target, SMALL, np.random.Generator(np.random.PCG64(3)))
+    whitebox, trainer = leakage._Whitebox(target), scene.trainer(target, target.records)
+    trainer.load_shared(scene.start.state)
+    at = whitebox.take(trainer)
+    chance = np.random.Generator(np.random.PCG64(4))
+    step, along = 1e-6 * chance.normal(size=len(at)), chance.normal(size=(3, 78))
+    moved = along @ (whitebox.gram(at + torch.from_numpy(step)) - whitebox.gram(at))
+    assert whitebox.gram_slopes(along) @ step == pytest.approx(moved, rel=1e-3)
 
 
 # --- numbers
@@ -249,14 +309,22 @@ def test_evidence_that_says_nothing_is_refused(evidence, target):
             judge(change(evidence, "gram", "ours", members=members, others=others), target.agreement)
     with pytest.raises(ConfigError, match="no membership scores"):
         judge(msgspec.structs.replace(evidence, membership=[]), target.agreement)
-    with pytest.raises(ConfigError, match="no inversions"):
+    with pytest.raises(ConfigError, match="not one inversion"):
         judge(msgspec.structs.replace(evidence, inversion=[]), target.agreement)
+    for left, row in enumerate(evidence.inversion):
+        rows = evidence.inversion[:left] + evidence.inversion[left + 1 :]
+        for changed in (rows, [*evidence.inversion, row]):
+            with pytest.raises(ConfigError, match="not one inversion"):
+                judge(msgspec.structs.replace(evidence, inversion=changed), target.agreement)
     with pytest.raises(ConfigError, match="whole rounds"):
         judge(change(evidence, "update", "ours", steps=10**6), target.agreement)
-    for similarity in ([], [[1.0]], [[1.0, 0.0]], [[float("nan"), 0.0], [0.0, 1.0]]):
-        rows = [msgspec.structs.replace(row, similarity=similarity) for row in evidence.inversion]
-        with pytest.raises(ConfigError, match="similarit"):
-            judge(msgspec.structs.replace(evidence, inversion=rows), target.agreement)
+    for similarity in ([], [[1.0]], [[1.0, 0.0]], [[float("nan"), 0.0], [0.0, 1.0]], [[5.0, 0.0], [0.0, 1.0]]):
+        for observation in leakage.OBSERVATIONS:
+            with pytest.raises(ConfigError, match="similarit"):
+                judge(change_inversion(evidence, observation, similarity=similarity), target.agreement)
+    for labels_right in (-1, 100):
+        with pytest.raises(ConfigError, match="labels"):
+            judge(change_inversion(evidence, "gram", labels_right=labels_right), target.agreement)
 
 
 def test_too_few_records_are_refused(target):

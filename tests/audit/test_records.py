@@ -7,14 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from audit import budget
+from audit import budget, records
 from audit.records import VerificationReport, verify_folder
 from keys.errors import VerificationFailed
 from keys.labels import Label
@@ -23,6 +23,7 @@ from keys.signed import sign_document
 from protocols import ledger as led
 from protocols import transcript as t
 from protocols.chain import GENESIS
+from secgeo.accountant import hospital_epsilon
 from tests.audit.factory import NOW, Study, make_study
 from tests.audit.tamper import byte_changes, line_changes
 
@@ -66,8 +67,9 @@ def test_an_honest_folder_passes(study: Study, honest: Path) -> None:
         *(f"ledgers/{name}.jsonl" for name in study.names),
     }
     epsilon = report.epsilons[study.names[0]]
-    assert epsilon["claimed_opacus_rdp"] == pytest.approx(epsilon["google_rdp"])
-    assert 0 < epsilon["google_pld"] < epsilon["google_rdp"]
+    assert epsilon["claimed_opacus_rdp"] == pytest.approx(epsilon["rdp"], rel=1e-3)
+    assert 0 < epsilon["google_pld"] < epsilon["rdp"]
+    assert report.unit == "record"
     text = json.dumps(report.to_json())
     assert json.loads(text)["ok"] is True
 
@@ -288,6 +290,7 @@ LIES = {
         3, replace(b[3], transcript_link="1" * 64)
     ),
     "not closed": lambda b: b.pop(),
+    "noise of a generator that nobody knows": lambda b: b.__setitem__(2, replace(b[2], rng_kind="mersenne-twister")),
 }
 
 
@@ -309,6 +312,165 @@ def test_a_node_that_dropped_out_may_lag_behind_but_links_to_real_records_only(s
 
         study.put(folder, transcript, {lost: study.ledger(lost, transcript, change)})
         assert verify(study, folder).ok is good
+
+
+def without(number: int, study: Study) -> Callable[[list], None]:
+    """A ledger that leaves out the event of a round, and counts and claims as if there had been none."""
+
+    def change(bodies: list) -> None:
+        bodies[:] = [body for body in bodies if getattr(body, "round", 0) != number]
+        events = [body for body in bodies if isinstance(body, led.DpSgdEvent)]
+        steps = sum(event.steps for event in events)
+        epsilon = budget.epsilon_rdp(events, study.agreement.privacy.delta)
+        bodies[-2] = replace(bodies[-2], steps_total=steps, epsilon=epsilon)
+        bodies[-1] = replace(bodies[-1], rounds=len(events), steps_total=steps)
+
+    return change
+
+
+@pytest.mark.parametrize("round_number", [2, 3])
+def test_a_node_that_trained_and_was_dropped_cannot_leave_the_event_out(
+    study: Study, folder: Path, round_number: int
+) -> None:
+    """A node is in the cohort only after it said that it was ready, that is, after it has trained."""
+    lost = study.names[3]
+
+    def drop(bodies: list) -> None:
+        bodies[2 * round_number - 1] = study.round_record(round_number, survivors=study.names[:3])
+
+    transcript = study.transcript(drop)
+    ledgers = {name: study.ledger(name, transcript) for name in study.names}
+    study.put(folder, transcript, ledgers | {lost: study.ledger(lost, transcript, without(round_number, study))})
+    found = failed(verify(study, folder))
+    assert set(found) == {f"ledgers/{lost}.jsonl"}
+    assert f"the record of round {round_number} names the node" in found[f"ledgers/{lost}.jsonl"]
+
+
+def test_a_round_whose_cohort_a_node_was_not_in_needs_no_event(study: Study, folder: Path) -> None:
+    away, here = study.names[3], study.names[:3]
+    transcript = study.transcript(
+        lambda bodies: bodies.__setitem__(3, study.round_record(2, survivors=here, cohort=here))
+    )
+    ledgers = {name: study.ledger(name, transcript) for name in study.names}
+    study.put(folder, transcript, ledgers | {away: study.ledger(away, transcript, without(2, study))})
+    assert failed(verify(study, folder)) == {}
+
+
+def test_a_ledger_without_an_end_says_what_that_may_mean(study: Study, folder: Path) -> None:
+    detail = lie_in_ledger(study, folder, lambda bodies: bodies.pop())
+    assert "no closing line" in detail
+    assert "machine died" in detail
+
+
+# --- many claims
+
+
+def claim_after_every_round(
+    study: Study, factor: Callable[[float, int], float] = lambda epsilon, _: epsilon
+) -> Callable:
+    def change(bodies: list) -> None:
+        told, steps, last = [], 0, bodies[-2]
+        for body in bodies[:-2]:
+            told.append(body)
+            if isinstance(body, led.DpSgdEvent):
+                steps += body.steps
+                events = [body for body in told if isinstance(body, led.DpSgdEvent)]
+                epsilon = budget.epsilon_rdp(events, study.agreement.privacy.delta)
+                told.append(replace(last, steps_total=steps, epsilon=factor(epsilon, steps)))
+        bodies[:] = [*told, bodies[-1]]
+
+    return change
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of steps of every PLD that the verifier asks for, each of them answered at once."""
+    steps: list[int] = []
+
+    def pld(events: Sequence[budget.Steps], delta: float) -> float:
+        steps.append(sum(event.steps for event in events))
+        return 0.5 * budget.epsilon_rdp(events, delta)
+
+    monkeypatch.setattr("audit.records.epsilon_pld", pld)
+    return steps
+
+
+def write_claims(study: Study, folder: Path, change: Callable) -> VerificationReport:
+    study.write(folder)
+    transcript = (folder / "transcript.jsonl").read_bytes()
+    study.put(folder, transcript, {name: study.ledger(name, transcript, change) for name in study.names})
+    return verify(study, folder)
+
+
+def test_only_the_last_of_many_honest_claims_costs_a_pld(tmp_path: Path, asked: list[int]) -> None:
+    study = make_study(count=3, rounds=20).with_sections(privacy={"epsilon_budget": 50.0})
+    report = write_claims(study, tmp_path / "study", claim_after_every_round(study))
+    assert report.ok, failed(report)
+    assert asked == [38] * 3
+
+
+def test_claims_below_rdp_cost_a_pld_only_where_that_of_more_steps_does_not_tell(
+    tmp_path: Path, asked: list[int]
+) -> None:
+    study = make_study(count=3, rounds=20).with_sections(privacy={"epsilon_budget": 50.0})
+    report = write_claims(study, tmp_path / "study", claim_after_every_round(study, lambda epsilon, _: 0.9 * epsilon))
+    assert report.ok, failed(report)
+    assert 3 <= len(asked) <= 30
+
+
+def test_claims_that_would_cost_hours_are_refused(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("audit.records.MAXIMUM_PLDS", 5)
+    study = make_study(count=3, rounds=20).with_sections(privacy={"epsilon_budget": 50.0})
+    report = write_claims(study, tmp_path / "study", claim_after_every_round(study, lambda epsilon, _: 0.5 * epsilon))
+    assert all("more than 5 claims" in detail for detail in failed(report).values())
+    assert len(failed(report)) == 3
+
+
+def test_more_claims_than_a_node_makes_are_refused(study: Study, folder: Path) -> None:
+    """One for every round that was summed, and one whenever it stops."""
+    rounds = study.agreement.study.rounds
+    for count, good in ((rounds, True), (rounds + 1, False)):
+
+        def change(bodies: list, count: int = count) -> None:
+            bodies[-1:-1] = count * [bodies[-2]]
+
+        detail = lie_in_ledger(study, folder, change)
+        assert (detail == "") is good
+        assert good or "more claims than a node makes" in detail
+
+
+def test_a_claim_is_compared_with_the_smaller_bound(
+    study: Study, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over millions of steps PLD's discretisation is looser than RDP: honest nodes claim less than it."""
+    monkeypatch.setattr("audit.records.epsilon_pld", lambda events, delta: 1.1 * budget.epsilon_rdp(events, delta))
+    assert failed(verify(study, folder)) == {}
+    assert lie_in_ledger(study, folder, claim(1.0)) == ""
+    assert "(RDP)" in lie_in_ledger(study, folder, claim(1 - 2e-3))
+
+
+def test_honest_claims_hold_where_pld_is_looser_than_rdp() -> None:
+    """Values of opacus.accountants.RDPAccountant 1.6."""
+    history = [budget.Steps(0.001, 16.0, 1_000_000)]
+    rdp = budget.epsilon_rdp(history, 1e-5)
+    assert rdp == pytest.approx(0.226177, abs=1e-6)
+    assert rdp < budget.epsilon_pld(history, 1e-5)
+
+
+def test_what_is_no_privacy_is_not_recomputed(study: Study, tmp_path: Path) -> None:
+    strange = study.with_sections(
+        privacy={"noise_multiplier": 0.31, "sample_rate": 1.0, "epsilon_budget": 1e4}, training={"steps_per_round": 20}
+    )
+    found = failed(verify(strange, strange.write(tmp_path / "strange")))
+    assert len(found) == len(strange.names)
+    assert all("no privacy" in detail for detail in found.values())
+
+
+@pytest.mark.parametrize("kind", sorted(led.RNG_KINDS))
+def test_events_of_every_known_noise_generator_verify(study: Study, folder: Path, kind: str) -> None:
+    assert lie_in_ledger(study, folder, lambda b: b.__setitem__(2, replace(b[2], rng_kind=kind))) == ""
 
 
 def small_budget(study: Study) -> Study:
@@ -430,11 +592,11 @@ def test_a_manifest_that_somebody_else_signed_is_refused(study: Study, folder: P
     assert "manifest.json" in failed(verify(study, folder))
 
 
-@pytest.mark.parametrize("noise", [1e-300, 0.01, 1e5])
+@pytest.mark.parametrize("noise", [1e-300, 0.2, 1e7])
 def test_parameters_out_of_range_cost_no_time(study: Study, tmp_path: Path, noise: float) -> None:
     strange = study.with_sections(privacy={"noise_multiplier": noise})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.audit.factory.epsilon_rdp", lambda events, delta: 1.0)
+        patch.setattr("tests.audit.factory.epsilon_of", lambda history, delta: 1.0)
         folder = strange.write(tmp_path / "strange")
     report = verify(strange, folder)
     assert len(failed(report)) == len(strange.names)
@@ -465,6 +627,33 @@ def test_an_honest_opacus_claim_is_never_below_what_the_auditor_computes() -> No
     """Values of opacus.accountants.RDPAccountant 1.6."""
     for rate, noise, steps, delta, claim in [(0.1, 1.0, 6, 1e-5, 3.0260), (0.25, 0.8, 48, 1e-3, 15.3453)]:
         assert budget.epsilon_pld([event(rate, noise, steps)], delta) < claim
+
+
+OPACUS = [
+    (0.1, 1.0, 6, 1e-5, 3.0260196518145777),
+    (0.25, 0.8, 48, 1e-3, 15.345320026175783),
+    (0.4, 0.55, 78, 2e-3, 66.71352308965395),
+    (1.0, 5.0, 30, 1e-6, 5.790609852476926),
+    (0.001, 16.0, 1_000_000, 1e-5, 0.22617710060602594),
+    (0.0001, 0.6, 100_000, 1e-5, 1.8195713845024588),
+    (0.9, 12.0, 1000, 1e-5, 13.242398245346598),
+]
+"""Sampling rate, noise multiplier, steps, delta, epsilon by opacus.accountants.RDPAccountant 1.6."""
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps", "delta", "claim"), OPACUS)
+def test_an_honest_claim_reaches_one_of_the_two_bounds(
+    rate: float, noise: float, steps: int, delta: float, claim: float
+) -> None:
+    history = [budget.Steps(rate, noise, steps)]
+    smaller = min(budget.epsilon_rdp(history, delta), budget.epsilon_pld(history, delta))
+    assert claim >= smaller * (1 - records.EPSILON_TOLERANCE)
+
+
+@pytest.mark.parametrize("rho", [1e-9, 1e-6, 1.3e-5, 1e-4, 0.0029, 0.0031, 0.0033, 0.0037, 0.02, 0.4, 7.0, 90.0, 3e4])
+@pytest.mark.parametrize("delta", [1e-9, 1e-5, 0.02])
+def test_an_honest_claim_for_the_hospital_is_never_below_what_the_auditor_computes(rho: float, delta: float) -> None:
+    assert hospital_epsilon(rho, delta) >= budget.epsilon_concentrated(rho, delta) * (1 - 1e-9)
 
 
 def test_the_two_accountants_order_and_compose_as_they_must() -> None:

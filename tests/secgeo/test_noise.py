@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from scipy import stats
 from scipy.special import ndtri
 
 from keys.errors import ConfigError, LocalProtocolError
-from secgeo.noise import BLOCK_VALUES, NoiseSource
+from protocols.ledger import RNG_KINDS
+from secgeo.noise import BLOCK_VALUES, RNG_KIND, NoiseSource
 
 KEY = bytes(range(32))
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ def test_gaussian_passes_kolmogorov_smirnov_and_variance() -> None:
 
 
 def test_each_value_is_half_the_sum_of_four_gaussians() -> None:
-    """The mitigation of floating-point attacks: one value costs four 53-bit uniforms."""
+    """The mitigation of floating-point attacks: one value costs four 52-bit uniforms."""
     parts = ndtri(NoiseSource(KEY).uniform(4 * 5)).reshape(4, 5)
     np.testing.assert_allclose(NoiseSource(KEY).gaussian((5,), 3.0), 3.0 * parts.sum(axis=0) / 2.0, rtol=1e-14)
 
@@ -37,8 +39,23 @@ def test_each_value_is_half_the_sum_of_four_gaussians() -> None:
 def test_the_keystream_is_aes_256_ctr() -> None:
     """First block for the zero key and counter: a published AES-256 known answer."""
     block = bytes.fromhex("dc95c078a2408989ad48a21492842087")
-    wanted = (np.frombuffer(block, dtype="<u8") >> np.uint64(11)).astype(np.float64)
-    np.testing.assert_array_equal(NoiseSource(bytes(32)).uniform(2), (wanted + 0.5) * 2.0**-53)
+    wanted = (np.frombuffer(block, dtype="<u8") >> np.uint64(12)).astype(np.float64)
+    np.testing.assert_array_equal(NoiseSource(bytes(32)).uniform(2), (wanted + 0.5) * 2.0**-52)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+def test_no_keystream_gives_zero_one_or_infinite_noise(byte: int) -> None:
+    source = NoiseSource(KEY)
+    source._stream = SimpleNamespace(update=lambda data: bytes([byte]) * len(data))  # type: ignore[assignment]
+    values = source.uniform(4)
+    assert ((values > 0.0) & (values < 1.0)).all()
+    assert values[0] == (2.0**-53 if byte == 0 else 1.0 - 2.0**-53)
+    assert np.isfinite(source.gaussian((3,), 1.0)).all()
+
+
+def test_the_ledger_knows_this_generator() -> None:
+    assert RNG_KIND == "aes-256-ctr/ndtri/4-sum/v2"
+    assert RNG_KIND in RNG_KINDS
 
 
 def test_neighbouring_values_are_uncorrelated_across_blocks() -> None:
