@@ -47,9 +47,10 @@ def audit_run(
     passphrase_file: Annotated[Path | None, typer.Option(help="The passphrase of --keys.")] = None,
     json: Json = False,
 ) -> None:
-    """Audit a study. Leaves evidence, a verdict, a report in HTML and a signature in one folder; exits 8 if a promise is broken.
+    """Audit a study. Leaves evidence, verdict, report and signature in one folder; exits 8 if a promise is broken or a part missing.
 
-    Nothing is sent anywhere, but for a few harmless probes of the aggregator that a configuration names. No secret key is opened.
+    Nothing is sent anywhere, but for a few harmless probes of the aggregator that a configuration names. No secret key is opened but
+    that of --keys. A bundle of a hospital's own training is confidential: it holds statistics of its records.
 
     Examples:
 
@@ -89,6 +90,10 @@ def audit_verify(
     auditor: Annotated[
         str | None, typer.Option(help="The auditor's public key in hexadecimal, from a source you trust.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Draw the report anew into this file instead of comparing: for bundles of other versions."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check a bundle without trust in its auditor's program: the signature, then verdict and report computed again from the evidence.
@@ -100,12 +105,13 @@ def audit_verify(
     from audit.bundle import verify
     from audit.report import render
 
-    verdict, signed, notes = verify(folder, auditor, render)
+    verdict, signed, notes = verify(folder, auditor, render, report)
     if not json:
         show(f"signed by {signed.name}: {signed.public_key}")
         for note in notes:
             show(f"note    {note}")
-        show("signature, verdict and report hold: everything follows from the evidence\n")
+        compared = "signature, verdict and report" if report is None else "signature and verdict"
+        show(f"{compared} hold: they follow from the evidence\n")
     _tell(verdict, json, auditor=signed.public_key, notes=notes)
 
 
@@ -126,7 +132,13 @@ def _tell(verdict: Verdict, json: bool, **more: object) -> None:
         for finding in verdict.of("broken"):
             show(f"BROKEN  {finding.part}: {finding.name}: {finding.detail}")
         counts = ", ".join(f"{len(verdict.of(status))} {status}" for status in ("held", "broken", "not testable"))
-        show(f"\n{'no promise was broken' if verdict.ok else 'PROMISES WERE BROKEN'}: {counts}")
+        if verdict.missing:
+            reasons = (f"{part} ({verdict.about.not_done.get(part, 'no evidence')})" for part in verdict.missing)
+            show(f"MISSING  {', '.join(reasons)}")
+        broken = "PROMISES WERE BROKEN" if verdict.of("broken") else "INCOMPLETE"
+        show(f"\n{'no promise was broken' if verdict.ok else broken}: {counts}")
+        if "training data" in verdict.about.not_done:
+            show(f"training and leakage were NOT audited: {verdict.about.not_done['training data']}")
         if "out" in more:
             show(f"report: {more['out']}/report.html    check the bundle: secgeo audit verify {more['out']}")
     if not verdict.ok:

@@ -1,44 +1,49 @@
 """The bundle that an audit leaves: evidence, the verdict that follows from it, a report, and the auditor's signature over all of it.
 
     evidence/about.json        what was audited, when, how, and with which versions
-    evidence/agreement.toml    the agreement, byte for byte
+    evidence/study/            the signed agreement, roster and root
     evidence/PART.json         what each audit saw: conformance, training, leakage, protocol
     evidence/records/          the study's folder of records, if there was one
     verdict.json, report.html  computed from the evidence alone
     auditor.json               the key that signed
     manifest.json(.sig)        SHA-256 of every file, signed
 
-Whoever has the bundle can compute verdict and report again and compare (`verify`). The signature says who ran the audit, not that
-the evidence is true: for that, run it again.
+Whoever has the bundle can compute verdict and report again and compare (`verify`). What an audit of this kind must have and has not
+makes it incomplete, whatever it says of the rest; and evidence must be of the agreement that is in it. The signature says who ran the
+audit, not that the evidence is true: for that, run it again.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidKey, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from audit import conformance, leakage, protocol, training
 from audit.findings import Finding
 from audit.ledgers import BudgetReport, verify_budgets
+from audit.plants import PLANTS
+from audit.target import SPLIT, study_of_folder
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import read_public, write_public
 from keys.labels import Label
 from keys.signed import Signer, sign_document, verify_document
-from protocols.agreement import Agreement, read_agreement
+from secgeo.accountant import epsilon_after
 from secgeo.records import MANIFEST, file_digests, list_files
+from secgeo.study import AGREEMENT, OpenStudy
 
 FORMAT = "secgeo-audit/1"
-EVIDENCE, RECORDS, ABOUT, AGREEMENT = "evidence", "evidence/records", "evidence/about.json", "evidence/agreement.toml"
+EVIDENCE, RECORDS, STUDY, ABOUT = "evidence", "evidence/records", "evidence/study", "evidence/about.json"
 VERDICT, REPORT, AUDITOR = "verdict.json", "report.html", "auditor.json"
 FILE_LIMIT_BYTES = 1 << 28
 PACKAGES = ("secgeo", "torch", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn", "matplotlib")
@@ -48,19 +53,22 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     """What was audited and how.
 
     Attributes:
+        kind: whether a folder of records was audited or a node's configuration.
         source: the folder or configuration, by name only.
         node: the hospital whose training was audited; empty if none was.
         data: where its records are from.
-        authority: the pinned fingerprint of the authority; None if nobody pinned it.
+        authority: the fingerprint of the authority that was pinned, by the auditor or the configuration; None if nobody did.
         started: UTC; certificates and records are judged as of then.
         plant: the bug that was planted, if any.
         seconds: of each part.
         not_done: parts that could not be done, and why.
+        left_out: files in the folder of records that no manifest lists, and which were not copied.
     """
 
     format: str
     study: str
     agreement_digest: str
+    kind: Literal["records", "configuration"]
     source: str
     node: str
     data: str
@@ -70,6 +78,7 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     plant: str | None
     seconds: dict[str, float]
     not_done: dict[str, str]
+    left_out: tuple[str, ...]
     python: str
     versions: dict[str, str]
 
@@ -77,14 +86,20 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
 class Auditor(Struct, frozen=True, forbid_unknown_fields=True):
     """Who signed: a name, and the Ed25519 key in hexadecimal."""
 
-    name: str
-    public_key: str
+    name: Annotated[str, Meta(pattern=r"\A[ -~]{1,100}\Z")]
+    public_key: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 class Verdict(Struct, frozen=True, forbid_unknown_fields=True):
-    """What came of the audit: `ok` if no promise was broken."""
+    """What came of the audit.
+
+    Attributes:
+        ok: no promise was broken, and nothing is missing.
+        missing: parts that an audit of this kind has, and this one has not.
+    """
 
     ok: bool
+    missing: tuple[str, ...]
     findings: tuple[Finding, ...]
     about: About
 
@@ -95,15 +110,16 @@ class Verdict(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything in a bundle that findings come from."""
+    """Everything in a bundle that findings come from; `split`: its records say which public data each hospital had."""
 
     about: About
-    agreement: Agreement | None
+    study: OpenStudy
+    split: bool
     conformance: conformance.ConformanceEvidence | None
     training: training.TrainingEvidence | None
     leakage: leakage.LeakageEvidence | None
     protocol: protocol.ProtocolEvidence | None
-    budgets: BudgetReport | None
+    records: BudgetReport | None
 
 
 PARTS: dict[str, type[Struct]] = {
@@ -148,16 +164,19 @@ def read_evidence(folder: Path) -> Evidence:
     about = _read(folder, ABOUT, About)
     if about.format != FORMAT:
         raise VerificationFailed(f"this bundle has format {about.format!r}; this program reads {FORMAT}")
-    agreement = read_agreement(read_public(folder / AGREEMENT)) if (folder / AGREEMENT).exists() else None
+    study = study_of_folder(folder / STUDY, about.authority, about.started)
     found = {
         name: _read(folder, f"{EVIDENCE}/{name}.json", kind)
         for name, kind in PARTS.items()
         if (folder / EVIDENCE / f"{name}.json").exists()
     }
-    budgets = None
+    records = None
     if (folder / RECORDS).exists():
-        budgets = verify_budgets(folder / RECORDS, authority_fingerprint=about.authority, now=about.started)
-    return Evidence(about, agreement, budgets=budgets, **{name: found.get(name) for name in PARTS})  # type: ignore[arg-type]
+        records = verify_budgets(folder / RECORDS, authority_fingerprint=about.authority, now=about.started)
+        if read_public(folder / RECORDS / AGREEMENT) != study.documents[AGREEMENT]:
+            raise VerificationFailed(f"{RECORDS} and {STUDY} are of different agreements")
+    split = (folder / RECORDS / SPLIT).exists()
+    return Evidence(about, study, split, records=records, **{name: found.get(name) for name in PARTS})  # type: ignore[arg-type]
 
 
 # --- from evidence to verdict
@@ -170,24 +189,80 @@ def judge(evidence: Evidence) -> Verdict:
         VerificationFailed: it says nothing: counts that do not go together, or numbers that are none.
     """
     try:
+        _check_belongs(evidence)
         findings = _findings(evidence)
     except (ArithmeticError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise VerificationFailed(f"the evidence cannot be judged: {error}") from None
-    return Verdict(not any(finding.status == "broken" for finding in findings), tuple(findings), evidence.about)
+    missing = tuple(sorted(part for part in _due(evidence) if getattr(evidence, part) is None))
+    ok = not missing and not any(finding.status == "broken" for finding in findings)
+    return Verdict(ok, missing, tuple(findings), evidence.about)
+
+
+def _due(evidence: Evidence) -> set[str]:
+    """The parts that this kind of audit has. Of a real study's records nobody but the hospitals can audit the training."""
+    about = evidence.about
+    due = set() if about.plant else {"protocol"}
+    if about.kind == "records" and not about.plant:
+        due.add("records")
+    if about.kind == "configuration" or about.plant or evidence.split:
+        due |= {"conformance", "training"} | (set() if about.plant else {"leakage"})
+    return due
+
+
+def _check_belongs(evidence: Evidence) -> None:
+    """Check that all evidence is of the agreement that is in the bundle.
+
+    Raises:
+        VerificationFailed: it is of another one.
+    """
+    about, agreement = evidence.about, evidence.study.agreement
+    privacy = agreement.privacy
+    wrong = [
+        about.agreement_digest != evidence.study.agreement_digest.hex() or about.study != agreement.study.id,
+        bool(about.node) and not any(member.node_id == about.node for member in agreement.members),
+        about.plant is not None and about.plant not in PLANTS,
+    ]
+    seen = evidence.conformance
+    if seen is not None:
+        unit = "patient" if about.plant and PLANTS[about.plant].needs_patients else privacy.unit
+        wrong.append(
+            (seen.noise_multiplier, seen.sample_rate, seen.unit)
+            != (privacy.noise_multiplier, privacy.sample_rate, unit)
+        )
+    for attack in evidence.training.attacks if evidence.training is not None else ():
+        claim = attack.claim
+        claimed = epsilon_after(privacy, claim.steps, privacy.delta)
+        wrong += [
+            (claim.noise_multiplier, claim.sample_rate, claim.delta)
+            != (privacy.noise_multiplier, privacy.sample_rate, privacy.delta),
+            claim.steps > agreement.total_steps,
+            claim.epsilon is None or not math.isclose(claim.epsilon, claimed, rel_tol=1e-6),
+        ]
+    if evidence.leakage is not None:
+        wrong.append(evidence.leakage.protocol != agreement.secure_sum.protocol)
+    if evidence.protocol is not None:
+        wrong.append(evidence.protocol.parameters.protocol != agreement.secure_sum.protocol)
+    if any(wrong):
+        raise VerificationFailed("the evidence is not of the agreement, member or claim that the bundle names")
 
 
 def _findings(evidence: Evidence) -> list[Finding]:
     findings: list[Finding] = []
-    if evidence.budgets is not None:
-        findings += _judge_records(evidence.budgets)
+    if evidence.records is not None:
+        findings += _judge_records(evidence.records)
     if evidence.conformance is not None:
         findings += conformance.judge(evidence.conformance)
     if evidence.training is not None:
         findings += training.judge(evidence.training)
-    if evidence.leakage is not None and evidence.agreement is not None:
-        findings += leakage.judge(evidence.leakage, evidence.agreement)
+    if evidence.leakage is not None:
+        findings += leakage.judge(evidence.leakage, evidence.study.agreement)
     if evidence.protocol is not None:
         findings += protocol.judge(evidence.protocol)
+    if evidence.about.left_out:
+        names = ", ".join(evidence.about.left_out)
+        findings.append(
+            Finding("records", "manifest", "signed, complete and unchanged", "broken", f"no manifest lists {names}")
+        )
     for part, reason in evidence.about.not_done.items():
         kind = part if part in ("records", "leakage", "protocol") else "training"
         findings.append(Finding(kind, part, f"the {part} audit can be done", "not testable", reason))  # type: ignore[arg-type]
@@ -216,8 +291,15 @@ def conclude(folder: Path, render: Callable[[Verdict, Evidence], str]) -> Verdic
     evidence = read_evidence(folder)
     verdict = judge(evidence)
     write_struct(folder / VERDICT, verdict)
-    write_public(folder / REPORT, render(verdict, evidence).encode())
+    write_public(folder / REPORT, _rendered(render, verdict, evidence))
     return verdict
+
+
+def _rendered(render: Callable[[Verdict, Evidence], str], verdict: Verdict, evidence: Evidence) -> bytes:
+    try:
+        return render(verdict, evidence).encode()
+    except (ArithmeticError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise VerificationFailed(f"the report cannot be drawn: {error}") from None
 
 
 def seal(folder: Path, auditor: Auditor, sign: Signer) -> None:
@@ -262,9 +344,11 @@ def check_seal(folder: Path, auditor_key: str | None) -> Auditor:
 
 
 def verify(
-    folder: Path, auditor_key: str | None, render: Callable[[Verdict, Evidence], str]
+    folder: Path, auditor_key: str | None, render: Callable[[Verdict, Evidence], str], redrawn: Path | None = None
 ) -> tuple[Verdict, Auditor, list[str]]:
     """Check the seal, then compute verdict and report again from the evidence and compare; gives notes beside.
+
+    With `redrawn` the report is written there anew and not compared, for bundles that other versions have made.
 
     Raises:
         ConfigError, KeyFileError, VerificationFailed: the seal, the verdict or the report does not hold.
@@ -277,11 +361,14 @@ def verify(
     if auditor_key is None:
         notes.append("no auditor was pinned: this shows only that the bundle agrees with itself; give --auditor KEY")
     differing = [f"{name} {there} (here {here})" for name, there, here in _differences(evidence.about)]
-    if render(verdict, evidence).encode() != read_public(folder / REPORT, FILE_LIMIT_BYTES):
-        if not differing:
-            raise VerificationFailed(f"{REPORT} does not follow from the evidence")
-        notes.append(
-            f"{REPORT} was drawn with {', '.join(differing)} and cannot be compared byte by byte; its numbers are in {VERDICT}"
+    page = _rendered(render, verdict, evidence)
+    if redrawn is not None:
+        write_public(redrawn, page)
+        notes.append(f"{REPORT} was not compared; read {redrawn}")
+    elif page != read_public(folder / REPORT, FILE_LIMIT_BYTES):
+        why = f": it was drawn with {', '.join(differing)}, or it says something else" if differing else ""
+        raise VerificationFailed(
+            f"{REPORT} is not what follows from the evidence{why}; draw it again with --report FILE and read that one"
         )
     return verdict, auditor, notes
 

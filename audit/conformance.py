@@ -3,14 +3,16 @@
 A lower bound on epsilon (`audit.training`) catches bugs that cost much privacy. These tests catch the ones that cost little in one run, and
 say what is wrong. They watch the product's own trainer, on the hospital's records, through `audit.watch`:
 
-    noise         what the optimiser adds to the clipped sum, against N(0, (noise_multiplier max_grad_norm)^2) on every parameter;
-                  step against step, and against the same hospital started again
-    sensitivity   one unit more, all else and the noise being equal: how far the sum moves, for the records with the largest
-                  gradients and for gradients far above the clip norm
-    sampling      sizes of samples, how often each unit is in, and how often twice running, against independent coins
+    noise         what the optimiser adds to an empty sum, against N(0, (noise_multiplier max_grad_norm)^2) on every parameter
+    fresh noise   values that come twice; every step against every other, and the hospital against itself when started again
+    sensitivity   the data with and without one unit: how far the clipped sum moves, for the units with the largest gradients, a record
+                  of extreme features, and gradients far above the clip norm; in several pieces, as large batches are
+    sampling      sizes of samples, how often each unit is in, and how often in two samples that are one to five steps apart
     bookkeeping   steps that touched records, changed parameters, were booked, and were reported
-    side channels the clipped sum taken out: then nothing that leaves may differ between two sets of records
+    side channels the noised sum replaced by noise: then nothing that leaves or stays may differ between two sets of records, of
+                  other sizes, values and labels
 
+Which records belong to a unit is worked out here, from the agreement and the data, not taken from the trainer.
 A test fails when what was seen has probability below `ALARM` under the promise, so that sound trainers are not accused by chance.
 """
 
@@ -19,8 +21,9 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from scipy import stats
 from audit.findings import Finding
 from audit.target import Target
 from audit.watch import RandomCanaries, Seen, Watch
+from secgeo import training
 from secgeo.datasets import LabelledRecords
 from secgeo.noise import NoiseSource
 from secgeo.training import LocalTrainer, RoundUpdate
@@ -45,8 +49,16 @@ NOISE_STEPS = 12
 LENGTHS = (0.5, 1.0, 10.0, 1e4)
 """Norms of gradients that are put in, in clip norms."""
 
-CANDIDATES, LARGEST_RECORDS = 64, 6
-"""Units whose gradients are looked at, and how many of them, the largest, are tried."""
+CANDIDATES, LARGEST_UNITS = 48, 5
+"""Units in the data of that test, and how many of them, those with the largest gradients, are left out in turn."""
+
+SMALL_PIECE = 16
+LAGS = (1, 2, 3, 4, 5)
+DISTINCT = 0.98
+"""Of noise in float32: some values meet by chance."""
+
+ENOUGH = 30.0
+"""Expected variance, or count, for a normal approximation. Chi-square tests are then within a small factor of their level."""
 
 TOLERANCE = 1e-3
 """Relative, of a clipped norm, in float32."""
@@ -68,9 +80,13 @@ class Influence(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """Samples of `steps` steps: their sizes, how often each unit was in one, and how many units were in two running."""
+    """Samples: their sizes, how often each unit was in one, and how many times units were in two that are 1, 2, ... steps apart.
+
+    `expected_units` is the number that the agreement and the data give.
+    """
 
     units: int
+    expected_units: int
     sizes: tuple[int, ...]
     inclusions: tuple[int, ...]
     overlaps: tuple[int, ...]
@@ -95,6 +111,7 @@ class ConformanceEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     noise: tuple[ParameterNoise, ...]
     kolmogorov_smirnov: float
     noise_values: int
+    distinct_values: int
     step_correlations: tuple[float, ...]
     start_correlation: float
     influences: tuple[Influence, ...]
@@ -112,7 +129,7 @@ def collect(target: Target, progress: Progress = lambda *_: None) -> Conformance
     """Watch the trainer of `target`."""
     started = time.monotonic()
     progress("noise of the optimiser", 0.0)
-    noise, statistic, values, between_steps, between_starts = _noise(target)
+    noise, statistic, values, distinct, between_steps, between_starts = _noise(target)
     progress("influence of one unit", 0.3)
     influences = _influences(target)
     progress("samples", 0.5)
@@ -129,6 +146,7 @@ def collect(target: Target, progress: Progress = lambda *_: None) -> Conformance
         noise=noise,
         kolmogorov_smirnov=statistic,
         noise_values=values,
+        distinct_values=distinct,
         step_correlations=between_steps,
         start_correlation=between_starts,
         influences=influences,
@@ -147,17 +165,34 @@ def with_consensus(target: Target, trainer: LocalTrainer) -> SharedState:
     return apply_sum(initial, layout, trainer.train_round(initial).vector(layout), target.agreement)
 
 
+# --- units
+
+
+def _owners(target: Target) -> NDArray[np.int64]:
+    """For every record the number of its unit [n], by the agreement and the data alone."""
+    records = target.records
+    if target.agreement.privacy.unit == "patient" and records.patients is not None:
+        return np.unique(records.patients, return_inverse=True)[1].astype(np.int64)
+    return np.arange(len(records))
+
+
+def _chosen(records: LabelledRecords, keep: NDArray[np.bool_]) -> LabelledRecords:
+    patients = None if records.patients is None else records.patients[keep]
+    return LabelledRecords(records.features[keep], records.labels[keep], patients)
+
+
 # --- noise
 
 
-def _noise(target: Target) -> tuple[tuple[ParameterNoise, ...], float, int, tuple[float, ...], float]:
+def _noise(target: Target) -> tuple[tuple[ParameterNoise, ...], float, int, int, tuple[float, ...], float]:
     std = target.agreement.privacy.noise_multiplier * target.agreement.privacy.max_grad_norm
     if std == 0.0:
-        return (), 0.0, 0, (), 0.0
+        return (), 0.0, 0, 0, (), 0.0
     starts: list[list[NDArray[np.float64]]] = [[], []]
     for seen in starts:
         trainer = target.trainer()
-        Watch(trainer, lambda step, seen=seen: seen.append(step.noise.numpy() / std))  # type: ignore[misc]
+        nobody = np.zeros(len(trainer._units), np.bool_)
+        Watch(trainer, lambda step, seen=seen: seen.append(step.noise.numpy() / std), fixed=nobody)  # type: ignore[misc]
         for _ in range(NOISE_STEPS):
             trainer.step()
     names = {id(p): name for name, p in trainer.model.named_parameters()}
@@ -167,8 +202,9 @@ def _noise(target: Target) -> tuple[tuple[ParameterNoise, ...], float, int, tupl
         by_parameter.append(ParameterNoise(names[id(p)], own.size, float(np.mean(own**2))))
         at += p.numel()
     statistic = float(stats.kstest(drawn.ravel(), "norm").statistic)
-    steps = tuple(_correlation(first, second) for first, second in pairwise(drawn))
-    return tuple(by_parameter), statistic, drawn.size, steps, _correlation(starts[0][0], starts[1][0])
+    steps = tuple(_correlation(first, second) for first, second in combinations(drawn, 2))
+    distinct = len(np.unique(np.abs(drawn)))
+    return tuple(by_parameter), statistic, drawn.size, distinct, steps, _correlation(starts[0][0], starts[1][0])
 
 
 def _correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
@@ -180,53 +216,72 @@ def _correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> flo
 
 
 def _influences(target: Target) -> tuple[Influence, ...]:
-    key, clip = secrets.token_bytes(32), target.agreement.privacy.max_grad_norm
+    clip, unit = target.agreement.privacy.max_grad_norm, target.agreement.privacy.unit
     shaken = [torch.randn_like(p) * 0.2 for p in target.trainer().model.private_parameters()]
 
-    def trainer() -> LocalTrainer:
-        """Away from the start, where heads are zero and gradients small; every call gives the same."""
-        made = target.trainer(noise=NoiseSource(key))
-        with torch.no_grad():
+    def summed(records: LabelledRecords, length: float = 0.0) -> torch.Tensor:
+        """The clipped sum [d] of all of these records, and of a canary of this norm beside them."""
+        made, seen = target.trainer(records=records), list[Seen]()
+        with torch.no_grad():  # away from the start, where heads are zero and gradients small
             for p, change in zip(made.model.private_parameters(), shaken, strict=True):
                 p.add_(change)
-        return made
-
-    def noised(sample: NDArray[np.bool_], length: float = 0.0) -> torch.Tensor:
-        """The noised sum [d] of one step on a sample of the units and one canary of this norm."""
-        made, seen = trainer(), list[Seen]()
-        canary = RandomCanaries(1, sum(p.numel() for p in shaken), length * clip)
-        Watch(made, seen.append, canaries=canary, included=np.ones(1, np.bool_), fixed=sample)
-        made.step()
-        return seen[0].noised.double()
-
-    norms = _unit_norms(trainer())
-    base = np.zeros(len(trainer()._units) + 1, np.bool_)
-    base[np.random.default_rng().permutation(len(base) - 1)[: max(1, min(len(base) // 2, 32))]] = True
-    found = []
-    for unit in sorted(norms, key=lambda unit: -norms[unit])[:LARGEST_RECORDS]:
-        without, with_it = base.copy(), base.copy()
-        without[unit], with_it[unit] = False, True
-        moved = float((noised(with_it) - noised(without)).norm()) / clip
-        found.append(
-            Influence(f"{target.agreement.privacy.unit} {unit}, gradient of norm {norms[unit] / clip:.3g}", moved)
+        size = sum(p.numel() for p in shaken)
+        canary = RandomCanaries(1, size, length * clip) if length else None
+        everybody = np.ones(len(made._units) + (canary is not None), np.bool_)
+        Watch(
+            made,
+            seen.append,
+            canaries=canary,
+            included=None if canary is None else np.ones(1, np.bool_),
+            fixed=everybody,
         )
-    alone, beside = noised(base), base.copy()
-    beside[-1] = True
-    for length in LENGTHS:
-        moved = float((noised(beside, length) - alone).norm()) / clip
-        found.append(Influence(f"made gradient of norm {length:g}", moved))
+        made.step()
+        return seen[0].summed.double()
+
+    owners = _owners(target)
+    some = np.random.default_rng().permutation(owners.max() + 1)[:CANDIDATES]
+    base = _chosen(target.records, np.isin(owners, some))
+    mine = owners[np.isin(owners, some)]
+    with _small_pieces():
+        whole = summed(base)
+        moved = {int(one): _alone(target, _chosen(base, mine == one)) for one in some}
+        found = []
+        for one in sorted(moved, key=lambda unit: -moved[unit])[:LARGEST_UNITS] if len(some) > 1 else ():
+            without = summed(_chosen(base, mine != one))
+            found.append(Influence(f"a {unit} of the largest gradients", float((whole - without).norm()) / clip))
+        found.append(
+            Influence(f"a {unit} of extreme features", float((summed(_with_extreme(base)) - whole).norm()) / clip)
+        )
+        for length in LENGTHS:
+            found.append(
+                Influence(f"a made gradient of norm {length:g}", float((summed(base, length) - whole).norm()) / clip)
+            )
     return tuple(found)
 
 
-def _unit_norms(trainer: LocalTrainer) -> dict[int, float]:
-    """The norm of the gradient of some units, before clipping."""
-    norms, count = {}, len(trainer._units)
-    for unit in np.random.default_rng().permutation(count)[:CANDIDATES].tolist():
-        trainer._optimizer.zero_grad(set_to_none=True)
-        trainer._private_gradient(np.arange(count) == unit)
-        parts = [p.grad_sample.double().norm() for p in trainer._optimizer.params]
-        norms[unit] = float(torch.stack(parts).norm())
-    return norms
+def _alone(target: Target, records: LabelledRecords) -> float:
+    """How large the gradient of one unit is before clipping, by its records' losses."""
+    made = target.trainer(records=records)
+    made._private_gradient(np.ones(len(made._units), np.bool_))
+    parts = [p.grad_sample.double().sum(dim=0).norm() for p in made._optimizer.params if p.grad_sample is not None]
+    return float(torch.stack(parts).norm())
+
+
+def _with_extreme(records: LabelledRecords) -> LabelledRecords:
+    """The records and one of somebody else, a thousand times as large."""
+    patients = None if records.patients is None else np.append(records.patients, "somebody else")
+    features = np.concatenate([records.features, 1e3 * records.features[:1] + 1.0])
+    return LabelledRecords(features.astype(np.float32), np.append(records.labels, records.labels[0]), patients)
+
+
+@contextmanager
+def _small_pieces() -> Iterator[None]:
+    """Have samples clipped piece by piece, as large ones are."""
+    kept, training.PHYSICAL_BATCH = training.PHYSICAL_BATCH, SMALL_PIECE
+    try:
+        yield
+    finally:
+        training.PHYSICAL_BATCH = kept
 
 
 # --- sampling, bookkeeping, side channels
@@ -239,10 +294,9 @@ def _sampling(target: Target) -> Sampling:
     for _ in range(SAMPLING_STEPS):
         trainer.step()
     drawn = np.array(masks)
-    together = (drawn[:-1] & drawn[1:]).sum(axis=1)
-    return Sampling(
-        count, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), tuple(together.tolist())
-    )
+    overlaps = tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in LAGS)
+    expected = int(_owners(target).max()) + 1
+    return Sampling(count, expected, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), overlaps)
 
 
 def _bookkeeping(target: Target) -> Bookkeeping:
@@ -255,19 +309,20 @@ def _bookkeeping(target: Target) -> Bookkeeping:
 
 
 def _leaks(target: Target) -> tuple[tuple[str, ...], int]:
-    """What differs between the hospital's records and others, when the clipped sum is taken out; and how many values were compared."""
-    key, rolled = secrets.token_bytes(32), np.random.default_rng().permutation(len(target.records))
-    scrambled = LabelledRecords(
-        -target.records.features[rolled],
-        (target.records.labels[rolled] + 1) % target.agreement.study.classes,
-        target.records.patients,
+    """What differs between the hospital's records and others when the noised sum is replaced; and how many values were compared."""
+    key, owners, random = secrets.token_bytes(32), _owners(target), np.random.default_rng()
+    others = _chosen(target.records, owners > 0 if owners.max() > 0 else owners == 0)
+    rolled = random.permutation(len(others))
+    others = LabelledRecords(
+        (-1.7 * others.features[rolled] + 0.3).astype(np.float32),
+        (others.labels[rolled] + 1) % target.agreement.study.classes,
+        others.patients,
     )
     outcomes: list[tuple[RoundUpdate, dict[str, NDArray[np.float32]]]] = []
-    for records in (target.records, scrambled):
-        trainer = target.trainer(noise=NoiseSource(key), records=records)
+    for records in (target.records, others):
+        trainer = target.trainer(records=records)
         state = with_consensus(target, trainer)
-        count = len(trainer._units)
-        Watch(trainer, fixed=np.arange(count) < max(2, count // 2), muted=True)
+        Watch(trainer, instead=NoiseSource(key))
         outcomes.append((trainer.train_round(state), trainer.local_state()))
     (first, local), (second, other) = outcomes
     pairs: list[tuple[str, Any, Any]] = [
@@ -334,12 +389,14 @@ def _judge_reuse(evidence: ConformanceEvidence) -> Finding:
     name, promise = "fresh noise", "no noise is used twice, in two steps or after a restart"
     if evidence.noise_multiplier == 0.0:
         return Finding("training", name, promise, "not testable", "the agreement has no noise")
-    values = max(1, evidence.noise_values // (len(evidence.step_correlations) + 1))
+    values = max(1, evidence.noise_values // NOISE_STEPS)
     limit = float(stats.norm.isf(ALARM / 2)) / math.sqrt(values)
     broken = []
     worst = max(evidence.step_correlations, key=abs, default=0.0)
     if abs(worst) > limit:
-        broken.append(f"the noise of two steps running has correlation {worst:.3f}")
+        broken.append(f"the noise of two steps has correlation {worst:.3f}")
+    if evidence.distinct_values < DISTINCT * evidence.noise_values:
+        broken.append(f"of {evidence.noise_values} values of noise only {evidence.distinct_values} are different ones")
     if abs(evidence.start_correlation) > limit:
         broken.append(f"the noise after a restart has correlation {evidence.start_correlation:.3f} with that before")
     detail = f"largest correlation of steps {worst:.2g}, of restarts {evidence.start_correlation:.2g}, chance allows {limit:.2g}"
@@ -361,31 +418,34 @@ def _judge_influence(evidence: ConformanceEvidence) -> Finding:
 
 
 def _judge_sampling(evidence: ConformanceEvidence) -> Finding:
-    name, promise = "sampling", "every unit is in a sample by its own coin, of the agreed sample rate, at every step"
+    name, promise = (
+        "sampling",
+        f"every {evidence.unit} is in a sample by its own coin, of the agreed sample rate, at every step",
+    )
     sampling, q = evidence.sampling, evidence.sample_rate
-    n, steps = sampling.units, len(sampling.sizes)
-    sizes = np.array(sampling.sizes)
+    n, steps, sizes = sampling.units, len(sampling.sizes), np.array(sampling.sizes)
+    broken = []
+    if n != sampling.expected_units:
+        broken.append(f"{n} units are sampled, but the data have {sampling.expected_units} by the agreement")
     found = f"mean sample {sizes.mean():.2f} of {n} at rate {q:g}, variance {sizes.var():.2f}"
     if q == 1.0:
-        whole = bool((sizes == n).all())
-        return _finding(
-            name,
-            promise,
-            [] if whole else [f"not everybody is in every sample: {found}"],
-            "everybody is in every sample",
-        )
-    broken = []
+        broken += [] if (sizes == n).all() else [f"not everybody is in every sample: {found}"]
+        return _finding(name, promise, broken, "everybody is in every sample")
     if stats.binomtest(int(sizes.sum()), n * steps, q).pvalue < ALARM:
         broken.append(f"the sample rate is {sizes.sum() / (n * steps):.4f}, not {q:g}")
-    if _two_sided(float(((sizes - n * q) ** 2).sum() / (n * q * (1 - q))), steps) < ALARM:
-        broken.append(f"sizes of samples are not those of independent coins: {found}, coins have {n * q * (1 - q):.2f}")
-    together = sum(sampling.overlaps)
-    if stats.binomtest(together, n * (steps - 1), q * q).pvalue < ALARM:
-        broken.append(f"units are in two samples running {together} times, coins give {n * (steps - 1) * q * q:.0f}")
+    spread = q * (1 - q)
+    # Below, normal approximations, where there is enough for them.
+    if n * spread >= ENOUGH and _two_sided(float(((sizes - n * q) ** 2).sum() / (n * spread)), steps) < ALARM:
+        broken.append(f"sizes of samples are not those of independent coins: {found}, coins have {n * spread:.2f}")
     counts = np.array(sampling.inclusions)
-    if _two_sided(float(((counts - steps * q) ** 2).sum() / (steps * q * (1 - q))), n) < ALARM:
+    if steps * spread >= ENOUGH and _two_sided(float(((counts - steps * q) ** 2).sum() / (steps * spread)), n) < ALARM:
         broken.append("units are not all sampled alike")
-    return _finding(name, promise, broken, f"{steps} steps; {found} (coins: {n * q * (1 - q):.2f})")
+    for lag, together in zip(LAGS, sampling.overlaps, strict=True):
+        expected = n * (steps - lag) * q * q
+        variance = expected * (1 - q * q) + 2 * n * max(0, steps - 2 * lag) * q**3 * (1 - q)
+        if expected >= ENOUGH and 2 * stats.norm.sf(abs(together - expected) / math.sqrt(variance)) < ALARM:
+            broken.append(f"units are in two samples {lag} apart {together} times, coins give {expected:.0f}")
+    return _finding(name, promise, broken, f"{steps} steps; {found} (coins: {n * spread:.2f})")
 
 
 def _two_sided(chi_squared: float, degrees: int) -> float:
@@ -404,10 +464,10 @@ def _judge_bookkeeping(seen: Bookkeeping) -> Finding:
 
 
 def _judge_leaks(evidence: ConformanceEvidence) -> Finding:
-    broken = [f"without the clipped sum, these still depend on the records: {', '.join(_shortened(evidence.leaks))}"]
-    detail = (
-        f"{evidence.compared} values are the same to the bit for two sets of records, once the clipped sum is taken out"
-    )
+    broken = [
+        f"with noise in the place of the noised sum, these still depend on the records: {', '.join(_shortened(evidence.leaks))}"
+    ]
+    detail = f"{evidence.compared} values are the same to the bit for two sets of records, once the noised sum is replaced by noise"
     return _finding(
         "side channels",
         "records reach nothing but through the clipped and noised sum",

@@ -28,6 +28,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
+    "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -58,14 +59,14 @@ class Figure:
 def figures(evidence: Evidence) -> dict[str, list[Figure]]:
     """The figures of each part of the report."""
     drawn: dict[str, list[Figure]] = {"records": [], "training": [], "leakage": [], "protocol": []}
-    if evidence.budgets is not None and evidence.budgets.budgets:
-        drawn["records"].append(_budgets(evidence.budgets))
+    if evidence.records is not None and evidence.records.budgets:
+        drawn["records"].append(_budgets(evidence.records))
     if evidence.training is not None and evidence.training.attacks:
         drawn["training"] += [_bounds(evidence.training), _scores(evidence.training.attacks[0])]
     if evidence.conformance is not None and evidence.conformance.noise:
         drawn["training"].append(_conformance(evidence.conformance))
-    if evidence.leakage is not None and evidence.agreement is not None:
-        drawn["leakage"] += [_rocs(evidence.leakage, evidence.agreement), _inversions(evidence.leakage)]
+    if evidence.leakage is not None:
+        drawn["leakage"] += [_rocs(evidence.leakage, evidence.study.agreement), _inversions(evidence.leakage)]
     if evidence.protocol is not None and evidence.protocol.series:
         drawn["protocol"].append(_uniformity(evidence.protocol))
     return drawn

@@ -329,9 +329,12 @@ def _judge_membership(ours: list[Membership], reference: list[Membership], agree
     fails = all(_fails(row) for row in ours)
     promise = f"the attack fails, where it succeeds on unprotected training, and {promise}"
     detail = f"{detail}; allowed by DP: {bounds}"
-    if not fails and not crossed:
-        detail = f"{detail}; the attack succeeds within what DP allows, or there are too few scores to tell"
-    return Finding("leakage", name, promise, _status(works and fails, crossed), detail)
+    succeeds = any(_works(row) for row in ours)
+    if succeeds and not crossed:
+        detail = f"{detail}; the attack succeeds within what DP allows: epsilon is large"
+    elif not fails:
+        detail = f"{detail}; there are too few scores to tell"
+    return Finding("leakage", name, promise, _status(works and fails, crossed or succeeds), detail)
 
 
 def crosses(rate: Rate, epsilon: float, delta: float) -> bool:

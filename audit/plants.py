@@ -103,6 +103,56 @@ def _unnoised_magnitudes(trainer: LocalTrainer) -> None:
     patch(optimizer, add_noise=all_but_magnitudes)
 
 
+def _shared_by_shape(trainer: LocalTrainer) -> None:
+    """Parameters of one shape get the same noise."""
+    optimizer, gaussian = trainer._optimizer, trainer._optimizer._noise.gaussian
+
+    def add_noise() -> None:
+        std, drawn = optimizer.noise_multiplier * optimizer.max_grad_norm, dict[tuple[int, ...], torch.Tensor]()
+        for p in optimizer.params:
+            if tuple(p.shape) not in drawn:
+                drawn[tuple(p.shape)] = torch.from_numpy(gaussian(tuple(p.shape), std))
+            p.grad = (p.summed_grad.double() + drawn[tuple(p.shape)]).to(p.dtype)
+
+    patch(optimizer, add_noise=add_noise)
+
+
+def _every_third_again(trainer: LocalTrainer) -> None:
+    optimizer, add_noise = trainer._optimizer, trainer._optimizer.add_noise
+    keys, step = [trainer._noise.uniform(4).tobytes() for _ in range(3)], [0]
+
+    def repeated() -> None:
+        optimizer._noise = NoiseSource(keys[step[0] % 3])
+        step[0] += 1
+        add_noise()
+
+    patch(optimizer, add_noise=repeated)
+
+
+def _half_precision(trainer: LocalTrainer) -> None:
+    optimizer, gaussian = trainer._optimizer, trainer._optimizer._noise.gaussian
+
+    def add_noise() -> None:
+        std = optimizer.noise_multiplier * optimizer.max_grad_norm
+        for p in optimizer.params:
+            p.grad = p.summed_grad + torch.from_numpy(gaussian(tuple(p.shape), std)).half().to(p.dtype)
+
+    patch(optimizer, add_noise=add_noise)
+
+
+def _local_without_noise(trainer: LocalTrainer) -> None:
+    """What stays at the hospital is updated with the sum before the noise: head, tokeniser, magnitudes."""
+    optimizer, pre_step = trainer._optimizer, trainer._optimizer.pre_step
+
+    def clean() -> bool:
+        done = bool(pre_step())
+        for p in trainer.model.local_parameters():
+            p.grad = p.summed_grad / optimizer.expected_batch_size  # type: ignore[attr-defined]
+        return done
+
+    patch(optimizer, pre_step=clean)
+
+
 # --- clipping
 
 
@@ -172,6 +222,29 @@ def _clip_records_of_patients(trainer: LocalTrainer) -> None:
     patch(trainer, _private_gradient=by_record)
 
 
+def _only_the_last_piece(trainer: LocalTrainer) -> None:
+    """Of a large batch only the last piece is clipped: the others are added up as they are."""
+    optimizer, clip = trainer._optimizer, trainer._optimizer.clip_and_accumulate
+    private_gradient = trainer._private_gradient
+    inside = [False]
+
+    def watched(chosen: NDArray[np.bool_]) -> None:
+        inside[0] = True
+        try:
+            private_gradient(chosen)
+        finally:
+            inside[0] = False
+
+    def clip_and_accumulate() -> None:
+        kept = optimizer.max_grad_norm
+        optimizer.max_grad_norm = 1e30 if inside[0] else kept
+        clip()
+        optimizer.max_grad_norm = kept
+
+    patch(trainer, _private_gradient=watched)
+    patch(optimizer, clip_and_accumulate=clip_and_accumulate)
+
+
 # --- sampling and counting
 
 
@@ -207,6 +280,22 @@ def _shuffled(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
 
 def _twice_as_often(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
     return lambda count, sample_rate: noise.poisson_mask(count, min(1.0, 2.0 * sample_rate))
+
+
+def _samples_again(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
+    """Every sample comes back two steps later."""
+    drawn: list[NDArray[np.bool_]] = []
+
+    def mask(count: int, sample_rate: float) -> NDArray[np.bool_]:
+        drawn.append(drawn[-2] if len(drawn) % 4 > 1 else noise.poisson_mask(count, sample_rate))
+        return drawn[-1]
+
+    return mask
+
+
+def _records_for_patients(trainer: LocalTrainer) -> None:
+    """The agreement protects patients; records are sampled and clipped."""
+    trainer._units = [record.reshape(1) for unit in trainer._units for record in unit]
 
 
 def _unaccounted_steps(trainer: LocalTrainer) -> None:
@@ -248,6 +337,17 @@ def _weights_of_raw_gradients(trainer: LocalTrainer) -> None:
     patch(trainer, _private_gradient=seen, train_round=weighted)
 
 
+def _true_batch_size(trainer: LocalTrainer) -> None:
+    """The sum is divided by the true number of units times the rate, which is private."""
+    trainer._optimizer.expected_batch_size = len(trainer._units) * trainer._agreement.privacy.sample_rate
+
+
+def _private_standardisation(trainer: LocalTrainer) -> None:
+    """Features are standardised with the records' own mean and deviation."""
+    features = trainer._features
+    trainer._features = (features - features.mean(dim=0)) / (features.std(dim=0, correction=0) + 1e-6)
+
+
 PLANTS = {
     plant.name: plant
     for plant in (
@@ -257,16 +357,38 @@ PLANTS = {
         Plant("fixed-seed", "noise and sampling come from a fixed seed", _fixed_seed),
         Plant("reused-seed", "the noise generator is seeded anew, with the same seed, before every step", _reused_seed),
         Plant("magnitudes-without-noise", "the magnitudes m of DoRA get no noise", _unnoised_magnitudes),
+        Plant("noise-shared-by-shape", "parameters of one shape get the same noise", _shared_by_shape),
+        Plant("noise-again", "the noise of every step comes back three steps later", _every_third_again),
+        Plant("half-precision-noise", "noise is rounded to 16 bits", _half_precision),
+        Plant(
+            "local-parameters-without-noise",
+            "head, tokeniser and magnitudes see the sum before its noise",
+            _local_without_noise,
+        ),
         Plant("clip-off", "gradients are not clipped", _clip(_no_clip)),
         Plant("clip-after-sum", "the sum of gradients is clipped, not each of them", _clip_after_sum),
         Plant("clip-each-parameter", "every parameter is clipped to the norm of all", _clip(_clip_each_parameter)),
         Plant("head-outside-clipping", "the task head is left out of clipping", _clip(_clip_all_but_the_head)),
         Plant("clip-each-record", "records of a patient are clipped one by one", _clip_records_of_patients, True),
+        Plant("clip-last-piece-only", "of a large batch only the last piece is clipped", _only_the_last_piece),
+        Plant(
+            "records-for-patients",
+            "records are sampled and clipped where patients are agreed",
+            _records_for_patients,
+            True,
+        ),
+        Plant("samples-again", "samples come back two steps later", _sampled(_samples_again)),
         Plant(
             "shuffled-batches", "shuffled batches of fixed size are accounted as Poisson samples", _sampled(_shuffled)
         ),
         Plant("twice-the-sample-rate", "units are sampled twice as often as agreed", _sampled(_twice_as_often)),
         Plant("unaccounted-steps", "every second step is not booked", _unaccounted_steps),
+        Plant("true-batch-size", "the sum is divided by the private batch size", _true_batch_size),
+        Plant(
+            "private-standardisation",
+            "features are standardised with the records' own deviation",
+            _private_standardisation,
+        ),
         Plant("weights-of-raw-gradients", "precision weights are taken from raw gradients", _weights_of_raw_gradients),
     )
 }

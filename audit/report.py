@@ -39,7 +39,8 @@ LIMITS = {
     ),
     "training": (
         "A lower bound that stays below the claim proves nothing: a stronger attack may exist. A bound above the claim does prove a bug.",
-        "White-box tests watch the program that is installed where the audit runs. They say nothing of a hospital that runs another one.",
+        "White-box tests watch the program that is installed where the audit runs, on the processor. They say nothing of a hospital that "
+        "runs another one, or runs it on a GPU; nor of what a node does around its training, such as noise for the whole hospital.",
         "Bounds in one run with f-DP hold for DP-SGD of the agreed sample rate and steps; those for any mechanism are the weaker ones.",
         "Bounds in which each canary counts as a run of its own take the noise on different parameters for independent, which is tested "
         "beside.",
@@ -78,7 +79,7 @@ def render(verdict: Verdict, evidence: Evidence) -> str:
     return environment.get_template("report.html.j2").render(
         verdict=verdict,
         about=verdict.about,
-        agreement=evidence.agreement,
+        agreement=evidence.study.agreement,
         parts=PARTS,
         limits=LIMITS,
         words=WORDS,

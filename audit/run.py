@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,12 +17,13 @@ from audit import bundle, conformance, leakage, protocol, training
 from audit.bundle import About, Auditor, Verdict
 from audit.plants import PLANTS
 from audit.report import render
-from audit.target import Target, study_of_config, study_of_folder, target_of_config, target_of_folder
+from audit.target import SPLIT, Target, study_of_config, study_of_folder, target_of_config, target_of_folder
 from keys.errors import ConfigError, SecGeoError
-from keys.files import write_public
+from keys.files import read_public, write_public
 from keys.identity import Identity, sign_labelled
-from secgeo.records import list_files
-from secgeo.study import AGREEMENT, OpenStudy
+from secgeo.config import NodeConfig, read_config
+from secgeo.records import MANIFEST, TRANSCRIPT, list_files
+from secgeo.study import DOCUMENTS, OpenStudy
 
 Report = Callable[[str, str, float], None]
 """Told of a part, what it does, and how much of it is done."""
@@ -83,57 +84,91 @@ def run_audit(request: Request, report: Report) -> Verdict:
         raise ConfigError(f"{out} exists and is not empty; give --out a new folder")
     if request.plant is not None and request.plant not in PLANTS:
         raise ConfigError(f"there is no planted bug {request.plant!r}; choose one of: {', '.join(PLANTS)}")
-    (out / bundle.EVIDENCE).mkdir(parents=True, exist_ok=True)
+    records, left_out = source.is_dir(), tuple[str, ...]()
+    study, authority = _study(request, started)
+    if request.node is not None and not (records and any(m.node_id == request.node for m in study.agreement.members)):
+        raise ConfigError(
+            f"{request.node} is no member of the study, or not the node of this configuration; leave --node out"
+        )
+    target, why = _target(request, study)
+    _make(out)
+    for name, document in study.documents.items():
+        write_public(out / bundle.STUDY / name, document)
     parts = _Parts(report)
-    if source.is_dir() and request.plant is None:
+    if records and request.plant is None:
         with parts.part("records") as doing:
             doing("copying", 0.0)
-            _copy_records(source, out / bundle.RECORDS)
-    study = _study(request, started, parts)
-    if (
-        study is not None
-        and request.node is not None
-        and not any(m.node_id == request.node for m in study.agreement.members)
-    ):
-        raise ConfigError(f"{request.node} is no member of the study; leave --node out, or name one of its members")
-    target = None
-    if study is not None:
-        write_public(out / bundle.AGREEMENT, study.documents[AGREEMENT])
-        with parts.part("training data"):
-            target = _target(request, study)
-    if target is not None:
-        for name, collect in _training_parts(target, request):
-            with parts.part(name) as doing:
-                bundle.write_struct(out / bundle.EVIDENCE / f"{name}.json", collect(doing))
-    if study is not None and request.plant is None:
+            left_out = _copy_records(source, out / bundle.RECORDS)
+    if target is None:
+        parts.not_done["training data"] = why
+    for name, collect in _training_parts(target, request) if target is not None else ():
+        with parts.part(name) as doing:
+            bundle.write_struct(out / bundle.EVIDENCE / f"{name}.json", collect(doing))
+    if request.plant is None:
         with parts.part("protocol") as doing:
-            folder, config = (source, None) if source.is_dir() else (None, source)
+            folder, config = (source, None) if records else (None, source)
             evidence = protocol.collect(
                 study.agreement, profile=request.profile, folder=folder, config=config, progress=doing
             )
             bundle.write_struct(out / bundle.EVIDENCE / "protocol.json", evidence)
-    bundle.write_struct(out / bundle.ABOUT, _about(request, started, study, target, parts))
-    with parts.part("verdict") as doing:
-        doing("judging", 0.2)
-        verdict = bundle.conclude(out, render)
+    about = About(
+        format=bundle.FORMAT,
+        study=study.agreement.study.id,
+        agreement_digest=study.agreement_digest.hex(),
+        kind="records" if records else "configuration",
+        source=source.resolve().name,
+        node=target.member.node_id if target else "",
+        data=target.source if target else "",
+        authority=authority,
+        started=started,
+        profile=request.profile,
+        plant=request.plant,
+        seconds=parts.seconds,
+        not_done=parts.not_done,
+        left_out=left_out,
+        python=bundle.python_version(),
+        versions=bundle.versions(),
+    )
+    bundle.write_struct(out / bundle.ABOUT, about)
+    report("verdict", "judging", 0.2)
+    verdict = bundle.conclude(out, render)
     _sign(out, request.identity)
+    report("verdict", "done", 1.0)
     return verdict
 
 
-def _study(request: Request, started: datetime, parts: _Parts) -> OpenStudy | None:
-    study = None
-    with parts.part("documents"):
-        if request.source.is_dir():
-            study = study_of_folder(request.source, request.authority, started)
-        else:
-            study = study_of_config(request.source, started)
-    return study
+def _study(request: Request, started: datetime) -> tuple[OpenStudy, str | None]:
+    """The study, and who pinned its authority. What does not check is not audited: it is refused with its own exit code."""
+    if request.source.is_dir():
+        for name in (*DOCUMENTS, TRANSCRIPT):
+            if not (request.source / name).exists():
+                raise ConfigError(
+                    f"{request.source} has no {name}: that is no folder of records; give one, or a node's configuration"
+                )
+        return study_of_folder(request.source, request.authority, started), request.authority
+    pinned = read_config(request.source, NodeConfig).study.authority_fingerprint
+    if request.authority not in (None, pinned):
+        raise ConfigError(f"the configuration pins the authority {pinned}, not {request.authority}")
+    return study_of_config(request.source, started), pinned
 
 
-def _target(request: Request, study: OpenStudy) -> Target:
+def _target(request: Request, study: OpenStudy) -> tuple[Target | None, str]:
+    """Whose training is audited; for records that are not a demonstration's there is nobody, and why."""
     source = request.source
+    if source.is_dir() and request.plant is None and not (source / SPLIT).exists():
+        return (
+            None,
+            f"{source.name} has no {SPLIT}, as only demonstrations have; audit the training with a node's configuration",
+        )
     target = target_of_folder(source, study, request.node) if source.is_dir() else target_of_config(source, study)
-    return target if request.plant is None else PLANTS[request.plant].target(target)
+    return (target if request.plant is None else PLANTS[request.plant].target(target)), ""
+
+
+def _make(out: Path) -> None:
+    try:
+        (out / bundle.STUDY).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}") from None
 
 
 def _training_parts(
@@ -146,29 +181,19 @@ def _training_parts(
         yield "leakage", lambda doing: leakage.collect(target, profile=profile, progress=doing)
 
 
-def _copy_records(source: Path, to: Path) -> None:
-    for name in list_files(source):
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, to / name, follow_symlinks=False)
-
-
-def _about(request: Request, started: datetime, study: OpenStudy | None, target: Target | None, parts: _Parts) -> About:
-    return About(
-        format=bundle.FORMAT,
-        study=study.agreement.study.id if study else "",
-        agreement_digest=study.agreement_digest.hex() if study else "",
-        source=request.source.resolve().name,
-        node=target.member.node_id if target else "",
-        data=target.source if target else "",
-        authority=request.authority,
-        started=started,
-        profile=request.profile,
-        plant=request.plant,
-        seconds=parts.seconds,
-        not_done=parts.not_done,
-        python=bundle.python_version(),
-        versions=bundle.versions(),
-    )
+def _copy_records(source: Path, to: Path) -> tuple[str, ...]:
+    """Copy what the signed manifest lists, and nothing else: a folder may hold what is nobody's business. Gives the names of the rest."""
+    listed = {MANIFEST, f"{MANIFEST}.sig", *DOCUMENTS, TRANSCRIPT}
+    if (source / MANIFEST).exists():
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):  # the verification of the copy will say so
+            manifest = read_public(source / MANIFEST, bundle.FILE_LIMIT_BYTES)
+            listed |= msgspec.json.decode(manifest, type=dict[str, str]).keys()
+    found = list_files(source)
+    for name in found:
+        if name in listed:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, to / name, follow_symlinks=False)
+    return tuple(name for name in found if name not in listed)
 
 
 def _sign(out: Path, identity: Identity | None) -> None:

@@ -39,6 +39,8 @@ from secgeo.update import Layout, SharedState, apply_sum
 Profile = Literal["fast", "full"]
 Progress = Callable[[str, float], None]
 
+NOTHING = "the agreement has no noise, so that epsilon is infinite, or a single round, which spends nothing"
+
 CONFIDENCE, ALARM_CONFIDENCE = 0.95, 0.999
 """Of the bounds that are shown, and of those that accuse: they are conservative, and accuse by chance far less often."""
 
@@ -131,7 +133,8 @@ def collect(target: Target, *, profile: Profile = "fast", progress: Progress = l
     probe = target.trainer()
     size = sum(p.numel() for p in probe._optimizer.params)
     units, length = len(probe._units), CANARY_LENGTH * target.agreement.privacy.max_grad_norm
-    if target.agreement.privacy.noise_multiplier == 0.0:
+    private_rounds = target.agreement.study.rounds - 1  # the first spends nothing
+    if target.agreement.privacy.noise_multiplier == 0.0 or not private_rounds:
         return TrainingEvidence((), size, units)
     wanted = GRADIENT_CANARIES[profile]
     most = max(1, int(CANARY_BYTES / (4 * size * target.agreement.privacy.sample_rate)))
@@ -365,6 +368,10 @@ def _judge_attack(attack: CanaryScores, promise: str) -> Finding:
         f"{found.steinke:.2f} (one run, any mechanism); claimed {claimed:.2f} at delta {claim.delta:g}"
     )
     name = f"{attack.canaries} canaries, {attack.view}"
+    if Claimed(claim.sample_rate, claim.steps, claim.noise_multiplier).curve(claim.noise_multiplier) is None:
+        return Finding(
+            "training", name, promise, "not testable", f"{detail}; epsilon is too large for any bound to pass it"
+        )
     if refuted(attack):
         return Finding("training", name, promise, "broken", detail)
     if max(found.one_run, found.many_run, found.steinke) > claimed:

@@ -1,7 +1,7 @@
-"""An observer inside a trainer: sees every step, adds canaries, and can fix the sample or take the clipped sum out.
+"""An observer inside a trainer: sees every step, adds canaries, and can fix the sample or put other noise in the place of the noised sum.
 
-White-box audits reach into `LocalTrainer` on purpose. The watch wraps what is there, planted bugs included, at four places: the sample that
-is drawn, the gradients that come out of it, the clipped sum, and the noised one. Everything in between is the product's own.
+White-box audits reach into `LocalTrainer` on purpose. The watch wraps what is there, planted bugs included, at three places: the sample
+that is drawn, the gradients that come out of it, and the sum, clipped and noised. Everything in between is the product's own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keys.errors import ConfigError
+from secgeo.noise import NoiseSource
 from secgeo.training import LocalTrainer
 
 
@@ -112,7 +113,8 @@ class Watch:
         canaries: more privacy units, with these gradients ...
         included: ... of which these [m] are in the data.
         fixed: the sample [units] of every step, instead of the one that was drawn.
-        muted: take the clipped sum out, so that nothing of the records should be left.
+        instead: what the optimiser is given instead of the noised sum: noise that has nothing to do with the records, so that nothing of
+            them should be left afterwards.
 
     Attributes:
         touched: how often gradients of private records were computed.
@@ -128,22 +130,18 @@ class Watch:
         canaries: Canaries | None = None,
         included: NDArray[np.bool_] | None = None,
         fixed: NDArray[np.bool_] | None = None,
-        muted: bool = False,
+        instead: NoiseSource | None = None,
     ) -> None:
-        self._observe, self._canaries, self._fixed, self._muted = observe, canaries, fixed, muted
+        self._observe, self._canaries, self._fixed, self._instead = observe, canaries, fixed, instead
         self.touched = self.moved = 0
         self.units = len(trainer._units)
         self._members = np.flatnonzero(included) if included is not None else np.zeros(0, np.int64)
         trainer._units = [*trainer._units, *(np.zeros(0, np.int64) for _ in self._members)]
         self._sample = np.zeros(len(trainer._units), np.bool_)
         self._optimizer = trainer._optimizer
-        self._gradient, self._clip, self._noise = (
-            trainer._private_gradient,
-            self._optimizer.clip_and_accumulate,
-            self._optimizer.add_noise,
-        )
+        self._gradient, self._noise = trainer._private_gradient, self._optimizer.add_noise
         patch(trainer, _private_gradient=self._watched_gradient)
-        patch(self._optimizer, clip_and_accumulate=self._watched_clip, add_noise=self._watched_noise)
+        patch(self._optimizer, add_noise=self._watched_noise)
         self._optimizer.original_optimizer.register_step_post_hook(self._count)
 
     def _watched_gradient(self, drawn: NDArray[np.bool_]) -> None:
@@ -160,12 +158,6 @@ class Watch:
             p.grad_sample = torch.cat([p.grad_sample, part.to(p.grad_sample)])
             at += p.numel()
 
-    def _watched_clip(self) -> None:
-        self._clip()
-        if self._muted:
-            for p in self._optimizer.params:
-                p.summed_grad.zero_()
-
     def _watched_noise(self) -> None:
         self._noise()
         if self._observe is not None:
@@ -175,6 +167,10 @@ class Watch:
                 for tensors in ([p.summed_grad for p in parameters], [p.grad for p in parameters])
             )
             self._observe(Seen(self._sample, summed, noised))
+        if self._instead is not None:
+            std = max(self._optimizer.noise_multiplier, 1.0) * self._optimizer.max_grad_norm
+            for p in self._optimizer.params:
+                p.grad = torch.from_numpy(self._instead.gaussian(tuple(p.shape), std)).to(p)
 
     def _count(self, *_: object) -> None:
         self.moved += 1

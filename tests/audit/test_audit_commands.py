@@ -136,8 +136,60 @@ LIES: dict[str, Callable[[Path], None]] = {
     "a ledger left out": without_records_of_one_hospital,
     "a friendlier report": lambda folder: (folder / "report.html").write_text("<h1>All is well</h1>"),
     "evidence that is none": lambda folder: (folder / "evidence" / "training.json").write_text("{}"),
+    "no agreement": lambda folder: shutil.rmtree(folder / "evidence" / "study"),
+    "another study": edit("evidence/about.json", lambda v: v.update(study="another")),
+    "another hospital": edit("evidence/about.json", lambda v: v.update(node="charite")),
+    "another agreement": edit("evidence/about.json", lambda v: v.update(agreement_digest="ab" * 32)),
     "another format": edit("evidence/about.json", lambda v: v.update(format="secgeo-audit/9")),
 }  # fmt: skip
+
+
+CAREFUL: dict[str, Callable[[Path], None]] = {
+    "a part left out": lambda folder: (folder / "evidence" / "conformance.json").unlink(),
+    "no training at all": lambda folder: [
+        (folder / "evidence" / f"{part}.json").unlink() for part in ("conformance", "training", "leakage")
+    ] and None,
+    "no records": lambda folder: shutil.rmtree(folder / "evidence" / "records"),
+    "no noise agreed": edit("evidence/conformance.json", lambda v: v.update(noise_multiplier=0.0)),
+    "a generous claim": edit("evidence/training.json", lambda v: v["attacks"][0]["claim"].update(epsilon=99.0)),
+    "a generous noise": edit("evidence/training.json", lambda v: v["attacks"][0]["claim"].update(noise_multiplier=0.4)),
+    "perfect attacks": edit(
+        "evidence/leakage.json",
+        lambda v: [row.update(members=[1e6 + s for s in row["members"]]) for row in v["membership"] if row["protection"] == "ours"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.parametrize("lie", CAREFUL)
+def test_a_careful_liar_gets_no_good_verdict(copy: Path, lie: str) -> None:
+    CAREFUL[lie](copy)
+    with contextlib.suppress(VerificationFailed):
+        assert not bundle.judge(bundle.read_evidence(copy)).ok
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_a_report_of_another_version_is_drawn_anew_not_believed(copy: Path, tmp_path: Path) -> None:
+    edit("evidence/about.json", lambda v: v["versions"].update(numpy="9.9"))(copy)
+    bundle.conclude(copy, render)
+    (copy / "report.html").write_text("<h1>All is perfect</h1>")
+    (copy / MANIFEST).unlink()
+    (copy / f"{MANIFEST}.sig").unlink()
+    reseal(copy)
+    with pytest.raises(VerificationFailed, match="--report"):
+        bundle.verify(copy, None, render)
+    verdict, _, notes = bundle.verify(copy, None, render, tmp_path / "new.html")
+    assert verdict.ok
+    assert any("not compared" in note for note in notes)
+    assert "perfect" not in (tmp_path / "new.html").read_text()
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_a_study_of_one_round_spends_nothing_and_can_be_audited(tmp_path: Path) -> None:
+    assert secgeo("demo", "--rounds", 1, "--out", tmp_path / "r", "--json").returncode == 0
+    done = secgeo("audit", "run", tmp_path / "r", "--plant", "half-noise", "--out", tmp_path / "b", "--json")
+    assert done.returncode == 8, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.timeout(PATIENCE)
@@ -147,7 +199,7 @@ def test_a_verdict_that_does_not_follow_is_found_although_it_is_signed(copy: Pat
     (copy / MANIFEST).unlink()
     (copy / f"{MANIFEST}.sig").unlink()
     reseal(copy)
-    with pytest.raises(VerificationFailed):
+    with pytest.raises(SecGeoError):
         bundle.verify(copy, None, render)
 
 
@@ -167,7 +219,7 @@ def spoilt(value: Any, random: np.random.Generator) -> Any:
 def test_evidence_of_a_liar_gives_a_verdict_or_a_clear_error(audited: tuple[Path, dict[str, Any]], part: str) -> None:
     random, whole = np.random.default_rng(3), bundle.read_evidence(audited[0])
     seed = json.loads((audited[0] / "evidence" / f"{part}.json").read_bytes())
-    alone = dict.fromkeys(bundle.PARTS) | {"budgets": None}
+    alone = dict.fromkeys(bundle.PARTS) | {"records": None}
     decoded = 0
     for _ in range(150):
         try:
@@ -224,7 +276,7 @@ def test_the_report_in_headless_chromium(audited: tuple[Path, dict[str, Any]], t
 def test_words_from_outside_stay_words(audited: tuple[Path, dict[str, Any]]) -> None:
     evidence = bundle.read_evidence(audited[0])
     hostile = Finding("training", "<script>alert(1)</script>", "<b>", "broken", "<img src=x onerror=alert(1)>")
-    page = render(bundle.Verdict(False, (hostile,), evidence.about), evidence)
+    page = render(bundle.Verdict(False, (), (hostile,), evidence.about), evidence)
     assert "<script>" not in page
     assert "<img src=x" not in page
     assert "1 promise was</strong>" in page or "1 promise was broken" in page
@@ -257,12 +309,48 @@ def test_records_that_were_changed_break_their_promise(demo: tuple[Path, str], t
     path = next((folder / "ledgers").iterdir())
     path.write_bytes(path.read_bytes().replace(b'"sample_rate":0.25', b'"sample_rate":0.20'))
     (folder / "split.json").unlink()
+    (folder / "secret.key").write_text("a secret")
     done = secgeo("audit", "run", folder, "--out", tmp_path / "b", "--json")
     assert done.returncode == 8, done.stderr
     said = json.loads(done.stdout)
-    assert any(f["status"] == "broken" and f["part"] == "records" for f in said["findings"])
+    broken = [f for f in said["findings"] if f["status"] == "broken"]
+    assert any(f["part"] == "records" and "secret.key" in f["detail"] for f in broken)
+    assert any(f["part"] == "records" and "changed" in f["detail"] for f in broken)
+    assert not list((tmp_path / "b").rglob("secret.key"))
     assert "split.json" in said["about"]["not_done"]["training data"]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("plant", [[], ["--plant", "half-noise"]])
+def test_what_does_not_check_is_not_audited(demo: tuple[Path, str], tmp_path: Path, plant: list[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = secgeo("audit", "run", empty, *plant, "--out", tmp_path / "a")
+    assert done.returncode == 3
+    assert "no folder of records" in done.stderr
+    folder = Path(shutil.copytree(demo[0], tmp_path / "records"))
+    path = folder / "agreement.toml"
+    path.write_bytes(path.read_bytes().replace(b"noise_multiplier", b"noise_multiplier ", 1))
+    assert secgeo("audit", "run", folder, *plant, "--out", tmp_path / "b").returncode == 8
+    assert secgeo("audit", "run", demo[0], *plant, "--authority", "ab" * 32, "--out", tmp_path / "c").returncode in (
+        4,
+        8,
+    )
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_folder_of_keys_is_not_copied(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    done = secgeo("audit", "run", site.config("hospital-1").parent, "--out", tmp_path / "b")
+    assert done.returncode == 3
+    assert not list(tmp_path.glob("b/**/*.key"))
+    other = secgeo("audit", "run", site.config("hospital-1"), "--authority", "ab" * 32, "--out", tmp_path / "b")
+    assert other.returncode == 3
+    assert "pins" in other.stderr
+    assert (
+        secgeo("audit", "run", site.config("hospital-1"), "--node", "hospital-2", "--out", tmp_path / "b").returncode
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,6 +361,7 @@ def test_records_that_were_changed_break_their_promise(demo: tuple[Path, str], t
         (["{demo}", "--profile", "slow"], 3, "fast or full"),
         (["{demo}", "--node", "hospital-77"], 3, "no member"),
         (["{demo}", "--out", "{demo}"], 3, "not empty"),
+        (["{demo}", "--out", "/proc/none/b"], 3, "cannot write"),
     ],
 )
 def test_wrong_options_say_so(
