@@ -7,7 +7,8 @@ parameters is independent, so that each may also be taken for a run of its own: 
 
     gradient space  Dirac canaries, one parameter each, and random directions: the strongest (Nasr et al. 2023, arXiv 2302.07956)
     input space     records with a wrong label, and records from outside of the distribution
-    white box       the attacker sees the noised sum of every step: the likelihood ratio of "in" against "out" under the claim
+    white box       the attacker sees the noised sum of every step: the likelihood ratio of "in" against "out" under the claim; for
+                    records, whose gradients have much in common, the best linear estimate of all coins at once
     black box       the attacker sees what is released: the adapter's change, or the loss of the canary under the final model
 """
 
@@ -183,12 +184,10 @@ def _train(target: Target, trainer: LocalTrainer) -> dict[str, NDArray[np.float6
     return changed
 
 
-def _ratio(
-    target: Target, projected: NDArray[np.float64], square: NDArray[np.float64] | float = 1.0
-) -> NDArray[np.float64]:
-    """The log-likelihood ratio of "in" against "out" of one step, from <g, c> and |c|^2 in clip norms."""
+def _ratio(target: Target, projected: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The log-likelihood ratio of "in" against "out" of one step, from how much of each canary is in its sum, in clip norms."""
     privacy = target.agreement.privacy
-    exponent = (2.0 * projected - square) / (2.0 * privacy.noise_multiplier**2)
+    exponent = (2.0 * projected - 1.0) / (2.0 * privacy.noise_multiplier**2)
     left_out = np.log1p(-min(privacy.sample_rate, 1.0 - 1e-12))
     ratio: NDArray[np.float64] = np.logaddexp(left_out, np.log(privacy.sample_rate) + exponent)
     return ratio
@@ -276,7 +275,8 @@ def _input_attacks(target: Target, kind: str, others: LabelledRecords, count: in
     canaries, included = _canary_records(target, kind, others, count), _coins(count)
     trainer = target.trainer(records=_with(target.records, canaries, included))
     mirror = target.trainer(records=canaries, plant=None)  # the same model, to ask what gradient each canary has
-    scores, clip = np.zeros(count), target.agreement.privacy.max_grad_norm
+    privacy, clip, scores = target.agreement.privacy, target.agreement.privacy.max_grad_norm, np.zeros(count)
+    ridge = torch.eye(count, dtype=torch.float64) * privacy.noise_multiplier**2 / privacy.sample_rate
 
     def observe(seen: Seen) -> None:
         nonlocal scores
@@ -285,8 +285,8 @@ def _input_attacks(target: Target, kind: str, others: LabelledRecords, count: in
         mirror._private_gradient(np.ones(count, np.bool_))
         rows = torch.cat([p.grad_sample.flatten(1) for p in mirror._optimizer.params], dim=1).double() / clip
         rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1.0)
-        projected = (rows @ (seen.noised.double() / clip)).numpy()
-        scores = scores + _ratio(target, projected, rows.square().sum(dim=1).numpy())
+        # Their gradients have much in common: the best linear estimate of who was sampled, all of them at once.
+        scores = scores + torch.linalg.solve(rows @ rows.T + ridge, rows @ (seen.noised.double() / clip)).numpy()
 
     before = _losses(mirror, canaries)
     Watch(trainer, observe)

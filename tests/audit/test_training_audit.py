@@ -62,6 +62,30 @@ def test_a_sound_trainer_is_not_accused_and_the_attack_sees_something(sound: tra
     assert 0.0 < bounds(white_box).many_run < white_box.claim.epsilon
 
 
+def apart(attack: CanaryScores) -> float:
+    """How many standard errors the scores of canaries that were in lie above the others'."""
+    scores, included = np.array(attack.scores), np.array(attack.included)
+    one, other = scores[included], scores[~included]
+    return float((one.mean() - other.mean()) / np.sqrt(one.var() / len(one) + other.var() / len(other) + 1e-30))
+
+
+def test_both_views_of_gradient_canaries_see_them(sound: training.TrainingEvidence) -> None:
+    dirac = [attack for attack in sound.attacks if attack.canaries == "Dirac"]
+    assert len(dirac) == 2
+    assert all(apart(attack) > 4.0 for attack in dirac)
+
+
+def test_records_as_canaries_are_seen_where_there_is_no_noise() -> None:
+    study = {"privacy": {"sample_rate": 0.5}, "training": {"steps_per_round": 20}}
+    seen = {
+        (attack.canaries, attack.view.split(",")[0]): apart(attack)
+        for attack in training.collect(target("no-noise", **study)).attacks
+    }
+    assert seen["out of distribution", "white box"] > 5.0
+    assert seen["out of distribution", "black box"] > 3.0
+    assert seen["mislabelled", "white box"] + seen["mislabelled", "black box"] > 2.0
+
+
 def test_canaries_are_in_input_space_and_gradient_space_white_box_and_black_box(
     sound: training.TrainingEvidence,
 ) -> None:
