@@ -31,7 +31,10 @@ def audit_run(
     ],
     out: Annotated[Path | None, typer.Option(help="New folder for the bundle; audits/DATE-TIME by default.")] = None,
     profile: Annotated[
-        str, typer.Option(help="fast: under two minutes, for every change of a model or an agreement. full: some ten.")
+        str,
+        typer.Option(
+            help="fast: under two minutes for small models, for every change of a model or an agreement. full: more of all."
+        ),
     ] = "fast",
     plant: Annotated[
         str | None,
@@ -125,20 +128,25 @@ def audit_plants(json: Json = False) -> None:
             show(f"{plant.name:26} {plant.what}")
 
 
+def _line(text: str) -> None:
+    """Print what may be a stranger's words: nothing that a terminal would take for an order."""
+    show("".join(letter if letter.isprintable() else "?" for letter in text))
+
+
 def _tell(verdict: Verdict, json: bool, **more: object) -> None:
     import msgspec
 
     if not emit(json, **msgspec.to_builtins(verdict), **more):
         for finding in verdict.of("broken"):
-            show(f"BROKEN  {finding.part}: {finding.name}: {finding.detail}")
+            _line(f"BROKEN  {finding.part}: {finding.name}: {finding.detail}")
         counts = ", ".join(f"{len(verdict.of(status))} {status}" for status in ("held", "broken", "not testable"))
         if verdict.missing:
             reasons = (f"{part} ({verdict.about.not_done.get(part, 'no evidence')})" for part in verdict.missing)
-            show(f"MISSING  {', '.join(reasons)}")
+            _line(f"MISSING  {', '.join(reasons)}")
         broken = "PROMISES WERE BROKEN" if verdict.of("broken") else "INCOMPLETE"
         show(f"\n{'no promise was broken' if verdict.ok else broken}: {counts}")
         if "training data" in verdict.about.not_done:
-            show(f"training and leakage were NOT audited: {verdict.about.not_done['training data']}")
+            _line(f"training and leakage were NOT audited: {verdict.about.not_done['training data']}")
         if "out" in more:
             show(f"report: {more['out']}/report.html    check the bundle: secgeo audit verify {more['out']}")
     if not verdict.ok:

@@ -73,7 +73,7 @@ class ParameterNoise(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Influence(Struct, frozen=True, forbid_unknown_fields=True):
-    """How far one unit moved the noised sum, in clip norms."""
+    """How far one unit moved the clipped sum, in clip norms."""
 
     unit: str
     norm: float

@@ -353,7 +353,7 @@ def judge(evidence: TrainingEvidence) -> list[Finding]:
                 "lower bounds on epsilon",
                 promise,
                 "not testable",
-                "the agreement has no noise: epsilon is infinite",
+                NOTHING,
             )
         ]
     return [_judge_attack(attack, promise) for attack in evidence.attacks]
