@@ -57,7 +57,7 @@ def one_mask(values: int) -> Row:
         aes.Cipher(algorithms.AES256(bytes(32)), modes.CTR(bytes(16))).encryptor().update_into(zeros, buffer)
         np.add(total, other, out=total)
 
-    mask, floor_seconds = best(lambda: MaskSet([bytes(32)], []).apply(total)), best(floor)
+    mask, floor_seconds = best(lambda: MaskSet([bytes(32)], []).apply(total, 0)), best(floor)
     return {
         "part": "one mask",
         "seconds": mask,
@@ -110,8 +110,8 @@ def recovery(values: int, neighbours: int) -> Row:
     everyone = names(neighbours + 1)
     study = make_study(neighbours + 1, values)
     total = np.zeros(values, np.uint32)
-    floor = best(lambda: MaskSet([bytes([index]) * 32 for index in range(neighbours)], []).apply(total))
-    one = best(lambda: MaskSet([bytes(32)], []).apply(total))
+    floor = best(lambda: MaskSet([bytes([index]) * 32 for index in range(neighbours)], []).apply(total, 0))
+    one = best(lambda: MaskSet([bytes(32)], []).apply(total, 0))
     spent: dict[int, list[float]] = {0: [], 1: []}
     for _ in range(5):
         for lost in (0, 1):

@@ -21,9 +21,6 @@ from protocols.agreement import Agreement
 Float64Vector = NDArray[np.float64]
 Uint32Vector = NDArray[np.uint32]
 
-BLOCK_VALUES = 1 << 16
-"""Values per pass, so that intermediate results stay in the cache."""
-
 _THREE_BYTES = np.dtype([("low", "<u2"), ("high", "u1")])
 _FIVE_BYTES = np.dtype([("low", "<u4"), ("high", "u1")])
 
@@ -73,17 +70,13 @@ class FixedPoint:
         if not np.isfinite(values).all():
             raise LocalProtocolError("the update holds NaN or infinity and was not sent; lower the learning rate")
 
-    def encode_into(self, values: Float64Vector, out: Uint32Vector) -> None:
-        """Encode checked `values` ([m] float64) into `out` ([m] uint32), each in [1, 2^value_bits - 1]."""
-        scratch = np.empty(min(values.size, BLOCK_VALUES))
-        for start in range(0, values.size, BLOCK_VALUES):
-            block = values[start : start + BLOCK_VALUES]
-            scaled = scratch[: block.size]
-            np.clip(block, -self.limit, self.limit, out=scaled)
-            scaled *= 2.0**self.fraction_bits
-            np.rint(scaled, out=scaled)
-            scaled += 2.0 ** (self.value_bits - 1)
-            out[start : start + block.size] = scaled
+    def integers(self, values: Float64Vector) -> Float64Vector:
+        """The encodings of checked `values` ([m] float64): integers in [1, 2^value_bits - 1], as float64, which holds them exactly."""
+        scaled = np.clip(values, -self.limit, self.limit)
+        scaled *= 2.0**self.fraction_bits
+        np.rint(scaled, out=scaled)
+        scaled += 2.0 ** (self.value_bits - 1)
+        return scaled
 
     def encode(self, values: Float64Vector) -> Uint32Vector:
         """Encode `values` ([d] float64) as [d] uint32.
@@ -92,9 +85,7 @@ class FixedPoint:
             LocalProtocolError: see `check`.
         """
         self.check(values)
-        encoded = np.empty(values.size, dtype=np.uint32)
-        self.encode_into(values, encoded)
-        return encoded
+        return self.integers(values).astype(np.uint32)
 
     def decode(self, total: Uint32Vector, contributors: int) -> Float64Vector:
         """Decode the sum of `contributors` encodings ([d] uint32) to the real sum ([d] float64).

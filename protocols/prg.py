@@ -1,13 +1,20 @@
 """The mask generator: AES-256 in counter mode, keyed once per (pair, round, attempt, purpose).
 
-The first block of a keystream masks the tag, in the tag's own field; from the second on it is read as little-endian uint32, which mask
-values modulo 2^32, or as little-endian uint64, which mask coefficients modulo a power of two. Each key comes from HKDF over a fresh
-seed with a label and the attempt's context (`protocols.sealing`), and makes exactly one mask, so counting from zero is safe. The
-counter makes every place of a mask reachable, so that blocks are masked in any order and on all cores.
+Counters are numbers of 128 bits, big-endian. A mask has a part for each purpose, far apart in the counters of its key:
+
+    tag             counter 0, in the tag's own field
+    chunk c         counters from (c + 1) * 2^32 + 2 on, read as little-endian uint32, which mask values modulo 2^32, or as little-endian
+                    uint64, which mask coefficients modulo a power of two
+
+Each key comes from HKDF over a fresh seed with a label and the attempt's context (`protocols.sealing`), and makes exactly one mask; a chunk
+has fewer than 2^32 blocks, so no counter is used twice. Those of chunk c are what AES-GCM encrypts with under the 96-bit nonce c + 1, so
+its implementations serve, which are the fastest that there are (docs/adr/0017). The counters make every chunk of a mask reachable, so that
+chunks are masked in any order and on all cores.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,23 +36,36 @@ COUNT_BYTES = 16
 VALUES_PER_COUNT = 4
 """So many values of 4 bytes are in one AES block."""
 
+NONCE_BYTES = 12
+"""AES-GCM counts in the last 32 bits of a block, and begins at 2: 1 is for its authentication, which is not used here."""
+
 _ZEROS = memoryview(bytes(BLOCK_BYTES))
+
+
+class _Scratch(threading.local):
+    """A thread's memory for keystream: new memory would cost as much as what is written into it."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(BLOCK_BYTES, dtype=np.uint8)
+
+
+_scratch = _Scratch()
 
 Coordinates = Uint32Vector | NDArray[np.uint64]
 """What is masked: values modulo 2^32, or coefficients modulo 2^64, of which any smaller power of two is a quotient."""
 
 
-def _stream(key: bytes, place: int) -> CipherContext:
-    """The keystream of a 32-byte key from byte `place` on."""
-    count, rest = divmod(place, COUNT_BYTES)
-    if rest:
-        raise LocalProtocolError(f"a keystream is read from multiples of {COUNT_BYTES} bytes, not from {place}")
-    return Cipher(algorithms.AES256(key), modes.CTR(count.to_bytes(16))).encryptor()
-
-
 def keystream(key: bytes, start: int, count: int) -> bytes:
-    """`count` values of 4 bytes from value `start` on, a multiple of 4."""
-    return _stream(key, 4 * start).update(bytes(4 * count))
+    """`count` values of 4 bytes of a 32-byte key's stream, from value `start` on, a multiple of 4."""
+    counter, rest = divmod(start, VALUES_PER_COUNT)
+    if rest:
+        raise LocalProtocolError(f"a keystream is read from multiples of {VALUES_PER_COUNT} values, not from {start}")
+    encryptor = Cipher(algorithms.AES256(key), modes.CTR(counter.to_bytes(COUNT_BYTES))).encryptor()
+    return encryptor.update(bytes(4 * count))
+
+
+def _chunk_stream(key: bytes, chunk: int) -> CipherContext:
+    return Cipher(algorithms.AES256(key), modes.GCM((chunk + 1).to_bytes(NONCE_BYTES))).encryptor()
 
 
 class MaskSet:
@@ -54,22 +74,21 @@ class MaskSet:
     def __init__(self, added: Iterable[bytes], subtracted: Iterable[bytes]) -> None:
         self._added, self._subtracted = tuple(added), tuple(subtracted)
 
-    def apply(self, values: Coordinates, start: int = 0) -> None:
-        """Mask [m] `values` in place, modulo 2^32 or 2^64, as coordinates `start` (whole AES blocks) and following."""
-        place = COUNT_BYTES + values.itemsize * start
-        added = [_stream(key, place) for key in self._added]
-        subtracted = [_stream(key, place) for key in self._subtracted]
-        buffer = bytearray(min(values.nbytes, BLOCK_BYTES))
-        whole = np.frombuffer(buffer, dtype=values.dtype.newbyteorder("<"))
+    def apply(self, values: Coordinates, chunk: int) -> None:
+        """Mask the [m] `values` of a chunk in place, modulo 2^32 or 2^64; chunks count from 0."""
+        added = [_chunk_stream(key, chunk) for key in self._added]
+        subtracted = [_chunk_stream(key, chunk) for key in self._subtracted]
+        buffer = _scratch.buffer
+        whole = buffer.view(values.dtype.newbyteorder("<"))
         step = BLOCK_BYTES // values.itemsize
         for first in range(0, values.size, step):
             block = values[first : first + step]
             zeros, mask = _ZEROS[: block.nbytes], whole[: block.size]
             for stream in added:
-                stream.update_into(zeros, buffer)
+                stream.update_into(zeros, buffer.data)
                 np.add(block, mask, out=block)
             for stream in subtracted:
-                stream.update_into(zeros, buffer)
+                stream.update_into(zeros, buffer.data)
                 np.subtract(block, mask, out=block)
 
     def apply_to_tag(self, tag: int) -> int:

@@ -30,7 +30,7 @@ from protocols.ciphertexts import (
 )
 from protocols.encoding import Uint32Vector, pack, packed_bytes, unpack
 from protocols.packing import DEGREE, BfvParameters, Packing, Uint64Matrix, choose
-from protocols.prg import BLOCK_BYTES, MaskSet
+from protocols.prg import MaskSet
 from protocols.workers import spread
 
 Total = NDArray[Any]
@@ -54,7 +54,7 @@ class Ring(Protocol):
     """So many values of the sum go back in one message."""
 
     def seal(self, values: Uint32Vector, masks: MaskSet, start: int) -> Data:
-        """A chunk of a node's encoded values ([m] uint32), masked; `values` may be overwritten."""
+        """The chunk of a node's encoded values ([m] uint32) that begins at `start`, masked; `values` may be overwritten."""
 
     def sealed_bytes(self, count: int) -> int:
         """The size of a sealed chunk."""
@@ -136,7 +136,7 @@ class IntegerRing:
 
     def seal(self, values: Uint32Vector, masks: MaskSet, start: int) -> Data:
         """See `Ring`."""
-        masks.apply(values, start)
+        masks.apply(values, start // self.sum_chunk_values)
         return pack(values, self._ring_bits)
 
     def sealed_bytes(self, count: int) -> int:
@@ -155,8 +155,8 @@ class IntegerRing:
 
     def unmask(self, total: Total, masks: MaskSet) -> None:
         """See `Ring`."""
-        step = BLOCK_BYTES // total.itemsize
-        spread(lambda start: masks.apply(total[start : start + step], start), range(0, total.size, step))
+        step = self.sum_chunk_values
+        spread(lambda start: masks.apply(total[start : start + step], start // step), range(0, total.size, step))
         if self._ring_bits < 32:
             total &= np.uint32((1 << self._ring_bits) - 1)
 
@@ -200,7 +200,7 @@ class CiphertextRing:
     def seal(self, values: Uint32Vector, masks: MaskSet, start: int) -> Data:
         """See `Ring`."""
         packed = self._packing.pack(values)
-        masks.apply(packed.reshape(-1), self._block(start) * DEGREE)
+        masks.apply(packed.reshape(-1), self._block(start) // self._chunk_blocks)
         packed &= np.uint64(2**self._parameters.plain_bits - 1)
         try:
             return self._cipher.encrypt(packed)
@@ -246,7 +246,7 @@ class CiphertextRing:
         def unmask(first: int) -> None:
             part = total[first : first + self._chunk_blocks]
             packed = np.zeros((len(part), DEGREE), dtype=np.uint64)
-            masks.apply(packed.reshape(-1), first * DEGREE)
+            masks.apply(packed.reshape(-1), first // self._chunk_blocks)
             packed &= np.uint64(2**self._parameters.plain_bits - 1)
             self._cipher.add_plain(part, packed)
 

@@ -20,21 +20,20 @@ member that sends a false tag spoils the check for all; nobody can tell it from 
 from __future__ import annotations
 
 import hashlib
-from operator import mul
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
 
 from keys.labels import Label
-from protocols.encoding import Uint32Vector
+from protocols.encoding import Float64Vector, Uint32Vector
 from protocols.prg import TAG_PRIME, keystream
 from protocols.sealing import AttemptId
 
 ROW_VALUES = 1024
 COLUMNS = 5
 COLUMN_BITS = 11
-BLOCK_ROWS = 64
 ROW_STRIDE = 12
 
 
@@ -50,25 +49,36 @@ class Tagger:
         info = attempt.bind(Label.TAG_KEY)
         keys = HKDF(algorithm=hashes.SHA256(), length=96, salt=None, info=info).derive(seed)
         columns = np.frombuffer(keystream(keys[:32], 0, ROW_VALUES * COLUMNS // 2), dtype="<u2")
-        self._columns = (columns & ((1 << COLUMN_BITS) - 1)).reshape(ROW_VALUES, COLUMNS).astype(np.float64)
+        self._columns = (
+            (columns & ((1 << COLUMN_BITS) - 1)).reshape(ROW_VALUES, COLUMNS).T.astype(np.float64, order="C")
+        )
         self._row_key = keys[32:64]
         self.pad = int.from_bytes(keys[64:]) % TAG_PRIME
         """What every node adds to its tag."""
 
-    def part(self, values: Uint32Vector, start: int = 0) -> int:
-        """What [m] uint32 `values` at coordinate `start` (a multiple of 1,024) and following add to the tag."""
-        rows = -(-values.size // ROW_VALUES)
-        hashed = np.zeros((rows, COLUMNS))
-        matrix = np.empty((min(rows, BLOCK_ROWS), ROW_VALUES))
-        for first in range(0, rows, BLOCK_ROWS):
-            block = values[first * ROW_VALUES : (first + BLOCK_ROWS) * ROW_VALUES]
-            part = matrix[: -(-block.size // ROW_VALUES)]
-            part.reshape(-1)[: block.size] = block
-            part.reshape(-1)[block.size :] = 0.0
-            np.matmul(part, self._columns, out=hashed[first : first + len(part)])
+    def part(self, values: Uint32Vector | Float64Vector, start: int = 0) -> int:
+        """What [m] `values` add to the tag, at coordinate `start` (a multiple of 1,024) and following: uint32, or the same as float64."""
+        integers = values.astype(np.float64, copy=False)
+        full, rest = divmod(integers.size, ROW_VALUES)
+        rows = full + bool(rest)
+        hashed = np.empty((rows, COLUMNS))
+        np.matvec(self._columns, integers[: full * ROW_VALUES].reshape(full, ROW_VALUES), out=hashed[:full])
+        if rest:
+            hashed[full] = self._columns[:, :rest] @ integers[full * ROW_VALUES :]
         # Two 4-byte values of the keystream make one of R; a row takes 6 of them, whole AES blocks, and uses 5.
         place = start // ROW_VALUES * ROW_STRIDE
         words = np.frombuffer(keystream(self._row_key, place, rows * ROW_STRIDE), dtype="<u8")
         random = words.reshape(rows, ROW_STRIDE // 2)[:, :COLUMNS].reshape(-1) & np.uint64(TAG_PRIME)
-        total: int = sum(map(mul, random.tolist(), hashed.reshape(-1).astype(np.int64).tolist()))
-        return total % TAG_PRIME
+        return _inner_product(random, hashed.reshape(-1).astype(np.uint64)) % TAG_PRIME
+
+
+def _inner_product(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> int:
+    """The exact inner product of [n] below 2^63 and [n] below 2^54, n <= 2^25: sums of products of limbs fit 64 bits."""
+    products = _limbs(left, 21) @ _limbs(right, 18).T
+    return sum(int(product) << 21 * i + 18 * j for (i, j), product in np.ndenumerate(products))
+
+
+def _limbs(numbers: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
+    """[3, n]: the lowest three times `bits` bits of [n] numbers."""
+    shifts = np.array([[0], [bits], [2 * bits]], dtype=np.uint64)
+    return numbers >> shifts & np.uint64((1 << bits) - 1)

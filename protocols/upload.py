@@ -81,9 +81,8 @@ class Upload:
     def _make(self, index: int, finish: Finish) -> _Chunk:
         start = index * self._chunk_values
         values = self._vector[start : start + self._chunk_values]
-        encoded = np.empty(values.size, dtype=np.uint32)
-        self._fixed_point.encode_into(values, encoded)
-        part = self._tagger.part(encoded, start)
-        data = self._ring.seal(encoded, self._masks, start)
+        integers = self._fixed_point.integers(values)
+        part = self._tagger.part(integers, start)
+        data = self._ring.seal(integers.astype(np.uint32), self._masks, start)
         digest = chunk_digest(data)
         return _Chunk(part, digest, finish(index, digest, data))

@@ -596,7 +596,9 @@ class Knowledge:
                 if key is None:
                     return None
                 (added if name < peer else subtracted).append(key)
-        MaskSet(subtracted, added).apply(upload)
+        masks, step = MaskSet(subtracted, added), chunk_coordinates(self._network.agreement)
+        for chunk, start in enumerate(range(0, upload.size, step)):
+            masks.apply(upload[start : start + step], chunk)
         return self._decoded(upload)
 
     def _attempt(self, address: Address) -> AttemptId:
@@ -661,6 +663,14 @@ class Knowledge:
             )
         except VerificationFailed:
             return None
+
+
+def chunk_coordinates(agreement: Agreement) -> int:
+    """How many numbers are masked together: the values of a chunk, or the coefficients that hold them."""
+    values = agreement.secure_sum.chunk_values
+    if not agreement.secure_sum.encrypted:
+        return values
+    return values // packing_of(agreement).block_values * DEGREE
 
 
 def packing_of(agreement: Agreement) -> Packing:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
+from audit.attacks.stage import chunk_coordinates
 from keys.errors import VerificationFailed
 from protocols import messages as m
 from protocols import sealing, shamir
@@ -155,7 +156,9 @@ class Knowledge:
             if key is None:
                 return None
             (off_added if name < peer else off_subtracted).append(key)
-        MaskSet(off_subtracted, off_added).apply(upload)
+        masks, step = MaskSet(off_subtracted, off_added), chunk_coordinates(self._network.agreement)
+        for chunk, start in enumerate(range(0, upload.size, step)):
+            masks.apply(upload[start : start + step], chunk)
         return self._decoded(upload)
 
     def recovers(self, name: str, address: Address = (1, 1)) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -75,34 +75,33 @@ def test_a_sum_that_no_contributors_can_have_made_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [1, BLOCK_VALUES - 1, BLOCK_VALUES, BLOCK_VALUES + 1, 3 * BLOCK_VALUES + 5])
-def test_a_mask_is_the_aes_256_ctr_keystream_and_comes_off_again(size: int) -> None:
+@pytest.mark.parametrize("chunk", [0, 1, 2**40])
+def test_a_mask_is_the_aes_256_ctr_keystream_and_comes_off_again(chunk: int, size: int) -> None:
     key = bytes(range(32))
     values = np.arange(size, dtype=np.uint32) * np.uint32(2654435761)
     masked = values.copy()
-    prg.MaskSet([key], []).apply(masked)
-    blocks = b"".join(counter.to_bytes(16) for counter in range(1, 1 - -4 * size // 16))
+    prg.MaskSet([key], []).apply(masked, chunk)
+    first = (chunk + 1) * 2**32 + 2
+    blocks = b"".join(counter.to_bytes(16) for counter in range(first, first - -4 * size // 16))
     encryptor = Cipher(algorithms.AES256(key), modes.ECB()).encryptor()  # noqa: S305 - counter mode by definition
     keystream = np.frombuffer(encryptor.update(blocks)[: 4 * size], dtype="<u4")
     assert np.array_equal(masked - values, keystream)
-    prg.MaskSet([], [key]).apply(masked)
+    prg.MaskSet([], [key]).apply(masked, chunk)
     assert np.array_equal(masked, values)
 
 
-def test_masks_applied_block_by_block_are_the_masks_of_the_whole() -> None:
-    """Whatever the blocks; and each key once added and once subtracted leaves nothing."""
-    keys = [bytes([index]) * 32 for index in range(5)]
-    whole = np.arange(70_001, dtype=np.uint32)
-    parts = whole.copy()
-    prg.MaskSet(keys[:3], keys[3:]).apply(whole)
-    masks, start = prg.MaskSet(keys[:3], keys[3:]), 0
-    for length in (4, 8, 252, 65_536, 4_201):
-        masks.apply(parts[start : start + length], start)
-        start += length
-    assert np.array_equal(parts, whole)
-    with pytest.raises(LocalProtocolError, match="multiples of 16 bytes"):
-        masks.apply(parts, 6)
-    prg.MaskSet(keys[3:], keys[:3]).apply(parts)
-    assert np.array_equal(parts, np.arange(70_001, dtype=np.uint32))
+def test_no_counter_masks_two_things() -> None:
+    """The tag, and every chunk of the largest size that an agreement allows, have counters of their own."""
+    largest = 8 * 262_144 // 16
+    first = [0, *((chunk + 1) * 2**32 + 2 for chunk in (0, 1, 2, 2**20))]
+    assert all(place + largest <= following for place, following in pairwise(first))
+    masks = prg.MaskSet([bytes(32)], [])
+    chunks = []
+    for chunk in range(4):
+        values = np.zeros(4096, dtype=np.uint32)
+        masks.apply(values, chunk)
+        chunks.append(values)
+    assert np.unique(np.concatenate(chunks)).size >= 4 * 4096 - 3  # of 2^32: three pairs alike are one case in 10^6
 
 
 # --- Shamir

@@ -75,7 +75,7 @@ def test_moved_values_change_the_tag(change) -> None:  # type: ignore[no-untyped
 
 def test_a_change_that_fits_one_seed_fits_no_other() -> None:
     """Whoever knows C can hide a change from it; under fresh seeds the same change shows every time."""
-    columns = TAGGER._columns.astype(np.int64)
+    columns = TAGGER._columns.T.astype(np.int64)
     # Six entries of a row, five equations: some integer change of these entries has v = 0.
     from sympy import Matrix  # the exact kernel, by way of a package that torch brings along
 
@@ -85,7 +85,7 @@ def test_a_change_that_fits_one_seed_fits_no_other() -> None:
     assert any(change)
     assert (np.array(change, dtype=object) @ columns[:6].astype(object) == 0).all()
     for seed in range(1, 200):
-        fresh = Tagger(seed.to_bytes(32), ATTEMPT)._columns.astype(np.int64)
+        fresh = Tagger(seed.to_bytes(32), ATTEMPT)._columns.T.astype(np.int64)
         assert (np.array(change, dtype=object) @ fresh[:6].astype(object)).any()
 
 

@@ -19,6 +19,7 @@ from protocols.sealing import AttemptId
 from protocols.tags import Tagger
 from protocols.transcript import upload_digest
 from protocols.upload import Upload
+from protocols.workers import spread
 
 TAGGER = Tagger(bytes(range(32)), AttemptId(bytes(32), 1, 1))
 KEYS = [bytes([index]) * 32 for index in range(5)]
@@ -57,11 +58,14 @@ def ring_values(messages: list[bytes], total: int, chunk_values: int, fixed_poin
     return np.concatenate(parts)
 
 
-def by_hand(fixed_point: FixedPoint, values: Float64Vector, mask: MaskSet | None) -> Uint32Vector:
+def by_hand(
+    fixed_point: FixedPoint, values: Float64Vector, mask: MaskSet | None, chunk_values: int = 1024
+) -> Uint32Vector:
     """The upload as docs/protocol.md has it, in one piece."""
     encoded = fixed_point.encode(values)
-    if mask is not None:
-        mask.apply(encoded)
+    for chunk, start in enumerate(range(0, encoded.size, chunk_values)):
+        if mask is not None:
+            mask.apply(encoded[start : start + chunk_values], chunk)
     return encoded & np.uint32((1 << fixed_point.ring_bits) - 1)
 
 
@@ -92,7 +96,8 @@ def test_the_chunks_are_the_encoded_vector_its_tag_and_the_masks(
     for stop in [*sorted(stops), upload.chunks]:
         messages += upload.make(stop, message)
         assert upload.made == len(messages) == max(len(messages), min(stop, upload.chunks))
-    assert np.array_equal(ring_values(messages, size, chunk_values, fixed_point), by_hand(fixed_point, values, masks()))
+    uploaded = ring_values(messages, size, chunk_values, fixed_point)
+    assert np.array_equal(uploaded, by_hand(fixed_point, values, masks(), chunk_values))
     assert upload.tag == masked_tag(fixed_point, values, KEYS[:2], KEYS[2:])
     assert upload.digest == upload_digest(b"".join(data[4:36] for data in messages), upload.tag)
     assert upload.make(upload.chunks + 3, message) == []
@@ -218,43 +223,33 @@ def test_memory_is_that_of_the_chunks_asked_for() -> None:
     assert peak < 8 << 20
 
 
-# --- masks at any place
+# --- masks of chunks
 
 
-def applied(mask: MaskSet, size: int, start: int = 0) -> Uint32Vector:
+def applied(mask: MaskSet, size: int, chunk: int = 0) -> Uint32Vector:
     values = np.zeros(size, np.uint32)
-    mask.apply(values, start)
+    mask.apply(values, chunk)
     return values
 
 
-WHOLE = applied(masks(3), 6000)
-
-
-@given(st.integers(0, 1499), st.integers(0, 6000))
+@given(st.integers(0, 2**64), st.integers(0, 600))
 @settings(max_examples=100, deadline=None)
-def test_any_place_of_a_mask_is_reached_alone(block: int, size: int) -> None:
-    start = 4 * block
-    size = min(size, 6000 - start)
-    assert np.array_equal(applied(masks(3), size, start), WHOLE[start : start + size])
+def test_the_mask_of_a_chunk_is_a_keystream_of_its_own(chunk: int, size: int) -> None:
+    stream = np.frombuffer(keystream(KEYS[1], 4 * ((chunk + 1) * 2**32 + 2), size), dtype="<u4")
+    assert np.array_equal(applied(MaskSet([KEYS[1]], []), size, chunk), stream)
+    assert np.array_equal(applied(MaskSet([KEYS[1]], []), size // 2, chunk), stream[: size // 2])
 
 
-@given(st.permutations(range(6)))
-@settings(max_examples=20, deadline=None)
-def test_the_order_of_the_blocks_does_not_matter(order: list[int]) -> None:
-    mask, values = masks(3), np.zeros(6000, np.uint32)
-    for index in order:
-        mask.apply(values[1000 * index : 1000 * (index + 1)], 1000 * index)
-    assert np.array_equal(values, WHOLE)
+@pytest.mark.parametrize("size", [BLOCK_VALUES - 1, BLOCK_VALUES, 2 * BLOCK_VALUES + 9])
+def test_a_mask_goes_on_across_its_inner_blocks(size: int) -> None:
+    stream = np.frombuffer(keystream(KEYS[1], 4 * (2**32 + 2), size), dtype="<u4")
+    assert np.array_equal(applied(MaskSet([KEYS[1]], []), size), stream)
 
 
-@pytest.mark.parametrize("start", [0, 4, BLOCK_VALUES - 4, BLOCK_VALUES, 4 * (2**32 - 1), 4 * (2**64 - 2)])
-def test_a_mask_goes_on_across_its_inner_blocks_and_any_counter(start: int) -> None:
-    """2^32 counts is where a 32-bit counter would begin again, and 2^64 where a 64-bit one would."""
-    size = BLOCK_VALUES + 9
-    stream = np.frombuffer(keystream(KEYS[1], start + 4, size), dtype="<u4")  # the first block masks the tag
-    assert np.array_equal(applied(MaskSet([KEYS[1]], []), size, start), stream)
-    later = np.frombuffer(keystream(KEYS[1], start + 12, size - 8), dtype="<u4")
-    assert np.array_equal(stream[8:], later)
+def test_threads_do_not_share_their_keystreams() -> None:
+    alone = [applied(masks(3), 50_000, chunk) for chunk in range(64)]
+    together = spread(lambda chunk: applied(masks(3), 50_000, chunk), range(64))
+    assert all(map(np.array_equal, alone, together))
 
 
 def test_signs_and_keys_of_masks() -> None:
@@ -275,6 +270,5 @@ def test_keys_given_by_a_generator_mask_every_chunk() -> None:
 
 @pytest.mark.parametrize("start", [1, 2, 3, 1025])
 def test_a_place_inside_a_cipher_block_is_refused(start: int) -> None:
-    for use in (lambda: keystream(KEYS[0], start, 4), lambda: applied(masks(), 4, start)):
-        with pytest.raises(LocalProtocolError, match="multiples of 16 bytes"):
-            use()
+    with pytest.raises(LocalProtocolError, match="multiples of 4 values"):
+        keystream(KEYS[0], start, 4)

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from protocols import workers
 from protocols.workers import spread
 
 
@@ -25,8 +26,40 @@ def test_the_first_error_is_raised_and_the_next_call_works() -> None:
     assert spread(slow_square, [3]) == [9]
 
 
-def test_work_is_done_in_threads_of_this_process() -> None:
-    assert threading.get_ident() not in spread(lambda _: threading.get_ident(), range(4))
+def test_the_caller_and_threads_of_this_process_work_at_the_same_time() -> None:
+    met = threading.Barrier(min(workers.CORES, 4))
+
+    def meet(_: int) -> int:
+        met.wait(timeout=20)
+        return threading.get_ident()
+
+    if met.parties > 1:
+        at_work = set(spread(meet, range(met.parties)))
+        assert len(at_work) == met.parties
+        assert threading.get_ident() in at_work
+
+
+def test_nothing_runs_on_behind_an_error_and_the_rest_is_not_begun() -> None:
+    begun, ended = [], []
+
+    def work(value: int) -> None:
+        begun.append(value)
+        if value == 0:
+            raise KeyError(value)
+        time.sleep(0.05)
+        ended.append(value)
+
+    with pytest.raises(KeyError):
+        spread(work, range(1000))
+    assert sorted(begun) == [0, *sorted(ended)]
+    assert len(begun) <= workers.CORES
+
+
+def test_work_that_spreads_work_ends() -> None:
+    """Every thread of the pool waits for work of its own, which nobody but itself is left to do."""
+    depth = 3 * workers.CORES
+    found = spread(lambda value: sum(spread(slow_square, [value, value])), range(1, depth))
+    assert found == [2 * value * value for value in range(1, depth)]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -31,9 +31,9 @@ def _uint32(values: Sequence[int]) -> Any:
     return np.array(values, dtype=np.uint32)
 
 
-def _mask(values: Sequence[int], added: Sequence[bytes], subtracted: Sequence[bytes], start: int) -> list[int]:
+def _mask(values: Sequence[int], added: Sequence[bytes], subtracted: Sequence[bytes], chunk: int) -> list[int]:
     masked = _uint32(values)
-    MaskSet(added, subtracted).apply(masked, start)
+    MaskSet(added, subtracted).apply(masked, chunk)
     return masked.tolist()
 
 
@@ -68,7 +68,7 @@ def _split(secret: bytes, coins: Sequence[bytes], holders: int) -> list[bytes]:
 def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     tagger = tags.Tagger(seed, AttemptId(*attempt))
     column_key = sealing.hkdf(seed, AttemptId(*attempt).bind(Label.TAG_KEY), 64)[:32]
-    entries = tagger._columns.astype(int)
+    entries = tagger._columns.T.astype(int)
     row = np.frombuffer(keystream(tagger._row_key, 0, 2 * tags.COLUMNS), dtype="<u8") & np.uint64(TAG_PRIME)
     return {
         "column_key": column_key,

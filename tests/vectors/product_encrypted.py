@@ -16,10 +16,10 @@ from protocols.study_key import StudyKey
 
 
 def _mask(
-    values: Sequence[int], added: Sequence[bytes], subtracted: Sequence[bytes], start: int, plain_bits: int
+    values: Sequence[int], added: Sequence[bytes], subtracted: Sequence[bytes], chunk: int, plain_bits: int
 ) -> list[int]:
     masked = np.array(values, dtype=np.uint64)
-    MaskSet(added, subtracted).apply(masked, start)
+    MaskSet(added, subtracted).apply(masked, chunk)
     found: list[int] = (masked & np.uint64(2**plain_bits - 1)).tolist()
     return found
 

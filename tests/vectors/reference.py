@@ -162,15 +162,18 @@ def words(stream: bytes, size: int) -> list[int]:
     return [int.from_bytes(stream[at : at + size], "little") for at in range(0, len(stream), size)]
 
 
-def mask(values: Sequence[int], added: Iterable[bytes], subtracted: Iterable[bytes], start: int = 0) -> list[int]:
-    """Modulo 2^32, of which every ring is a quotient. The first block of the keystream is the tag's."""
+def chunk_start(chunk: int) -> int:
+    """The value of a keystream with which the mask of a chunk begins: that of counter (chunk + 1) * 2^32 + 2."""
+    return 4 * ((chunk + 1) * 2**32 + 2)
+
+
+def mask(values: Sequence[int], added: Iterable[bytes], subtracted: Iterable[bytes], chunk: int = 0) -> list[int]:
+    """Modulo 2^32, of which every ring is a quotient."""
     masked = list(values)
     for sign, keys in ((1, added), (-1, subtracted)):
         for key in keys:
-            masked = [
-                (value + sign * word) % 2**32
-                for value, word in zip(masked, words(keystream(key, start + 4, len(masked)), 4), strict=True)
-            ]
+            stream = words(keystream(key, chunk_start(chunk), len(masked)), 4)
+            masked = [(value + sign * word) % 2**32 for value, word in zip(masked, stream, strict=True)]
     return masked
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.vectors.reference import TAG_PRIME, bind, ceil_div, hkdf, keystream, label, need, sha256, words
+from tests.vectors.reference import TAG_PRIME, bind, ceil_div, chunk_start, hkdf, keystream, label, need, sha256, words
 
 DEGREE = 4096
 TABLE = ((0xFFFFFFFFFBA001, 46), (0xFFFFFFFFFFFC001, 50))
@@ -98,14 +98,13 @@ def _unpack(value_bits: int, n_max: int, coefficients: Sequence[Sequence[int]], 
 
 
 def _mask(
-    values: Sequence[int], added: Sequence[bytes], subtracted: Sequence[bytes], start: int, plain_bits: int
+    values: Sequence[int], added: Sequence[bytes], subtracted: Sequence[bytes], chunk: int, plain_bits: int
 ) -> list[int]:
-    """Modulo t; the first AES block of a keystream is the tag's, and a coefficient takes half a block."""
-    need(start % 2 == 0)
+    """Modulo t; a coefficient takes half an AES block."""
     masked = list(values)
     for sign, keys in ((1, added), (-1, subtracted)):
         for key in keys:
-            stream = words(keystream(key, 4 + 2 * start, 2 * len(masked)), 8)
+            stream = words(keystream(key, chunk_start(chunk), 2 * len(masked)), 8)
             masked = [(value + sign * word) % 2**plain_bits for value, word in zip(masked, stream, strict=True)]
     return masked
 

@@ -90,8 +90,9 @@ def _upload(
 ) -> dict[str, Any]:
     ring_bits = encoding[2]
     number = (tag(tag_seed, attempt, encoded) + tag_pad(tag_seed, attempt)) % TAG_PRIME
-    masked, masked_tag = mask(encoded, added, subtracted), mask_tag(number, added, subtracted).to_bytes(8)
-    chunks = [pack(masked[at : at + chunk_values], ring_bits) for at in range(0, len(masked), chunk_values)]
+    masked_tag = mask_tag(number, added, subtracted).to_bytes(8)
+    parts = [encoded[at : at + chunk_values] for at in range(0, len(encoded), chunk_values)]
+    chunks = [pack(mask(part, added, subtracted, index), ring_bits) for index, part in enumerate(parts)]
     digests = [sha256(chunk) for chunk in chunks]
     return {
         "tag": number.to_bytes(8),
