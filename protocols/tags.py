@@ -36,6 +36,9 @@ COLUMNS = 5
 COLUMN_BITS = 11
 ROW_STRIDE = 12
 
+BATCH_ROWS = 32
+"""So few rows at once that BLAS starts no threads of its own: chunks are spread over the cores already."""
+
 
 def commitment(seed: bytes, attempt: AttemptId, dealer: str) -> bytes:
     """A dealer's commitment to the uniformly random tag seed that it deals, so that it deals the same to all."""
@@ -49,9 +52,7 @@ class Tagger:
         info = attempt.bind(Label.TAG_KEY)
         keys = HKDF(algorithm=hashes.SHA256(), length=96, salt=None, info=info).derive(seed)
         columns = np.frombuffer(keystream(keys[:32], 0, ROW_VALUES * COLUMNS // 2), dtype="<u2")
-        self._columns = (
-            (columns & ((1 << COLUMN_BITS) - 1)).reshape(ROW_VALUES, COLUMNS).T.astype(np.float64, order="C")
-        )
+        self._columns = (columns & ((1 << COLUMN_BITS) - 1)).reshape(ROW_VALUES, COLUMNS).astype(np.float64)
         self._row_key = keys[32:64]
         self.pad = int.from_bytes(keys[64:]) % TAG_PRIME
         """What every node adds to its tag."""
@@ -62,9 +63,13 @@ class Tagger:
         full, rest = divmod(integers.size, ROW_VALUES)
         rows = full + bool(rest)
         hashed = np.empty((rows, COLUMNS))
-        np.matvec(self._columns, integers[: full * ROW_VALUES].reshape(full, ROW_VALUES), out=hashed[:full])
+        batched = full - full % BATCH_ROWS
+        batches = integers[: batched * ROW_VALUES].reshape(-1, BATCH_ROWS, ROW_VALUES)
+        np.matmul(batches, self._columns, out=hashed[:batched].reshape(-1, BATCH_ROWS, COLUMNS))
+        others = integers[batched * ROW_VALUES : full * ROW_VALUES].reshape(-1, ROW_VALUES)
+        np.matmul(others, self._columns, out=hashed[batched:full])
         if rest:
-            hashed[full] = self._columns[:, :rest] @ integers[full * ROW_VALUES :]
+            hashed[full] = integers[full * ROW_VALUES :] @ self._columns[:rest]
         # Two 4-byte values of the keystream make one of R; a row takes 6 of them, whole AES blocks, and uses 5.
         place = start // ROW_VALUES * ROW_STRIDE
         words = np.frombuffer(keystream(self._row_key, place, rows * ROW_STRIDE), dtype="<u8")

@@ -47,6 +47,14 @@ def test_the_tag_does_not_depend_on_how_the_vector_is_cut(cuts: list[int], size:
     assert whole == TAGGER.part(values)
 
 
+@pytest.mark.parametrize("rows", [31, 32, 33, 64, 100])
+def test_rows_that_are_multiplied_together_give_what_each_gives(rows: int) -> None:
+    """For the largest values too, as whole numbers and as floats that hold them."""
+    values = np.concatenate([vector(rows, rows * ROW_VALUES), np.full(7, 2**32 - 1, np.uint32)])
+    alone = sum(TAGGER.part(values[at : at + ROW_VALUES], at) for at in range(0, values.size, ROW_VALUES))
+    assert TAGGER.part(values) == TAGGER.part(values.astype(np.float64)) == alone % TAG_PRIME
+
+
 @given(st.integers(0, 2999), st.integers(1, 2**32 - 1))
 def test_one_changed_value_changes_the_tag(place: int, change: int) -> None:
     values = vector(0, 3000)
@@ -75,7 +83,7 @@ def test_moved_values_change_the_tag(change) -> None:  # type: ignore[no-untyped
 
 def test_a_change_that_fits_one_seed_fits_no_other() -> None:
     """Whoever knows C can hide a change from it; under fresh seeds the same change shows every time."""
-    columns = TAGGER._columns.T.astype(np.int64)
+    columns = TAGGER._columns.astype(np.int64)
     # Six entries of a row, five equations: some integer change of these entries has v = 0.
     from sympy import Matrix  # the exact kernel, by way of a package that torch brings along
 
@@ -85,7 +93,7 @@ def test_a_change_that_fits_one_seed_fits_no_other() -> None:
     assert any(change)
     assert (np.array(change, dtype=object) @ columns[:6].astype(object) == 0).all()
     for seed in range(1, 200):
-        fresh = Tagger(seed.to_bytes(32), ATTEMPT)._columns.T.astype(np.int64)
+        fresh = Tagger(seed.to_bytes(32), ATTEMPT)._columns.astype(np.int64)
         assert (np.array(change, dtype=object) @ fresh[:6].astype(object)).any()
 
 

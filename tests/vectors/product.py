@@ -68,7 +68,7 @@ def _split(secret: bytes, coins: Sequence[bytes], holders: int) -> list[bytes]:
 def _tag_keys(seed: bytes, attempt: Sequence[Any]) -> dict[str, Any]:
     tagger = tags.Tagger(seed, AttemptId(*attempt))
     column_key = sealing.hkdf(seed, AttemptId(*attempt).bind(Label.TAG_KEY), 64)[:32]
-    entries = tagger._columns.T.astype(int)
+    entries = tagger._columns.astype(int)
     row = np.frombuffer(keystream(tagger._row_key, 0, 2 * tags.COLUMNS), dtype="<u8") & np.uint64(TAG_PRIME)
     return {
         "column_key": column_key,
