@@ -11,6 +11,9 @@ without sampling, as strong as epsilon at delta 1e-5 says, on orthogonal canarie
 
 How many canaries are guessed is fixed before any score is seen: the number that is best if the right guesses are as many as this
 noise makes one expect.
+
+The last lines (`published`) are what the papers' table says of such noise, beside what our bounds give in the same way: as many right guesses
+as one expects, of the number of guesses that is best.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from audit.lower_bounds import (  # noqa: E402
+    gaussian_epsilon,
     gaussian_mu,
     guesses,
     many_run,
@@ -45,6 +49,15 @@ METHODS = {
     "many_run": "as many runs, (epsilon, delta)",
     "many_run_gdp": "as many runs, Gaussian curve (Nasr et al. 2023)",
 }
+PUBLISHED = {
+    # noise multiplier: (canaries, epsilon by Steinke et al., by Mahloujifar et al.) at delta 1e-5 and 95 % confidence
+    4.0: (1_000_000, 0.61, 0.82),
+    2.0: (100_000, 1.33, 1.59),
+    1.0: (100_000, 2.61, 3.61),
+    0.5: (100_000, 4.99, 8.16),
+}
+"""Mahloujifar, Melis and Chaudhuri, "Auditing f-differential privacy in one run", ICML 2025 (PMLR 267), table 1."""
+
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 Row = dict[str, object]
 
@@ -89,18 +102,35 @@ def audits(epsilon: float, canaries: int, method: str, seeds: int, delta: float,
     return row | ({"guesses": 2 * top} if top else {}) | {"seconds": round(time.perf_counter() - began, 3)}
 
 
+def published(noise_multiplier: float, delta: float) -> Row:
+    """A row of the papers' table, and ours. Guesses and right guesses are the papers' way: no run, and no price for the choice."""
+    canaries, steinke, fdp = PUBLISHED[noise_multiplier]
+    mu, shown = 1.0 / noise_multiplier, {"one_run_steinke": 0.0, "one_run_fdp": 0.0}
+    for share in np.geomspace(1e-4, 0.5, 25):
+        guessed = 2 * round(share * canaries / 2)
+        correct = round(guessed * expected_accuracy(mu, guessed / canaries))
+        shown["one_run_steinke"] = max(shown["one_run_steinke"], one_run_steinke(correct, guessed, canaries, delta))
+        shown["one_run_fdp"] = max(shown["one_run_fdp"], one_run_fdp(correct, guessed, canaries, delta).epsilon)
+    row: Row = {"part": "published", "true_epsilon": round(gaussian_epsilon(mu, delta), 4), "delta": delta}
+    row |= {"noise_multiplier": noise_multiplier, "canaries": canaries}
+    row |= {method: round(epsilon, 4) for method, epsilon in shown.items()}
+    return row | {"published_steinke": steinke, "published_fdp": fdp}
+
+
 def draw(rows: list[Row], path: Path) -> None:
-    """One panel per true epsilon."""
+    """One panel per true epsilon, and one for the papers' table."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    truths = sorted({float(str(row["true_epsilon"])) for row in rows})
-    figure, panels = plt.subplots(1, len(truths), figsize=(3.4 * len(truths), 3.9), layout="constrained", squeeze=False)
-    for panel, truth in zip(panels[0], truths, strict=True):
+    papers = [row for row in rows if row["part"] == "published"]
+    truths = sorted({float(str(row["true_epsilon"])) for row in rows if row["part"] == "audit"})
+    count = len(truths) + 1
+    figure, panels = plt.subplots(1, count, figsize=(3.4 * count, 3.9), layout="constrained", squeeze=False)
+    for panel, truth in zip(panels[0], truths, strict=False):
         for method, style in zip(METHODS, ("o-", "s-", "o:", "s:"), strict=True):
-            mine = [row for row in rows if row["true_epsilon"] == truth and row["method"] == method]
+            mine = [row for row in rows if row["true_epsilon"] == truth and row.get("method") == method]
             columns = {
                 key: np.array([row[key] for row in mine], dtype=float) for key in ("canaries", "mean", "low", "high")
             }
@@ -111,6 +141,15 @@ def draw(rows: list[Row], path: Path) -> None:
         panel.axhline(truth, color="black", linestyle="--", linewidth=1, label="true epsilon")
         panel.set(xscale="log", ylim=(0, 1.12 * truth), xlabel="canaries, or runs", title=f"true epsilon {truth:g}")
     panels[0][0].set_ylabel("epsilon shown at 95 % confidence")
+    last, true = panels[0][-1], [float(str(row["true_epsilon"])) for row in papers]
+    for method, paper, style, color in (
+        ("one_run_steinke", "published_steinke", "o", "C1"),
+        ("one_run_fdp", "published_fdp", "s", "C0"),
+    ):
+        last.plot(true, [row[method] for row in papers], style + "-", color=color, markersize=4)
+        last.plot(true, [row[paper] for row in papers], style, color=color, markerfacecolor="none", markersize=9)
+    last.plot(true, true, color="black", linestyle="--", linewidth=1)
+    last.set(xlabel="true epsilon", title="large, empty: as published", ylim=(0, 1.05 * max(true)))
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +178,9 @@ def main() -> None:
             )
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
+    for noise_multiplier in PUBLISHED:
+        rows.append(published(noise_multiplier, arguments.delta))
+        sys.stdout.write(json.dumps(rows[-1]) + "\n")
     if arguments.plot:
         draw(rows, arguments.plot)
 

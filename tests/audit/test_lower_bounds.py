@@ -51,6 +51,27 @@ From jax-privacy 2.0.0 (`jax_privacy.auditing`, which finds epsilon to 1e-6), ru
 """
 
 
+XIANG = [
+    (1000, 100, 26, 0.6519),
+    (1000, 1000, 401, 0.2931),
+    (10_000, 1000, 97, 2.0466),
+    (10_000, 5000, 202, 3.0457),
+    (100_000, 10_000, 51, 4.8674),
+    (100_000, 10_000, 967, 2.1713),
+    (100_000, 50_000, 17_213, 0.6283),
+    (100_000, 100_000, 15_866, 1.6535),
+    (1000, 500, 199, 0.2594),
+    (10_000, 2500, 776, 0.7254),
+]
+"""Canaries, guesses, wrong ones; epsilon by Steinke et al. at delta 1e-5 and 95 %, as Xiang et al. (arXiv 2509.08704) compute it.
+
+From `compare/RESULTS.txt` of github.com/zihangxiang/tight-privacy-audit-in-one-run, which finds epsilon to about 2 in a thousand.
+"""
+
+MAHLOUJIFAR = [(4.0, 10**6, 0.61, 0.82), (2.0, 10**5, 1.33, 1.59), (1.0, 10**5, 2.61, 3.61), (0.5, 10**5, 4.99, 8.16)]
+"""Noise, canaries; epsilon by Steinke et al. and by their own bound, for as many right guesses as one expects (ICML 2025, table 1)."""
+
+
 def gaussian_scores(random: np.random.Generator, members: np.ndarray, mu: float) -> np.ndarray:
     """What Gaussian noise without sampling shows of canaries that are orthogonal to each other."""
     return np.asarray(random.normal(0.0, 1.0 / mu, len(members)) + members)
@@ -138,6 +159,24 @@ def test_the_answers_are_those_of_an_independent_implementation(
 ) -> None:
     assert one_run_steinke(correct, guessed, canaries, delta, 1 - chance) == pytest.approx(steinke, abs=3e-6)
     assert one_run_fdp(correct, guessed, canaries, delta, 1 - chance).epsilon == pytest.approx(fdp, abs=3e-6)
+
+
+@pytest.mark.parametrize(("canaries", "guessed", "wrong", "steinke"), XIANG)
+def test_the_answers_are_those_of_another_paper(canaries: int, guessed: int, wrong: int, steinke: float) -> None:
+    assert one_run_steinke(guessed - wrong, guessed, canaries, DELTA) == pytest.approx(steinke, rel=2.5e-3)
+
+
+@pytest.mark.parametrize(("noise", "canaries", "steinke", "fdp"), MAHLOUJIFAR)
+def test_the_bounds_are_near_those_published(noise: float, canaries: int, steinke: float, fdp: float) -> None:
+    """Whose choice of guesses is not told: ours is the best of some. Their own bound they compute more tightly than ours and jax-privacy's."""
+    ours, curves = [], []
+    for end in np.linspace(0.5, 3.5, 13) + 0.5 / noise:  # guesses are the scores that are so far from the middle
+        found, alarms = stats.norm.sf(end - 0.5 / noise), stats.norm.sf(end + 0.5 / noise)
+        guessed, correct = round((found + alarms) * canaries), round(found * canaries)
+        ours.append(one_run_steinke(correct, guessed, canaries, DELTA))
+        curves.append(one_run_fdp(correct, guessed, canaries, DELTA).epsilon)
+    assert max(ours) == pytest.approx(steinke, rel=0.04)
+    assert 0.85 * fdp < max(curves) < fdp
 
 
 def test_p_values_by_hand() -> None:
