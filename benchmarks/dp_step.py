@@ -1,6 +1,7 @@
 """What privacy costs a training step: time and memory of a DP step of GeoLoRA against the same step without privacy.
 
     python benchmarks/dp_step.py --json
+    python benchmarks/dp_step.py --json --device cuda --batch 1024
 
 Prints one JSON line per model and way, then a summary. The ways to per-unit gradients, all of Opacus, on the same model and batch:
 
@@ -9,8 +10,8 @@ Prints one JSON line per model and way, then a summary. The ways to per-unit gra
 * `ghost`: norms first, then a second backward pass of the clipped loss (`GradSampleModuleFastGradientClipping`).
 
 `secgeo` is a whole step of `secgeo.training.LocalTrainer`, with cryptographic noise and sampling. The floor, `plain`, is the same batch
-through the same model with plain SGD. Times are best of alternating runs (medians beside them); memory is the peak that steps add in a
-process of its own.
+through the same model with plain SGD. Times are best of alternating runs (medians beside them), to the end of what the device was
+given; memory is the peak that steps add in a process of its own, of the device if it is a GPU.
 """
 
 from __future__ import annotations
@@ -46,26 +47,26 @@ MODELS = {
     "medium": {"width": 256, "layers": 4, "heads": 8, "tokens": 16, "feedforward": 1024, "rank": 8},
 }
 WAYS = ("plain", "hooks", "functorch", "ghost", "secgeo")
-BATCH = 64
 Step = Callable[[], object]
 
 
-def make_step(model_name: str, way: str) -> Step:
-    """One training step of a fresh model on a batch of 64 records."""
+def make_step(model_name: str, way: str, device: str, batch: int) -> Step:
+    """One training step of a fresh model on a batch of records."""
     sizes = MODELS[model_name]
     drafted = agreement(model=sizes | {"trunk_digest": "0" * 64}).model
     study = agreement(
-        batch_sizes=(BATCH, BATCH, BATCH),
+        batch_sizes=(batch, batch, batch),
         model=sizes | {"trunk_digest": trunk_digest(msgspec.structs.replace(drafted))},
         privacy={"sample_rate": 1.0, "max_grad_norm": 0.1},
     )
     if way == "secgeo":
-        return trainer(study, 1, count=BATCH).step
-    model = build_model(study, "image", anchors("image")).train()
+        return _finished(trainer(study, 1, count=batch, device=device).step, device)
+    model = build_model(study, "image", anchors("image")).to(device).train()
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(BATCH, 1, 4, 4, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator)
+    x = torch.randn(batch, 1, 4, 4, generator=generator).to(device)
+    y = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
     inner = torch.optim.SGD(model.private_parameters(), lr=0.1, momentum=0.9)
-    settings = {"noise_multiplier": 1.0, "max_grad_norm": 0.1, "expected_batch_size": BATCH}
+    settings = {"noise_multiplier": 1.0, "max_grad_norm": 0.1, "expected_batch_size": batch}
 
     def step_with(module: nn.Module, optimizer: torch.optim.Optimizer, loss_of: nn.Module) -> Step:
         def step() -> None:
@@ -73,7 +74,7 @@ def make_step(model_name: str, way: str) -> Step:
             loss_of(module(x), y).backward()
             optimizer.step()
 
-        return step
+        return _finished(step, device)
 
     if way == "plain":
         return step_with(model, inner, nn.CrossEntropyLoss())
@@ -85,15 +86,33 @@ def make_step(model_name: str, way: str) -> Step:
     return step_with(wrapped, DPOptimizer(inner, **settings), nn.CrossEntropyLoss())
 
 
-def peak_bytes(model_name: str, way: str) -> int:
+def _finished(step: Step, device: str) -> Step:
+    """With the work of the device in it: a GPU is given work and not waited for."""
+    if device == "cpu":
+        return step
+
+    def waited() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return waited
+
+
+def peak_bytes(model_name: str, way: str, device: str, batch: int) -> int:
     """The peak of a process of its own that takes steps, above what it had before."""
-    command = [sys.executable, str(Path(__file__)), "--memory-of", model_name, way]
+    command = [sys.executable, str(Path(__file__)), "--memory-of", model_name, way, "--device", device]
+    command += ["--batch", str(batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     return int(done.stdout.split()[-1])
 
 
-def measure_memory(model_name: str, way: str) -> int:
-    step = make_step(model_name, way)
+def measure_memory(model_name: str, way: str, device: str, batch: int) -> int:
+    step = make_step(model_name, way, device, batch)
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, after all that was imported
     before = _status_bytes("VmRSS")
     for _ in range(3):
@@ -109,19 +128,23 @@ def _status_bytes(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int, default=64, help="records of a step; a GPU wants more than the default")
     parser.add_argument(
         "--json", action="store_true", help="JSON lines are the only form; given for the sake of scripts"
     )
     parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    device, batch = arguments.device, arguments.batch
     if arguments.memory_of:
-        sys.stdout.write(f"{measure_memory(*arguments.memory_of)}\n")
+        sys.stdout.write(f"{measure_memory(*arguments.memory_of, device, batch)}\n")
         return
-    summary: dict[str, object] = {"part": "summary", "batch": BATCH, "cores": os.cpu_count(), "device": "cpu"}
+    name = device if device == "cpu" else torch.cuda.get_device_name()
+    summary: dict[str, object] = {"part": "summary", "batch": batch, "cores": os.cpu_count(), "device": name}
     for model_name in MODELS:
         steps: dict[str, Step] = {}
         for way in WAYS:
-            steps[way] = make_step(model_name, way)
+            steps[way] = make_step(model_name, way, device, batch)
             steps[way]()
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(arguments.repeats):
@@ -129,7 +152,7 @@ def main() -> None:
                 started = time.perf_counter()
                 step()
                 seconds[way].append(time.perf_counter() - started)
-        memory = {way: peak_bytes(model_name, way) for way in WAYS}
+        memory = {way: peak_bytes(model_name, way, device, batch) for way in WAYS}
         for way in WAYS:
             row = {"part": model_name, "way": way, "seconds": min(seconds[way])}
             row |= {"over_plain": min(seconds[way]) / min(seconds["plain"])}

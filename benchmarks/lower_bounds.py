@@ -12,8 +12,8 @@ without sampling, as strong as epsilon at delta 1e-5 says, on orthogonal canarie
 How many canaries are guessed is fixed before any score is seen: the number that is best if the right guesses are as many as this
 noise makes one expect.
 
-The last lines (`published`) are what the papers' table says of such noise, beside what our bounds give in the same way: as many right guesses
-as one expects, of the number of guesses that is best.
+The last lines (`published`) are what the papers' table says of such noise, beside what our bounds give in the same way: as many
+right guesses as one expects, of the number of guesses that is best.
 """
 
 from __future__ import annotations

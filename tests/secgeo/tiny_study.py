@@ -78,8 +78,8 @@ def agreement(batch_sizes: tuple[float, float, float] = (6.0, 6.0, 6.0), **secti
     )
 
 
-def trainer(study: Agreement, index: int = 0, key: int = 1, count: int = 24) -> LocalTrainer:
+def trainer(study: Agreement, index: int = 0, key: int = 1, count: int = 24, device: str = "cpu") -> LocalTrainer:
     member = study.members[index]
     kind = member.modality
     noise = NoiseSource(key.to_bytes(32, "big"))
-    return LocalTrainer(study, member, records(kind, count), anchors(kind), noise=noise, device="cpu")
+    return LocalTrainer(study, member, records(kind, count), anchors(kind), noise=noise, device=device)
