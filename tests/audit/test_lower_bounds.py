@@ -168,7 +168,7 @@ def test_the_answers_are_those_of_another_paper(canaries: int, guessed: int, wro
 
 @pytest.mark.parametrize(("noise", "canaries", "steinke", "fdp"), MAHLOUJIFAR)
 def test_the_bounds_are_near_those_published(noise: float, canaries: int, steinke: float, fdp: float) -> None:
-    """Whose choice of guesses is not told: ours is the best of some. Their own bound they compute more tightly than ours and jax-privacy's."""
+    """Whose choice of guesses is not told: ours is the best of some. Their own bound they compute more tightly than we or jax-privacy."""
     ours, curves = [], []
     for end in np.linspace(0.5, 3.5, 13) + 0.5 / noise:  # guesses are the scores that are so far from the middle
         found, alarms = stats.norm.sf(end - 0.5 / noise), stats.norm.sf(end + 0.5 / noise)
