@@ -157,6 +157,9 @@ class Kept:
     def generate_key(self, parameters: BfvParameters) -> bytes:
         return self._ciphers.generate_key(parameters)
 
+    def is_key(self, parameters: BfvParameters, key: bytes) -> bool:
+        return self._ciphers.is_key(parameters, key)
+
     def cipher(self, parameters: BfvParameters, key: bytes) -> Cipher:
         if key not in self._made:
             self._made[key] = self._ciphers.cipher(parameters, key)

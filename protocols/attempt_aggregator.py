@@ -30,7 +30,7 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir
 from protocols.attempt_node import Parties, open_contribution
-from protocols.ciphertexts import CipherLost, FrameBroken, TotalSpoiled
+from protocols.ciphertexts import CipherLost, CipherUnavailable, FrameBroken, TotalSpoiled
 from protocols.graph import MaskGraph
 from protocols.prg import TAG_PRIME, MaskSet
 from protocols.rings import Ring, Total
@@ -447,6 +447,9 @@ class AttemptAggregator:
             )
         except (FrameBroken, CipherLost) as error:
             raise RemoteProtocolError(peer, f"sent an upload that cannot be added: {error}") from None
+        except CipherUnavailable as error:
+            self._fail(f"the sum was lost: {error}")
+            return
         except TotalSpoiled as error:
             self.blamed[peer] = f"{peer}: sent an upload that cannot be added, nor taken off again: {error}"
             self._fail(f"the sum was lost over an upload of {peer}")
@@ -537,7 +540,7 @@ class AttemptAggregator:
         masks = MaskSet(added, subtracted)
         try:
             self._ring.unmask(self._total, masks)
-        except CipherLost as error:
+        except (CipherLost, CipherUnavailable) as error:
             return self._fail(f"the masks cannot be taken off: {error}")
         self._tag = masks.apply_to_tag(self._tag)
         return self._done()

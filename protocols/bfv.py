@@ -28,7 +28,7 @@ import zstandard
 from tenseal import sealapi
 
 from keys.errors import ConfigError, LocalProtocolError
-from protocols.ciphertexts import SEED_BYTES, Words, add, pack_words, subtract, unpack_upload, unpack_words
+from protocols.ciphertexts import SEED_BYTES, FrameBroken, Words, add, pack_words, subtract, unpack_upload, unpack_words
 from protocols.packing import DEGREE, BfvParameters, Uint64Matrix
 
 TENSEAL_VERSION = "0.3.18"
@@ -53,6 +53,22 @@ def generate_key(parameters: BfvParameters) -> bytes:
     seal = _Seal(parameters)
     secret = sealapi.KeyGenerator(seal.context).secret_key()
     return pack_words(seal.buffers.read_plain(secret.data()), parameters)
+
+
+def is_key(parameters: BfvParameters, key: bytes) -> bool:
+    """Whether `key` could be from `generate_key`: coefficients of -1, 0 and 1, about as many of each as chance gives (within 8 sigma)."""
+    try:
+        words = unpack_words(key, parameters, 1)
+    except FrameBroken:
+        return False
+    seal = _Seal(parameters)
+    # The library transforms ciphertexts only, and none whose c1 is 0: the key takes the place of c0 in one.
+    cipher = seal.cipher(np.concatenate([words, np.ones_like(words)]), transformed=True)
+    sealapi.Evaluator(seal.context).transform_from_ntt_inplace(cipher)
+    coefficients = seal.buffers.read_cipher(cipher)[0]
+    counts = [int(np.count_nonzero(coefficients == np.uint64(value))) for value in (0, 1, parameters.prime - 1)]
+    spread = 8.0 * (DEGREE * 2 / 9) ** 0.5
+    return sum(counts) == DEGREE and all(abs(count - DEGREE / 3) < spread for count in counts)
 
 
 class Encryptor:
@@ -92,7 +108,7 @@ class Expander:
         # A fresh ciphertext of ours, with c0 = 0: a seed takes the place of the one at its end.
         generator = _header(len(GENERATOR) + SEED_BYTES) + GENERATOR + bytes(SEED_BYTES)
         self._template = _File()
-        self._template.write(self._seal.cipher_fields, np.zeros(DEGREE, dtype=np.uint64), generator)
+        self._template.write(self._seal.cipher_fields(), np.zeros(DEGREE, dtype=np.uint64), generator)
 
     def expand(self, data: bytes | memoryview) -> Words:
         """Framed fresh ciphertexts as [count, 2, 4096] words below q.
@@ -148,6 +164,10 @@ class InProcess:
     def generate_key(self, parameters: BfvParameters) -> bytes:
         """See `generate_key`."""
         return generate_key(parameters)
+
+    def is_key(self, parameters: BfvParameters, key: bytes) -> bool:
+        """See `is_key`."""
+        return is_key(parameters, key)
 
     def cipher(self, parameters: BfvParameters, key: bytes) -> Cipher:
         """See `Cipher`."""
@@ -237,10 +257,13 @@ class _Seal:
         files = Files(self)
         self.buffers: Buffers = Views() if views_hold(self, files) else files
 
-    def cipher(self) -> Any:
-        """A whole ciphertext of zeros, made here."""
+    def cipher(self, words: Words | None = None, *, transformed: bool = False) -> Any:
+        """A whole ciphertext of [2, 4096] words (zeros, if none are given), made here."""
         cipher = sealapi.Ciphertext()
-        Files(self).write_cipher(cipher, np.zeros((2, DEGREE), dtype=np.uint64))
+        content = np.zeros((2, DEGREE), dtype=np.uint64) if words is None else words
+        self.file.write(self.cipher_fields(transformed=transformed), content)
+        cipher.load(self.context, self.file.path)
+        self.file.clear()
         return cipher
 
     def secret_key(self, key: bytes) -> Any:
@@ -252,10 +275,9 @@ class _Seal:
         self.file.clear()
         return secret
 
-    @property
-    def cipher_fields(self) -> bytes:
-        """What stands before the words of a ciphertext in a file: two halves, one prime, coefficients rather than transforms."""
-        return CIPHER_FIELDS.pack(self.parms_id, False, 2, DEGREE, 1, 1.0, 1)
+    def cipher_fields(self, *, transformed: bool = False) -> bytes:
+        """What stands before the words of a ciphertext in a file: two halves, one prime, coefficients or their transform."""
+        return CIPHER_FIELDS.pack(self.parms_id, transformed, 2, DEGREE, 1, 1.0, 1)
 
 
 class _File:
@@ -316,7 +338,7 @@ class Files:
 
     def write_cipher(self, cipher: Any, words: Words) -> None:
         """See `Buffers`."""
-        self._seal.file.write(self._seal.cipher_fields, words)
+        self._seal.file.write(self._seal.cipher_fields(), words)
         cipher.load(self._seal.context, self._seal.file.path)
 
     def read_cipher(self, cipher: Any) -> Words:

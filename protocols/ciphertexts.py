@@ -25,7 +25,11 @@ class FrameBroken(Exception):
 
 
 class CipherLost(Exception):
-    """The cipher's process crashed, hung or outgrew its memory over these bytes; callers know whose they were."""
+    """A new cipher's process crashed, hung or outgrew its memory over these bytes; callers know whose they were."""
+
+
+class CipherUnavailable(Exception):
+    """This machine cannot start a cipher's process now. That says nothing about any bytes, so nobody is blamed."""
 
 
 class TotalSpoiled(Exception):

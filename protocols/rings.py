@@ -21,6 +21,7 @@ from keys.errors import ConfigError, LocalProtocolError, VerificationFailed
 from protocols.agreement import Agreement
 from protocols.ciphertexts import (
     CipherLost,
+    CipherUnavailable,
     FrameBroken,
     TotalSpoiled,
     Words,
@@ -69,13 +70,14 @@ class Ring(Protocol):
             FrameBroken: they are no chunks of this ring.
             CipherLost: the cipher's process was lost over them.
             TotalSpoiled: and over taking off again what was added; this attempt is void.
+            CipherUnavailable: there is no cipher to be had; this attempt is void, by nobody's fault.
         """
 
     def unmask(self, total: Total, masks: MaskSet) -> None:
         """Add masks to the total.
 
         Raises:
-            CipherLost: the cipher's process was lost.
+            CipherLost, CipherUnavailable: the cipher's process was lost, or cannot be started.
         """
 
     def pack_sum(self, total: Total, start: int) -> Data:
@@ -120,6 +122,9 @@ class Ciphers(Protocol):
 
     def generate_key(self, parameters: BfvParameters) -> bytes:
         """A new secret key."""
+
+    def is_key(self, parameters: BfvParameters, key: bytes) -> bool:
+        """Whether it could be such a key: a weak one would open every ciphertext to everybody."""
 
     def cipher(self, parameters: BfvParameters, key: bytes) -> Cipher:
         """A cipher with that key; without one (empty) for the aggregator."""
@@ -204,7 +209,7 @@ class CiphertextRing:
         packed &= np.uint64(2**self._parameters.plain_bits - 1)
         try:
             return self._cipher.encrypt(packed)
-        except CipherLost as error:
+        except (CipherLost, CipherUnavailable) as error:
             raise LocalProtocolError(f"our upload could not be encrypted: {error}; start the node again") from None
 
     def sealed_bytes(self, count: int) -> int:
@@ -219,16 +224,19 @@ class CiphertextRing:
         """See `Ring`."""
         added: list[int] = []
 
-        def add(chunk: Chunk) -> FrameBroken | CipherLost | None:
+        def add(chunk: Chunk) -> FrameBroken | CipherLost | CipherUnavailable | None:
             try:
                 self._cipher.add(self._part(total, chunk), chunk[1])
-            except (FrameBroken, CipherLost) as error:
+            except (FrameBroken, CipherLost, CipherUnavailable) as error:
                 return error  # The others of its batch are still at work.
             added.append(chunk[0])
             return None
 
         for chunks in _batches(read()):
             faults = [fault for fault in spread(add, chunks) if fault is not None]
+            for fault in faults:
+                if isinstance(fault, CipherUnavailable):
+                    raise fault  # The sum is void; there is no cipher to take anything off with.
             if faults:
                 self._take_off(total, (chunk for chunk in read() if chunk[0] in added))
                 raise faults[0]
@@ -237,7 +245,7 @@ class CiphertextRing:
         try:
             for chunk in chunks:
                 self._cipher.subtract(self._part(total, chunk), chunk[1])
-        except CipherLost as error:
+        except (CipherLost, CipherUnavailable) as error:
             raise TotalSpoiled(str(error)) from None
 
     def unmask(self, total: Total, masks: MaskSet) -> None:
@@ -273,6 +281,8 @@ class CiphertextRing:
             )
         except CipherLost:
             raise VerificationFailed("the sum could not be decrypted: the cipher's process was lost over it") from None
+        except CipherUnavailable as error:
+            raise LocalProtocolError(f"the sum could not be decrypted: {error}; start the node again") from None
         return np.concatenate(opened)[:size]
 
     def _blocks(self, count: int) -> int:

@@ -30,7 +30,7 @@ from protocols import messages as m
 from protocols import sealing, tags
 from protocols import transcript as t
 from protocols.attempt_node import AttemptNode, Parties, State
-from protocols.ciphertexts import FrameBroken, unpack_words
+from protocols.ciphertexts import FrameBroken
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector
 from protocols.packing import Packing, choose
 from protocols.prg import TAG_PRIME
@@ -312,10 +312,10 @@ class NodeMachine:
             return []
         try:
             key = self._box.open(sealed.sealed, dealer, me, sealed.key_id)
-            unpack_words(key.secret, self._packing.parameters, 1)
-        except (sealing.SealBroken, FrameBroken):
-            # Sealed to our life before a restart, or no key: we ask again, and another one deals.
+        except sealing.SealBroken:  # sealed to our life before a restart, say
             return [self._join()]
+        if self._ciphers is None or not self._ciphers.is_key(self._packing.parameters, key.secret):
+            return [self._join()]  # We ask again, and another one deals.
         self._adopt(key)
         return [self._join()]
 

@@ -11,7 +11,8 @@ import signal
 import sqlite3
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,8 +37,32 @@ Report = Callable[[str, dict[str, object]], None]
 
 POLL_SECONDS = 0.2
 BUSY_POLL_SECONDS = 0.005
+COUNTED_SECONDS = 1.0
+"""More of the time that one step of the machine takes does not count against anybody's deadline."""
+
 OUTBOX_SUMS, OUTBOX_BYTES = 3, 64 << 20
 """So much may wait for one peer: three sums, and the messages of an attempt."""
+
+
+class WorkClock:
+    """The time that deadlines are measured in. While the machine works nobody is heard, so its long steps are left out.
+
+    An upload over which a sandbox hangs would else cost everybody whose messages wait behind it their deadline.
+    """
+
+    def __init__(self, source: Callable[[], float] = time.monotonic) -> None:
+        self._source, self._left_out = source, 0.0
+
+    def now(self) -> float:
+        """Seconds, from an arbitrary beginning."""
+        return self._source() - self._left_out
+
+    @contextmanager
+    def step(self) -> Iterator[float]:
+        """A step of the machine; gives the time at its beginning."""
+        started = self._source()
+        yield started - self._left_out
+        self._left_out += max(0.0, self._source() - started - COUNTED_SECONDS)
 
 
 class AggregatorProcess:
@@ -51,6 +76,7 @@ class AggregatorProcess:
         self._address = config.listen_address
         self._identity = identity
         self._stopping = False
+        self._clock = WorkClock()
         self._outboxes: dict[str, deque[bytes]] = {}
         self._queued_bytes: Counter[str] = Counter()
         layout = Layout.from_agreement(self._study.agreement)
@@ -77,7 +103,7 @@ class AggregatorProcess:
 
     def _begin(self) -> list[machine.Output]:
         """Open the study, or take it up where a crash has left it."""
-        now, key = time.monotonic(), self._identity.public_key
+        now, key = self._clock.now(), self._identity.public_key
         lines = read_transcript(b"".join(self._transcript.lines), key)
         bodies = [body for body, _ in lines]
         opened = bodies[0] if bodies else None
@@ -116,12 +142,15 @@ class AggregatorProcess:
                 self._flush(endpoint)
                 self._reserve.refill()
                 received = endpoint.receive(BUSY_POLL_SECONDS if self._outboxes else POLL_SECONDS)
-                now = time.monotonic()
                 if received is not None:
-                    self._carry(endpoint, self._machine.receive(*received, now))
-                self._carry(endpoint, self._machine.tick(now))
+                    with self._clock.step() as now:
+                        outputs = self._machine.receive(*received, now)
+                    self._carry(endpoint, outputs)
+                with self._clock.step() as now:
+                    outputs = self._machine.tick(now)
+                self._carry(endpoint, outputs)
                 if self._stopping:
-                    self._carry(endpoint, self._machine.stop("stopped by the operator", now))
+                    self._carry(endpoint, self._machine.stop("stopped by the operator", self._clock.now()))
                 if endpoint.refused_handshakes > refused:
                     refused = endpoint.refused_handshakes
                     self._report("refused", {"handshakes": refused})
@@ -167,7 +196,7 @@ class AggregatorProcess:
         """Forget what was to be sent to a peer that is gone, or that does not read."""
         self._outboxes.pop(peer, None)
         self._queued_bytes.pop(peer, None)
-        return self._machine.leave(peer, time.monotonic())
+        return self._machine.leave(peer, self._clock.now())
 
 
 def _raise_file_limit() -> None:

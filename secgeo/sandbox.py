@@ -1,8 +1,9 @@
 """BFV in processes of its own: TenSEAL holds the interpreter, and what it makes of a peer's bytes must not take the aggregator down.
 
 A sandbox is one spawned process with limits on memory and time. It gets words and bytes through shared memory, and small fixed
-messages through a pipe. When it crashes, hangs or grows too large it is killed, the call raises `SandboxLost`, and the next call
-starts another one; the caller still has everything that was handed in, and knows whose bytes they were.
+messages through a pipe. When it crashes, hangs or grows too large it is killed, and a new one gets the same call: the old one may have
+been killed by the system, or damaged by a call before. If the new one is lost over it too the call raises `SandboxLost`; the caller still
+has everything that was handed in, and knows whose bytes they were. That no process can be started is another error: nobody's fault.
 
 Threat assumption: native code behind our framing may still be crashed, not taken over; a sandbox is no jail.
 """
@@ -27,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keys.errors import ConfigError
-from protocols.bfv import Decryptor, Encryptor, Expander, generate_key
-from protocols.ciphertexts import CipherLost, FrameBroken, Words, add, subtract, upload_bytes
+from protocols.bfv import Decryptor, Encryptor, Expander, generate_key, is_key
+from protocols.ciphertexts import CipherLost, CipherUnavailable, FrameBroken, Words, add, subtract, upload_bytes
 from protocols.packing import DEGREE, BfvParameters, Uint64Matrix
 
 Octets = NDArray[np.uint8]
@@ -40,11 +41,17 @@ WHOLE_BYTES = 2 * 8 * DEGREE
 SPACE_BYTES = MAX_CIPHERTEXTS * (WHOLE_BYTES + 8 * DEGREE)
 REQUEST, REPLY = struct.Struct("<BII"), struct.Struct("<BI")
 DONE, REFUSED = 0, 1
-START_SECONDS = 60.0
+START_SECONDS = 20.0
+CALL_SECONDS = 10.0
+"""A hundred times what the largest call takes on a machine that is not busy."""
 
 
 class SandboxLost(CipherLost):
-    """The process crashed, hung or outgrew its memory over this call; callers turn it into an error that names the peer."""
+    """A new process crashed, hung or outgrew its memory over this call; callers turn it into an error that names the peer."""
+
+
+class SandboxUnavailable(CipherUnavailable):
+    """No process can be started."""
 
 
 class Task(IntEnum):
@@ -67,7 +74,7 @@ class Sandbox:
     """
 
     def __init__(
-        self, parameters: BfvParameters, key: bytes = b"", *, seconds: float = 30.0, memory_bytes: int = 1 << 28
+        self, parameters: BfvParameters, key: bytes = b"", *, seconds: float = CALL_SECONDS, memory_bytes: int = 1 << 28
     ) -> None:
         self._parameters, self._key, self._seconds, self._memory_bytes = parameters, key, seconds, memory_bytes
         self._space = SharedMemory(create=True, size=SPACE_BYTES)
@@ -78,7 +85,7 @@ class Sandbox:
         """Start the process now, and not when it is first needed.
 
         Raises:
-            SandboxLost: it does not start.
+            SandboxUnavailable: it does not start.
         """
         if self._pipe is None:
             self._start()
@@ -127,32 +134,38 @@ class Sandbox:
 
         Raises:
             FrameBroken: what was given are no ciphertexts.
-            SandboxLost: there is no answer.
+            SandboxLost: there is no answer, of a new process either.
+            SandboxUnavailable: there is no process.
         """
         octets = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in given]
         size = sum(part.size for part in octets)
         if count > MAX_CIPHERTEXTS or size > SPACE_BYTES:
             raise FrameBroken(f"{count} ciphertexts at once; the most is {MAX_CIPHERTEXTS}")
-        pipe = self._pipe or self._start()
+        while True:
+            is_new = self._pipe is None
+            pipe = self._pipe or self._start()
+            try:
+                return self._ask(pipe, task, count, octets, answer_bytes)
+            except SandboxLost:
+                self._stop()
+                if is_new:
+                    raise
+
+    def _ask(self, pipe: Connection, task: Task, count: int, octets: Sequence[Octets], answer_bytes: int) -> Octets:
         space, place = _octets(self._space), 0
         for part in octets:
             space[place : place + part.size] = part
             place += part.size
         try:
-            pipe.send_bytes(REQUEST.pack(task, count, size))
+            pipe.send_bytes(REQUEST.pack(task, count, place))
             if not pipe.poll(self._seconds):
                 raise SandboxLost(f"no answer within {self._seconds:g} s")
             status, length = REPLY.unpack(pipe.recv_bytes(REPLY.size))
         except (OSError, EOFError, struct.error) as error:
-            self._stop()
             raise SandboxLost("the process ended") from error
-        except SandboxLost:
-            self._stop()
-            raise
         if status == REFUSED:
             raise FrameBroken("these bytes are no ciphertexts of the agreed parameters")
         if length != answer_bytes:
-            self._stop()
             raise SandboxLost(f"it answered {length} bytes instead of {answer_bytes}")
         return space[:length]
 
@@ -172,7 +185,9 @@ class Sandbox:
             ours.recv_bytes(1)
         except (OSError, EOFError) as error:
             self._stop()
-            raise SandboxLost("the process did not start") from error
+            raise SandboxUnavailable(
+                "a process for ciphers could not be started: see that memory and file descriptors are left"
+            ) from error
         return ours
 
     def _stop(self) -> None:
@@ -252,6 +267,10 @@ class Sandboxes:
         """A new secret key; nothing of a peer's is touched, so it is made in this process."""
         return generate_key(parameters)
 
+    def is_key(self, parameters: BfvParameters, key: bytes) -> bool:
+        """Whether it could be such a key. Of a peer's key nothing native sees more than words below q, so this process does it."""
+        return is_key(parameters, key)
+
     def cipher(self, parameters: BfvParameters, key: bytes) -> Pool:
         """A cipher with that key; without one (empty) for the aggregator."""
         pool = Pool(parameters, key)
@@ -267,7 +286,7 @@ class Sandboxes:
         try:
             for pool in self._pools:
                 pool.start()
-        except SandboxLost as error:
+        except SandboxUnavailable as error:
             raise ConfigError(f"the processes for the homomorphic sum cannot be started: {error}") from None
 
     def close(self) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import pytest
 
+from audit.attacks.stage import chunk_coordinates
 from keys.errors import RemoteProtocolError, VerificationFailed
 from protocols import messages as m
+from protocols import sealing
 from protocols.agreement import Protocol
+from protocols.attempt_node import AttemptNode
 from protocols.bfv import Cipher
-from protocols.ciphertexts import CipherLost, pack_words, unpack_words
+from protocols.ciphertexts import CipherLost, CipherUnavailable, pack_words, unpack_words
 from protocols.encoding import FixedPoint
 from protocols.packing import DEGREE, PARAMETERS
+from protocols.prg import MaskSet
 from protocols.rings import Chunk, CiphertextRing, Total, octets
 from protocols.transcript import aggregate_digest, upload_digest
+from secgeo.aggregator import WorkClock
 from tests.adversary import weaken
 from tests.adversary.attackers import Bodies, MaliciousAggregator, MaliciousNode, WrongSum, keep, opened, resign
 from tests.adversary.knowledge import decrypted, packing_of, peek
@@ -67,25 +72,66 @@ def test_the_integer_sum_is_the_same_to_the_bit_by_all_protocols() -> None:
     assert len(sums) == 1
 
 
-@only["layered"]
-def test_what_a_key_holder_decrypts_of_one_node_is_uniform(protocol: str) -> None:
-    """Of a constant vector: every bit of the coefficients is a fair coin, and neighbours are not correlated."""
-    network = make_network(4, size=20_000)
-    network.vectors = lambda _name, _round: np.zeros(network.size)  # type: ignore[assignment]
-    coefficients = uploaded(network, VICTIM)
-    plain_bits = packing_of(network).parameters.plain_bits
-    assert coefficients.size > 50_000
+def uniform(coefficients: np.ndarray, plain_bits: int) -> bool:
+    """Whether every bit is a fair coin, every byte is any, and neighbours are not correlated."""
+    size = coefficients.size
     assert int(coefficients.max()) < 1 << plain_bits
-    for bit in range(plain_bits):
-        ones = int((coefficients >> np.uint64(bit) & np.uint64(1)).sum())
-        assert abs(ones - coefficients.size / 2) < 6 * np.sqrt(coefficients.size / 4)
+    ones = [int((coefficients >> np.uint64(bit) & np.uint64(1)).sum()) for bit in range(plain_bits)]
+    statistics = []
     for low in range(0, plain_bits - 8, 8):
         counts = np.bincount((coefficients >> np.uint64(low) & np.uint64(255)).astype(np.int64), minlength=256)
-        statistic = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
-        assert statistic < 400  # 255 degrees of freedom: p is far below 1e-7 above this
+        statistics.append(float(((counts - counts.mean()) ** 2 / counts.mean()).sum()))
     scaled = coefficients.astype(np.float64) / 2.0**plain_bits - 0.5
-    correlation = float((scaled[1:] * scaled[:-1]).mean() * 12)
-    assert abs(correlation) < 6 / np.sqrt(scaled.size)
+    return (
+        all(abs(count - size / 2) < 6 * np.sqrt(size / 4) for count in ones)
+        and max(statistics) < 400  # 255 degrees of freedom: p is far below 1e-7 above this
+        and abs(float((scaled[1:] * scaled[:-1]).mean() * 12)) < 6 / np.sqrt(size)
+    )
+
+
+@only["layered"]
+def test_what_a_key_holder_decrypts_of_one_node_is_uniform(protocol: str) -> None:
+    """Of a constant vector: as it was uploaded, and less the masks that the aggregator and this colluder can take off.
+
+    The aggregator has the self seed of every survivor after the unmasking; the colluder shares a pair seed with the victim. What is
+    left are the pair masks with the honest hospitals. Less these too it is no longer uniform: the test would see their absence.
+    """
+    network, colluder, honest = make_network(4, size=20_000), "hospital-00", ("hospital-01", "hospital-03")
+    network.vectors = lambda _name, _round: np.zeros(network.size)  # type: ignore[assignment]
+    nodes: dict[str, AttemptNode] = {}
+    genuine = AttemptNode._begin_upload
+
+    def begin(self: AttemptNode, tag_seed: bytes, masks: MaskSet, pad: int = 0) -> None:
+        nodes[self._me] = self
+        genuine(self, tag_seed, masks, pad)
+
+    with weaken.replaced(AttemptNode, "_begin_upload", begin):
+        coefficients = uploaded(network, VICTIM)
+    assert coefficients.size > 50_000
+    victim, plain_bits = nodes[VICTIM], packing_of(network).parameters.plain_bits
+
+    def pair_key(peer: str) -> bytes:
+        low, high = sorted((peer, VICTIM))
+        attempt, cohort = victim._attempt, victim._cohort_digest
+        own = sealing.contribution(nodes[low]._secrets.pair_master, attempt, cohort, low, high)
+        return sealing.pair_mask_key(own, attempt, cohort, low, high)
+
+    def less(*peers: str) -> np.ndarray:
+        """Without the victim's self mask, and the masks that it shares with these."""
+        added = [sealing.self_mask_key(victim._secrets.self_seed, victim._attempt, VICTIM)]
+        added += [pair_key(peer) for peer in peers if peer > VICTIM]
+        subtracted = [pair_key(peer) for peer in peers if peer < VICTIM]
+        left, step = coefficients.copy(), chunk_coordinates(network.agreement)
+        for chunk, start in enumerate(range(0, left.size, step)):
+            MaskSet(subtracted, added).apply(left[start : start + step], chunk)
+        return left & np.uint64((1 << plain_bits) - 1)
+
+    assert uniform(coefficients, plain_bits)
+    assert uniform(less(), plain_bits)
+    assert uniform(less(colluder), plain_bits)
+    for one in honest:
+        assert uniform(less(colluder, one), plain_bits)
+    assert not uniform(less(colluder, *honest), plain_bits)
 
 
 @each
@@ -204,6 +250,78 @@ def test_a_cipher_that_is_lost_over_an_upload_costs_that_upload_and_names_its_se
         network.run()
     assert expelled(network) == [LIAR]
     assert "the process ended" in network.aggregator._out[LIAR]
+    for name in names(5)[1:]:
+        assert check_sum(network, name) == tuple(names(5)[1:])
+
+
+@each
+def test_a_machine_that_can_start_no_cipher_costs_an_attempt_and_blames_nobody(protocol: str) -> None:
+    """The first upload meets it; the second attempt finds a machine that has memory again."""
+    network, calls = make_network(5, size=2500, threshold=4, minimum_cohort=4), []
+
+    def fail(self: Cipher, total: np.ndarray, data: bytes) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise CipherUnavailable("no memory")
+        genuine(self, total, data)
+
+    genuine = Cipher.add
+    with weaken.replaced(Cipher, "add", fail):
+        network.run()
+    assert not network.aggregator._out
+    assert not network.faults
+    assert network._attempts == {1: 2}
+    for name in names(5):
+        assert check_sum(network, name) == tuple(names(5))
+
+
+def hang(clock: type[WorkClock]) -> Network:
+    """The aggregator's loop: a message, then the deadlines. The cipher hangs over the liar's upload, longer than a phase may take."""
+    network = make_network(5, size=2500, threshold=4, minimum_cohort=4)
+    chunks, source = listen(network, LIAR, m.UploadChunk), [0.0]
+    time = clock(lambda: source[0])
+    genuine = Cipher.add
+
+    def add(self: Cipher, total: np.ndarray, data: bytes) -> None:
+        if any(bytes(data) == bytes(chunk.tail) for chunk in chunks):
+            source[0] += 2 * network.agreement.deadlines.phase_seconds
+            raise CipherLost("no answer")
+        genuine(self, total, data)
+
+    with weaken.replaced(Cipher, "add", add):
+        network.start()
+        while not network.aggregator.ended:
+            network.now = time.now()
+            if not network._queue:
+                source[0] += max(0.0, network.aggregator.deadline - time.now())
+                network.pass_time()
+                continue
+            # The liar's messages come before the others'.
+            first = next((entry for entry in network._queue if entry[0] == LIAR), network._queue[0])
+            network._queue.remove(first)
+            with time.step() as network.now:
+                network._deliver(*first)
+            with time.step() as network.now:
+                network._from_aggregator(network.aggregator.tick(network.now))
+    return network
+
+
+class CountsEverything(WorkClock):
+    """Without the guard."""
+
+    @contextmanager
+    def step(self) -> Iterator[float]:
+        yield self.now()
+
+
+@each
+def test_a_cipher_that_hangs_over_an_upload_costs_that_upload_alone(protocol: str) -> None:
+    """While the aggregator waits for it the others' uploads wait in line; their time does not run out."""
+    weak = hang(CountsEverything)
+    assert not any(weak.sums.values())
+
+    network = hang(WorkClock)
+    assert expelled(network) == [LIAR]
     for name in names(5)[1:]:
         assert check_sum(network, name) == tuple(names(5)[1:])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from keys.errors import ConfigError, LocalProtocolError
-from protocols import bfv
+from protocols import bfv, packing
 from protocols import ciphertexts as c
 from protocols.packing import DEGREE, NOISE_COINS, PARAMETERS, BfvParameters, choose
 
@@ -51,6 +51,28 @@ def test_the_self_test_notices_views_of_something_else(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(bfv, "_view", wrong)
     assert type(bfv._Seal(PARAMETERS[0]).buffers) is bfv.Files
+
+
+@each
+def test_a_key_is_told_from_what_is_none(parameters: BfvParameters, way: str) -> None:
+    """Constants, coefficients of 2, any words. The negative of a key is one."""
+    keys = [bfv.generate_key(parameters) for _ in range(20)]
+    assert all(bfv.is_key(parameters, key) for key in keys)
+    words, top = c.unpack_words(keys[0], parameters, 1), np.uint64(parameters.prime)
+    assert bfv.is_key(parameters, c.pack_words(top - words, parameters))
+    random = np.random.default_rng(0).integers(0, parameters.prime, (1, DEGREE), dtype=np.uint64)
+    weak = [np.full_like(words, value) for value in (0, 1, parameters.prime - 1)]
+    for bad in (*weak, random, (words + words) % top):
+        assert not bfv.is_key(parameters, c.pack_words(bad, parameters))
+    for data in (b"", keys[0][:-1], keys[0] + b"\0", b"\xff" * len(keys[0])):
+        assert not bfv.is_key(parameters, data)
+
+
+def test_parameters_of_less_than_128_bits_are_refused_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prime that the library takes is within the standard at this degree, so the standard is changed."""
+    monkeypatch.setattr(packing, "STANDARD", {40: 128})
+    with pytest.raises(ConfigError, match="less than 128 bits"):
+        bfv.generate_key(PARAMETERS[0])
 
 
 @each

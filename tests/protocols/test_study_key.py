@@ -8,6 +8,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,12 +16,15 @@ from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFai
 from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import study_node as node
+from protocols.agreement import read_agreement, write_agreement
 from protocols.attempt_aggregator import Phase
 from protocols.bfv import Cipher, InProcess, generate_key
-from protocols.packing import BfvParameters, choose
+from protocols.ciphertexts import pack_words
+from protocols.packing import DEGREE, BfvParameters, choose
 from protocols.rings import make_ring
 from protocols.sealing import AttemptId, SealBroken
 from protocols.study_key import Box, StudyKey
+from tests.adversary import weaken
 from tests.adversary.attackers import MaliciousNode, inject, resign
 from tests.adversary.knowledge import peek
 from tests.keys.factory import AGGREGATOR
@@ -323,9 +327,17 @@ def test_a_liar_that_seals_rubbish_to_everybody_does_not_stop_the_study(protocol
     everyone_is_served(network, [name for name in names(5) if name != liar_name])
 
 
-@encrypted
-@pytest.mark.parametrize("secret", [b"not a key", b"", b"\xff" * 28672], ids=["short", "empty", "words above q"])
-def test_bytes_that_are_no_key_are_taken_by_nobody(protocol: str, secret: bytes) -> None:
+def words(value: int) -> bytes:
+    """The transform of the constant polynomial `value`."""
+    parameters = choose(24, 5).parameters
+    return pack_words(np.full((1, DEGREE), value, dtype=np.uint64), parameters)
+
+
+NO_KEYS = {"short": b"not a key", "empty": b"", "words above q": b"\xff" * 28672, "zero": words(0), "one": words(1)}
+"""Under the key 0 everybody reads every ciphertext, and under a constant one nearly so."""
+
+
+def study_with_a_bad_key(secret: bytes) -> Network:
     network = make_network(5, size=100, threshold=4, minimum_cohort=4)
     liar, bad = MaliciousNode(network, LIAR), StudyKey(secret)
 
@@ -342,9 +354,70 @@ def test_bytes_that_are_no_key_are_taken_by_nobody(protocol: str, secret: bytes)
         )
     )
     liar.on("SealedKey")(deal)
+    return network
+
+
+@encrypted
+@pytest.mark.parametrize("secret", NO_KEYS.values(), ids=NO_KEYS.keys())
+def test_bytes_that_are_no_key_are_taken_by_nobody(protocol: str, secret: bytes) -> None:
+    network = study_with_a_bad_key(secret)
     network.run()
     everyone_is_served(network, names(5)[1:])
     assert secret not in {journal.secret for name, journal in network.journals.items() if name != LIAR}
+
+
+@encrypted
+def test_without_a_look_at_the_key_zero_would_be_taken(protocol: str) -> None:
+    network = study_with_a_bad_key(NO_KEYS["zero"])
+    with weaken.replaced(InProcess, "is_key", lambda *_: True):
+        network.run()
+    assert NO_KEYS["zero"] in {journal.secret for name, journal in network.journals.items() if name != LIAR}
+
+
+def next_epoch(network: Network) -> Network:
+    """The same hospitals under the agreement of the next epoch."""
+    roster = msgspec.structs.replace(network.agreement.roster, epoch=network.agreement.roster.epoch + 1)
+    agreement = read_agreement(write_agreement(msgspec.structs.replace(network.agreement, roster=roster)))
+    return Network(network.consortium, agreement, network.vectors, network.size)
+
+
+@encrypted
+def test_another_agreement_has_another_key(protocol: str) -> None:
+    old = study()
+    old.run()
+    new = next_epoch(old)
+    new.run()
+    everyone_is_served(new)
+    assert len(keys(old)) == len(keys(new)) == 1
+    assert keys(old) != keys(new)
+
+
+def test_a_seal_under_another_agreement_opens_nothing() -> None:
+    """Not even in the same box, which no process has twice."""
+    key, box = StudyKey(b"a secret key"), Box(lambda _: b"1" * 32, DIGEST)
+    assert box.open(key.seal(box.public, DIGEST, "a", "b"), "a", "b", key.id).secret == key.secret
+    with pytest.raises(SealBroken):
+        box.open(key.seal(box.public, bytes(32), "a", "b"), "a", "b", key.id)
+
+
+@encrypted
+def test_a_key_dealt_under_another_agreement_is_the_aggregators_fault(protocol: str) -> None:
+    """It brings a member's message of the epoch before, word for word."""
+    old, kept = study(), []
+
+    def tap(_sender: str, recipient: str, data: bytes) -> list[bytes]:
+        if body_type(data) == "DealtKey":
+            kept.append((recipient, data))
+        return [data]
+
+    old.tap = tap
+    old.run()
+    name, brought = kept[0]
+    sealed = m.decode(brought, AGGREGATOR, old.consortium.roster.entry(AGGREGATOR).public_key, old.digest).body
+    new = next_epoch(old)
+    new.start()
+    with pytest.raises(RemoteProtocolError, match="never signed"):
+        handed(new, name, sealed)
 
 
 @encrypted

@@ -34,6 +34,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return out, json.loads(done.stdout)
 
 
+def accuracies(metrics: dict[str, Any]) -> float:
+    """The mean of all hospitals' after the last round."""
+    nodes = metrics["rounds"][-1]["nodes"].values()
+    return sum(node["accuracy"] for node in nodes) / len(nodes)
+
+
 def test_the_demo_says_what_happened(demo: tuple[Path, dict[str, Any]]) -> None:
     out, metrics = demo
     assert metrics["ok"]
@@ -49,15 +55,18 @@ def test_the_demo_says_what_happened(demo: tuple[Path, dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_with_masks_inside_ciphertexts(tmp_path: Path) -> None:
-    """The same job, and records that verify; of the sums there are ciphertexts only."""
+@pytest.mark.parametrize("by", ["layered", "homomorphic"])
+def test_the_demo_with_sums_of_ciphertexts(tmp_path: Path, by: str, demo: tuple[Path, dict[str, Any]]) -> None:
+    """The same job and nearly the same accuracy (noise is fresh), and records that verify; of the sums there are ciphertexts only."""
     out = tmp_path / "out"
-    done = secgeo("demo", "--protocol", "layered", "--rounds", 2, "--seed", 5, "--out", out, "--json")
+    done = secgeo("demo", "--protocol", by, "--rounds", 2, "--seed", 5, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)
     assert metrics["ok"]
     assert metrics["verified"]
-    assert metrics["protocol"] == "layered"
+    assert metrics["protocol"] == by
+    masked, here = (accuracies(metrics) for metrics in (demo[1], metrics))
+    assert abs(masked - here) < 0.1
     assert "nor their sum" in metrics["verdict"]
     assert sorted(path.suffix for path in (out / "sums").iterdir()) == [".u64", ".u64"]
     assert secgeo("verify", out).returncode == 0
