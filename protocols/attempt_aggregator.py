@@ -36,8 +36,8 @@ from protocols.prg import TAG_PRIME, MaskSet
 from protocols.rings import Ring, Total
 from protocols.transcript import survivor_statement, upload_digest
 
-CREDIT_CHUNKS = 4
-"""So many chunks of one upload may be under way."""
+CREDIT_CHUNKS, CREDIT_CHUNKS_TOGETHER = 4, 64
+"""So many chunks of one upload may be under way, and of all uploads together; but one of each."""
 
 
 class Spool(Protocol):
@@ -159,6 +159,7 @@ class AttemptAggregator:
         self._senders: tuple[str, ...] = ()
         self._key_digests: tuple[tuple[str, bytes], ...] = ()
         self._cohort_digest = self._view = b""
+        self._window = CREDIT_CHUNKS
         self._uploads: dict[str, _Upload] = {}
         self._digests: dict[str, bytes] = {}
         self._signed_uploads: dict[str, bytes] = {}
@@ -346,7 +347,8 @@ class AttemptAggregator:
     def _open_uploads(self) -> list[Send]:
         self._view = sealing.senders_view(self._attempt, self._cohort_digest, self._senders)
         self.phase = Phase.UPLOAD
-        credit = min(CREDIT_CHUNKS, self._chunk_count)
+        self._window = max(1, min(CREDIT_CHUNKS, CREDIT_CHUNKS_TOGETHER // len(self._senders)))
+        credit = min(self._window, self._chunk_count)
         self._uploads = {name: _Upload([], credit) for name in self._senders}
         return [(name, m.Credit(credit)) for name in self._senders]
 
@@ -417,9 +419,9 @@ class AttemptAggregator:
             return []
         upload.digests.append(body.digest)
         self._spool.append(peer, data)
-        if upload.credit - len(upload.digests) > CREDIT_CHUNKS // 2 or upload.credit == self._chunk_count:
+        if upload.credit - len(upload.digests) > self._window // 2 or upload.credit == self._chunk_count:
             return []
-        upload.credit = min(len(upload.digests) + CREDIT_CHUNKS, self._chunk_count)
+        upload.credit = min(len(upload.digests) + self._window, self._chunk_count)
         return [(peer, m.Credit(upload.credit))]
 
     def _values_in(self, chunk: int) -> int:

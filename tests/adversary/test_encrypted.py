@@ -256,17 +256,20 @@ def test_a_cipher_that_is_lost_over_an_upload_costs_that_upload_and_names_its_se
 
 @each
 def test_a_machine_that_can_start_no_cipher_costs_an_attempt_and_blames_nobody(protocol: str) -> None:
-    """The first upload meets it; the second attempt finds a machine that has memory again."""
+    """The second chunk of the first upload meets it, and so would taking off the first; the next attempt finds memory again."""
     network, calls = make_network(5, size=2500, threshold=4, minimum_cohort=4), []
 
     def fail(self: Cipher, total: np.ndarray, data: bytes) -> None:
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) == 2:
             raise CipherUnavailable("no memory")
         genuine(self, total, data)
 
+    def fail_again(self: Cipher, total: np.ndarray, data: bytes) -> None:
+        raise CipherUnavailable("no memory")
+
     genuine = Cipher.add
-    with weaken.replaced(Cipher, "add", fail):
+    with weaken.replaced(Cipher, "add", fail), weaken.replaced(Cipher, "subtract", fail_again):
         network.run()
     assert not network.aggregator._out
     assert not network.faults

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keys.errors import LocalProtocolError
+from protocols import prg
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.messages import chunk_digest
 from protocols.prg import BLOCK_BYTES, TAG_PRIME, MaskSet, keystream
@@ -244,6 +245,15 @@ def test_the_mask_of_a_chunk_is_a_keystream_of_its_own(chunk: int, size: int) ->
 def test_a_mask_goes_on_across_its_inner_blocks(size: int) -> None:
     stream = np.frombuffer(keystream(KEYS[1], 4 * (2**32 + 2), size), dtype="<u4")
     assert np.array_equal(applied(MaskSet([KEYS[1]], []), size), stream)
+
+
+@pytest.mark.parametrize("way", [prg._by_ctr, prg._by_gcm])
+def test_both_ways_to_a_mask_give_the_same(way: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one is taken depends on the processor."""
+    monkeypatch.setattr(prg, "_fastest", lambda: way)
+    for chunk in (0, 1, 2**32 - 2, 2**32, 2**64):
+        stream = np.frombuffer(keystream(KEYS[1], 4 * ((chunk + 1) * 2**32 + 2), BLOCK_VALUES + 9), dtype="<u4")
+        assert np.array_equal(applied(MaskSet([KEYS[1]], []), BLOCK_VALUES + 9, chunk), stream)
 
 
 def test_threads_do_not_share_their_keystreams() -> None:
