@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from audit.attacks.stage import chunk_coordinates
+from audit.attacks.knowledge import chunk_coordinates
 from keys.errors import VerificationFailed
 from protocols import messages as m
 from protocols import sealing, shamir

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from audit import deployment, protocol
-from audit.attacks import CATALOGUE, by_aggregator, stage
+from audit.attacks import CATALOGUE, by_aggregator, network, stage
 from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
 from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, to_json
@@ -176,7 +176,7 @@ WEAKENED: dict[str, tuple[str, Guard]] = {
     "a neighbour that never dealt seeds": ("neighbours", weaken.neighbours_views),
     "a second attempt after the votes": (
         "second-sum",
-        lambda: weaken.replaced(stage.MemoryJournal, "voted", lambda *_: False),
+        lambda: weaken.replaced(network.MemoryJournal, "voted", lambda *_: False),
     ),
     "an upload held back": ("second-sum", weaken.vote_signatures),
     "a changed sum": ("changed-sum", weaken.sum_tags),
@@ -185,7 +185,7 @@ WEAKENED: dict[str, tuple[str, Guard]] = {
     "a wrong sum for a latecomer": ("latecomer", weaken.receipts_of_contributors),
     "two records of one round": (
         "two-stories",
-        lambda: weaken.replaced(stage.MemoryJournal, "receipt", lambda *_: b""),
+        lambda: weaken.replaced(network.MemoryJournal, "receipt", lambda *_: b""),
     ),
     "a round lost for one only": ("fork", weaken.last_records),
     "sums out of order": ("order", weaken.sequence_of_sums),
