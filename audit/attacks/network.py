@@ -8,7 +8,7 @@ fault, and ends its part; every other error, and those of the aggregator, come o
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from keys.errors import SecGeoError
@@ -95,15 +95,15 @@ class MemorySpool:
     """Unfinished uploads, in memory."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, list[memoryview]] = defaultdict(list)
+        self._kept: dict[str, list[memoryview]] = {}
 
     def append(self, name: str, data: memoryview) -> None:
         """See `protocols.attempt_aggregator.Spool`."""
-        self._kept[name].append(data)
+        self._kept.setdefault(name, []).append(data)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """See `protocols.attempt_aggregator.Spool`."""
-        return iter(self._kept[name])
+        return iter(self._kept.get(name, []))
 
     def discard(self, name: str) -> None:
         """See `protocols.attempt_aggregator.Spool`."""

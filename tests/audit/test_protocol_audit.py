@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from audit import deployment, protocol
-from audit.attacks import CATALOGUE, by_aggregator, network, stage
+from audit.attacks import CATALOGUE, by_aggregator, stage
 from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
 from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, to_json
@@ -174,19 +174,13 @@ WEAKENED: dict[str, tuple[str, Guard]] = {
     "too few votes": ("survivors", weaken.vote_quorum),
     "votes for another set": ("survivors", weaken.vote_signatures),
     "a neighbour that never dealt seeds": ("neighbours", weaken.neighbours_views),
-    "a second attempt after the votes": (
-        "second-sum",
-        lambda: weaken.replaced(network.MemoryJournal, "voted", lambda *_: False),
-    ),
+    "a second attempt after the votes": ("second-sum", weaken.memory_of_votes),
     "an upload held back": ("second-sum", weaken.vote_signatures),
     "a changed sum": ("changed-sum", weaken.sum_tags),
     "a replayed sum": ("changed-sum", weaken.round_of_the_record),
     "a multiple of the sum": ("multiple", weaken.pads_of_tags),
     "a wrong sum for a latecomer": ("latecomer", weaken.receipts_of_contributors),
-    "two records of one round": (
-        "two-stories",
-        lambda: weaken.replaced(network.MemoryJournal, "receipt", lambda *_: b""),
-    ),
+    "two records of one round": ("two-stories", weaken.memory_of_records),
     "a round lost for one only": ("fork", weaken.last_records),
     "sums out of order": ("order", weaken.sequence_of_sums),
     "broken messages of the aggregator": ("decoders", weaken.decoding_errors),
