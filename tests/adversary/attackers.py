@@ -60,10 +60,6 @@ class PrivateAttempt:
     def receive(self, message: m.Message, data: bytes) -> None:
         self._carry(self.machine.receive(message.sender, message, data))
 
-    def expire(self) -> None:
-        """Go on without those who are missing."""
-        self._carry(self.machine.expire())
-
     def _carry(self, sends: list[tuple[str, m.AnyBody]]) -> None:
         for to, body in sends:
             self._attack.say(to, self.address, body)
