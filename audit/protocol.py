@@ -26,17 +26,10 @@ from numpy.typing import NDArray
 
 from audit.attacks import CATALOGUE
 from audit.attacks.by_members import control
-from audit.attacks.stage import (
-    AGGREGATOR,
-    Network,
-    Play,
-    Played,
-    World,
-    decrypted,
-    packing_of,
-    reduced,
-    vector_values,
-)
+from audit.attacks.knowledge import decrypted, packing_of, study_key
+from audit.attacks.network import Network
+from audit.attacks.play import Play
+from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.deployment import (
     DeploymentEvidence,
     RecordsEvidence,
@@ -53,6 +46,7 @@ from protocols import messages as m
 from protocols.agreement import Agreement, check_rules
 from protocols.ciphertexts import unpack_upload
 from protocols.encoding import FixedPoint, unpack
+from protocols.messages import AGGREGATOR
 from secgeo.update import Layout
 
 Profile = Literal["fast", "full"]
@@ -309,6 +303,7 @@ def _measure(world: World, rounds: int, progress: Progress) -> _Uploads:
     spread = np.random.default_rng(0).uniform(-limit, limit, size)
     for share, (name, vector) in enumerate({"zeros": np.zeros(size), "the whole range": spread}.items()):
         progress(f"uploads of {name}", 0.75 + share / 8)
+        before = len(world.fresh.secrets)
         network = World(world.agreement, size, world.fresh).network(rounds)
         network.vectors = lambda _name, _round, vector=vector: vector  # type: ignore[misc]
         wire = _run(network)
@@ -318,7 +313,7 @@ def _measure(world: World, rounds: int, progress: Progress) -> _Uploads:
             measured.pairs += _pairs(label, bits, uploads)
             if share:
                 measured.correlations.append(_correlation(label, _packed(network, vector), uploads))
-        secrets = [*network.secrets, *{journal.secret for journal in network.journals.values()} - {b""}]
+        secrets = [*world.fresh.secrets[before:], *{journal.secret for journal in network.journals.values()} - {b""}]
         clear = b"".join(wire.values())
         measured.searched += len(secrets)
         measured.found += sum(secret[:32] in clear for secret in secrets)
@@ -359,7 +354,7 @@ def _kinds(network: Network, wire: dict[Key, bytes]) -> list[tuple[str, int, dic
     parameters = packing_of(network.agreement).parameters
     words = {place: unpack_upload(data, parameters)[0][:, 0].reshape(-1) for place, data in tails.items()}
     kinds = [("words of ciphertexts", parameters.prime_bits, words)]
-    key = next((machine._study_key for machine in network.nodes.values() if machine._study_key is not None), None)
+    key = study_key(network)
     if ring.masked and key is not None:
         opened = {place: decrypted(network, data, key).reshape(-1) for place, data in tails.items()}
         kinds.append(("masked coefficients, decrypted", parameters.plain_bits, opened))
@@ -497,7 +492,9 @@ PROMISES = (
         "that upload alone is lost, its sender is named, the total is as before",
     ),
     Promise(
-        "no-study-key", "... a study key that it claims and does not deal, or seals badly", "the next one is asked"
+        "no-study-key",
+        "... a study key that it claims and does not deal, or seals badly, or that is none (0, say)",
+        "the next one is asked",
     ),
     Promise(
         "messages",

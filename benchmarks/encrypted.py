@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 from parties import Attempt, Kept, Row, make_study, one_core
 
+from audit.attacks.network import MemorySpool
 from protocols import bfv
 from protocols.attempt_aggregator import Phase
 from protocols.encoding import FixedPoint
@@ -17,7 +18,7 @@ from protocols.rings import Ciphers
 from protocols.study_key import StudyKey
 from secgeo.sandbox import Sandboxes
 from tests.keys.factory import AGGREGATOR
-from tests.protocols.network import MemorySpool, Network
+from tests.protocols.network import Network
 
 
 def encrypted(values: int, value_bits: int, nodes: int, repeats: int) -> Iterator[Row]:

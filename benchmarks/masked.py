@@ -14,11 +14,12 @@ from cryptography.hazmat.primitives import ciphers as aes
 from cryptography.hazmat.primitives.ciphers import algorithms, modes
 from parties import CHUNK_VALUES, Attempt, Row, best, make_study
 
+from audit.attacks.network import MemorySpool
 from protocols.attempt_aggregator import Phase
 from protocols.encoding import packed_bytes
 from protocols.prg import MaskSet
 from tests.keys.factory import AGGREGATOR
-from tests.protocols.network import MemorySpool, names
+from tests.protocols.network import names
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,8 @@
-"""The threat model's malicious aggregator and malicious members: `stage` is where they play, the other files are what they try."""
+"""The threat model's malicious aggregator and malicious members.
+
+`network` runs a study in memory, `knowledge` is what a coalition can compute, `play` is an attacker on the wire and `forged` what it
+makes; `stage` is where attacks are played and what they leave behind; `by_aggregator` and `by_members` are what is tried.
+"""
 
 from audit.attacks import by_aggregator, by_members
 from audit.attacks.stage import CATALOGUE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import product
 from typing import Any
@@ -12,7 +12,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from audit.attacks.stage import AGGREGATOR, Bodies, Network, Play, World, attack, keep, packing_of, record_bodies
+from audit.attacks.forged import Change, Impersonator, announce, changed_total, resign
+from audit.attacks.knowledge import packing_of
+from audit.attacks.play import Bodies, Play, keep, record_bodies
+from audit.attacks.stage import World, attack
 from keys.authority import Authority
 from keys.enrolment import make_request, read_request
 from keys.errors import RemoteProtocolError, SecGeoError
@@ -21,7 +24,7 @@ from keys.labels import Label
 from keys.roster import RosterEntry, add_entry, load_root, make_roster, read_roster, revoke
 from keys.signed import sign_document, verify_document
 from protocols import messages as m
-from protocols import sealing, tags
+from protocols import sealing
 from protocols import transcript as t
 from protocols.agreement import (
     Agreement,
@@ -30,83 +33,17 @@ from protocols.agreement import (
     read_agreement,
     write_agreement,
 )
-from protocols.attempt_node import Parties, Shares, open_contribution, share_digests
+from protocols.attempt_node import Parties, open_contribution
 from protocols.bfv import InProcess
-from protocols.chain import Entry, Unsigned
 from protocols.encoding import FixedPoint, Uint32Vector
+from protocols.messages import AGGREGATOR
 from protocols.policy import LocalPolicy, check_policy
-from protocols.prg import TAG_PRIME
-from protocols.rings import Total, make_ring, octets
+from protocols.rings import Total, make_ring
 from protocols.sealing import AttemptId
 from protocols.study_key import StudyKey
 from secgeo.study import AGREEMENT, ROSTER, check_documents
 
 # --- malicious aggregator: who is in the sum
-
-
-class Impersonator(Play):
-    """Plays the whole cohort towards one victim, with round keys of its own; the others are served as they should be."""
-
-    def __init__(self, network: Network, victim: str, peers: Sequence[str]) -> None:
-        super().__init__(network)
-        self.victim, self.peers = victim, sorted(peers)
-        self.signers = {name: Identity.generate(name, "hospital") for name in self.peers}
-        self._victims_keys: m.RoundKeys | None = None
-        for kind in ("KeySet", "SeedSet", "Credit", "Survivors", "SurvivorProof", "SumChunk", "RoundResult"):
-            self.tell(kind)(lambda message, to: [] if to == victim else keep(message))
-        self.hear("RoundKeys")(self._on_keys)
-        self.hear("SealedSeeds")(self._on_seeds)
-        self.hear("UploadChunk", "UploadDone")(lambda message, data: [] if message.sender == victim else [data])
-
-    def _attempt(self, message: m.Message) -> AttemptId:
-        return AttemptId(self.network.digest, message.round, message.attempt)
-
-    def _on_keys(self, message: m.Message, data: bytes) -> Sequence[bytes]:
-        if message.sender != self.victim or not isinstance(message.body, m.RoundKeys):
-            return [data]
-        attempt, address = self._attempt(message), (message.round, message.attempt)
-        secrets, signed = self.knowledge.attempts[address].secrets, {self.victim: data}
-        for name in self.peers:
-            own = secrets[name] = sealing.AttemptSecrets.fresh(os.urandom)
-            keys = m.RoundKeys(
-                sealing.public_key_bytes(own.share_master, attempt),
-                sealing.public_key_bytes(own.pair_master, attempt),
-                sealing.self_seed_commitment(own.self_seed, attempt, name),
-                tags.commitment(own.tag_seed, attempt, name),
-                message.body.last_record,
-            )
-            signed[name] = m.encode(self.signers[name], attempt, keys)
-        digests = tuple((name, sealing.keys_digest(signed[name])) for name in sorted(signed))
-        self._victims_keys = message.body
-        self.say(self.victim, address, m.KeySet(digests, tuple(signed[name] for name in sorted(signed))))
-        return []
-
-    def _on_seeds(self, message: m.Message, data: bytes) -> Sequence[bytes]:
-        theirs = self._victims_keys
-        if message.sender != self.victim or not isinstance(message.body, m.SealedSeeds) or theirs is None:
-            return [data]
-        attempt, address = self._attempt(message), (message.round, message.attempt)
-        seen, cohort = self.knowledge.attempts[address], message.body.cohort_digest
-        if {to for sender, to in seen.seals if sender == self.victim} != set(self.peers):
-            return []
-        sealed = []
-        for name in self.peers:
-            own = seen.secrets[name]
-            dealt = Shares(bytes(33), bytes(33), own.tag_seed)
-            digests = share_digests(dealt, attempt, name, self.victim)
-            info = sealing.shares_info(attempt, cohort, name, self.victim)
-            shares = sealing.seal(theirs.share_public, msgspec.msgpack.encode(dealt), info)
-            contribution, contribution_digest = b"", None
-            if name < self.victim:
-                secret = sealing.contribution(own.pair_master, attempt, cohort, name, self.victim)
-                info = sealing.contribution_info(attempt, cohort, name, self.victim)
-                contribution = sealing.seal(theirs.pair_public, secret, info)
-                contribution_digest = sealing.contribution_digest(secret, attempt, name, self.victim)
-            seeds = m.SealedSeeds(self.victim, cohort, shares, contribution, *digests, contribution_digest)
-            sealed.append(m.encode(self.signers[name], attempt, seeds))
-        self.say(self.victim, address, m.SeedSet(tuple(sorted([self.victim, *self.peers])), tuple(sealed)))
-        self.say(self.victim, address, m.Credit(1000))
-        return []
 
 
 @attack(
@@ -210,7 +147,7 @@ def _shrink(world: World, phase: str, next_step: type[m.Body]) -> Play:
     """The aggregator leaves one more out than it may, and colludes with as many of the others as are tolerated."""
     victim, left = world.names[0], set(world.names[: world.minimum - 1])
     play = Play(world.network(), colluders=sorted(left - {victim})[: world.agreement.colluders_tolerated])
-    play.loose = True
+    play.loosen()
 
     @play.tell("AttemptOpen")
     def shorter(message: m.Message, to: str) -> Bodies:
@@ -378,7 +315,7 @@ def _two_sets(world: World, forge: Forge, colluders: int = 0) -> Play:
     names = world.names
     victim, allies = names[0], names[len(names) - colluders :]
     play = Play(world.network(), colluders=allies)
-    play.loose = True
+    play.loosen()
     network = play.network
     honest = [name for name in names if name not in (victim, *allies)]
     alive = {victim, *honest[: len(honest) // 2]}
@@ -492,7 +429,7 @@ def _two_sets_with_colluders(world: World) -> Play:
 )
 def _a_neighbour_that_never_dealt_seeds(world: World) -> Play:
     play, victim, hidden = Play(world.network()), world.names[0], world.names[1]
-    play.loose = True
+    play.loosen()
 
     @play.tell("SeedSet")
     def hide(message: m.Message, to: str) -> Bodies:
@@ -518,7 +455,8 @@ def _a_neighbour_that_never_dealt_seeds(world: World) -> Play:
 def _a_victim_cut_off(world: World) -> Play:
     """Who stands beside whom follows from a hash over fresh keys: colluders are chosen when it is known."""
     play, victim = Play(world.network()), world.names[0]
-    play.loose, lost = True, set[str]()
+    play.loosen()
+    lost = set[str]()
 
     @play.tell("KeySet")
     def choose_allies(message: m.Message, to: str) -> Bodies:
@@ -527,11 +465,9 @@ def _a_victim_cut_off(world: World) -> Play:
             play.knowledge.watch(AGGREGATOR, victim, play.sign(AGGREGATOR, address, message.body))
             around = play.knowledge.graph(victim, address).neighbours(victim)
             allies = around[: world.agreement.secure_sum.shares_needed - 1]
-            play.took_place, play.colluders = True, tuple(allies)
-            play.knowledge.colluders.update(allies)
-            play.network.liars.update(allies)
+            play.took_place = True
+            play.recruit(*allies)
             lost.update(set(around) - set(allies))
-            play.honest = [name for name in play.honest if name not in allies]
         return keep(message)
 
     @play.hear("UploadChunk", "UploadDone")
@@ -650,70 +586,6 @@ def _an_upload_held_back(world: World) -> Play:
 
 # --- ... the sum and its record
 
-Change = Callable[[Uint32Vector], Uint32Vector]
-
-
-def _resign(play: Play, line: bytes, **changes: object) -> bytes:
-    """A transcript line of the same place with another body, signed by the aggregator."""
-    entry = msgspec.json.decode(line, type=Entry[t.Body])
-    body = msgspec.structs.replace(entry.body, **changes)
-    unsigned = msgspec.json.encode(Unsigned(entry.seq, entry.prev, body))
-    signature = play.network.identities[AGGREGATOR].sign(Label.TRANSCRIPT, unsigned).hex()
-    return msgspec.json.encode(Entry(entry.seq, entry.prev, body, signature)) + b"\n"
-
-
-def changed_total(network: Network, total: Total, change: Change) -> Total:
-    """A sum with other values; where it is encrypted, by adding what makes the difference, as a hospital's help would allow."""
-    if not network.agreement.secure_sum.encrypted:
-        return change(total.copy())
-    key = next(machine._study_key for machine in network.nodes.values() if machine._study_key is not None)
-    values = make_ring(network.agreement, network.ciphers, key.secret).open(total, network.size)
-    packing = packing_of(network.agreement)
-    difference = packing.pack(change(values.copy())) - packing.pack(values)
-    words = total.copy()
-    mask = np.uint64(2**packing.parameters.plain_bits - 1)
-    network.ciphers.cipher(packing.parameters, b"").add_plain(words, difference & mask)
-    return words
-
-
-def _sum_bodies(network: Network, total: Total) -> list[tuple[m.AnyBody, bytes]]:
-    ring = make_ring(network.agreement)
-    tails = [bytes(ring.pack_sum(total, start)) for start in range(0, network.size, ring.sum_chunk_values)]
-    return [(m.SumChunk(index, m.chunk_digest(tail)), tail) for index, tail in enumerate(tails)]
-
-
-def announce(
-    play: Play,
-    change: Callable[[Total], Total],
-    retag: Callable[[int], int] = lambda tag: tag,
-    victims: Collection[str] = (),
-    receipts: Callable[[bytes], tuple[tuple[str, bytes], ...]] | None = None,
-) -> None:
-    """Send another sum than was opened, with a record that is signed anew, so that the digests fit."""
-
-    def lies_to(name: str) -> bool:
-        return not victims or name in victims
-
-    @play.tell("SumChunk")
-    def no_chunk(message: m.Message, to: str) -> Bodies:
-        return [] if lies_to(to) else keep(message)
-
-    @play.tell("RoundResult")
-    def result(message: m.Message, to: str) -> Bodies:
-        if not lies_to(to) or not isinstance(message.body, m.RoundResult):
-            return keep(message)
-        total = change(play.network.totals[message.round].copy())
-        record = record_bodies([message.body.record])[0]
-        tag = int(record.aggregate_tag, 16) if isinstance(record, t.RoundRecord) else 0
-        line = _resign(
-            play,
-            message.body.record,
-            aggregate_digest=t.aggregate_digest(octets(total)).hex(),
-            aggregate_tag=f"{retag(tag) % TAG_PRIME:016x}",
-        )
-        signed = message.body.receipts if receipts is None else receipts(line)
-        return [*_sum_bodies(play.network, total), (m.RoundResult(line, signed), b"")]
-
 
 def _nobody_takes_it(play: Play) -> Play:
     play.must_refuse = play.network.names
@@ -830,7 +702,7 @@ def _a_record_with_too_few_votes(world: World) -> Play:
             msgspec.structs.replace(survivor, signature=survivor.signature if index < kept else "")
             for index, survivor in enumerate(survivors)
         )
-        return [(m.RoundResult(_resign(play, message.body.record, survivors=bare)), b"")]
+        return [(m.RoundResult(resign(play.network.identities[AGGREGATOR], message.body.record, survivors=bare)), b"")]
 
     return _nobody_takes_it(play)
 
@@ -894,7 +766,7 @@ def _two_records_of_one_round(world: World) -> Play:
     def both(message: m.Message, to: str) -> Bodies:
         if to != victim or not isinstance(message.body, m.RoundResult):
             return keep(message)
-        other = _resign(play, message.body.record, upload_bytes=1)
+        other = resign(play.network.identities[AGGREGATOR], message.body.record, upload_bytes=1)
         return [(message.body, b""), (m.RoundResult(other), b"")]
 
     play.must_refuse = [victim]
@@ -914,7 +786,7 @@ def _two_records_of_one_round(world: World) -> Play:
 )
 def _a_round_lost_for_one_only(world: World) -> Play:
     play, victim = Play(world.network(2)), world.names[1]
-    play.loose = True
+    play.loosen()
 
     @play.tell("SumChunk", "RoundResult")
     def lost(message: m.Message, to: str) -> Bodies:
@@ -1000,7 +872,7 @@ def _broken_messages_of_the_aggregator(world: World) -> Play:
             network.faults.setdefault(name, fault)
             play.gives(fault.peer != AGGREGATOR, f"{kind}: {name} blamed {fault.peer}")
         except Exception as error:  # whatever it is, it is evidence
-            network.crashes.append(f"{kind}: {type(error).__name__}: {error}"[:300])
+            play.crashes.append(f"{kind}: {type(error).__name__}: {error}"[:300])
         else:
             play.gives(True, f"{name} answered {len(answer)} messages to {kind}")
     play.must_refuse = [name]
@@ -1041,7 +913,7 @@ def _broken_documents(world: World) -> Play:
         except SecGeoError:
             continue
         except Exception as error:  # whatever it is, it is evidence
-            play.network.crashes.append(f"{document}, {kind}: {type(error).__name__}: {error}"[:300])
+            play.crashes.append(f"{document}, {kind}: {type(error).__name__}: {error}"[:300])
         else:
             play.gives(True, f"{document}: {kind} was taken")
     return play
@@ -1155,7 +1027,7 @@ def _two_study_keys(world: World) -> Play:
     names = world.names
     victim, ally = names[-1], names[0]
     play = Play(world.network(), colluders=[ally])
-    play.loose = True
+    play.loosen()
     network = play.network
     other = StudyKey(InProcess().generate_key(packing_of(network.agreement).parameters))
     boxes: dict[str, bytes] = {}

@@ -8,8 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 import msgspec
 import numpy as np
 
-from audit.attacks.by_aggregator import BROKEN, announce, changed_total, listed, one_more
-from audit.attacks.stage import Hearing, Play, World, attack, peek, record_bodies
+from audit.attacks.by_aggregator import BROKEN, listed, one_more
+from audit.attacks.forged import announce, changed_total
+from audit.attacks.knowledge import peek
+from audit.attacks.play import Hearing, Play, record_bodies
+from audit.attacks.stage import World, attack
 from keys.identity import Identity
 from keys.labels import Label
 from protocols import messages as m
@@ -255,7 +258,7 @@ def _two_tag_seeds_of_one_dealer(world: World) -> Play:
         play.node_attempt, play.must_sum = _DealsTwoSeeds, ()
         _note_dealers(play)
         play.run()
-        if play.took_place or play.network.crashes:
+        if play.took_place or play.crashes:
             break
     disputes = [entry for entry in record_bodies(play.network.lines) if isinstance(entry, t.Disputed)]
     named = any(play.culprits[0] in (entry.accuser, entry.accused) for entry in disputes)

@@ -10,13 +10,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
+from audit.attacks.forged import Impersonator
+from audit.attacks.knowledge import peek
+from audit.attacks.play import Bodies, Play, keep
 from keys.errors import RemoteProtocolError
 from protocols import messages as m
 from protocols.attempt_node import open_contribution
 from protocols.sealing import AttemptId, SealBroken, keys_digest, private_key
 from tests.adversary import weaken
-from tests.adversary.attackers import Bodies, Impersonator, MaliciousAggregator, keep
-from tests.adversary.knowledge import peek
+from tests.adversary.attackers import revealed
 from tests.protocols.network import Network, make_network, names
 from tests.protocols.test_attempt import check_sum
 
@@ -66,7 +68,7 @@ def invent_hospitals(weakened: bool) -> Impersonator:
     network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
     attack = Impersonator(network, VICTIM, ["clinic-1", "clinic-2", "clinic-3", "clinic-4"])
     cohort = m.AttemptOpen(tuple(sorted([VICTIM, *attack.peers])))
-    attack.on("AttemptOpen")(lambda message, to: [(cohort, b"")] if to == VICTIM else keep(message))
+    attack.tell("AttemptOpen")(lambda message, to: [(cohort, b"")] if to == VICTIM else keep(message))
     invented = {name: identity.public_key for name, identity in attack.signers.items()}
     with weaken.roster(network.nodes[VICTIM], invented) if weakened else nullcontext():
         network.run()
@@ -87,14 +89,14 @@ def test_invented_hospitals() -> None:
 COLLUDERS = ("hospital-03", "hospital-04", "hospital-05")
 
 
-def shrink(phase: str, guard: AbstractContextManager[None]) -> MaliciousAggregator:
+def shrink(phase: str, guard: AbstractContextManager[None]) -> Play:
     """All six are agreed to be summed; the aggregator leaves out two, and so sums the victim with its colluders."""
     network = make_network(6, size=1500, threshold=4, minimum_cohort=6)
-    attack = MaliciousAggregator(network, COLLUDERS)
+    attack = Play(network, colluders=COLLUDERS)
     attack.loosen()
     left = {VICTIM, *COLLUDERS}
 
-    @attack.on("AttemptOpen")
+    @attack.tell("AttemptOpen")
     def shorter(message: m.Message, to: str) -> Bodies:
         if phase != "AttemptOpen":
             return keep(message)
@@ -123,7 +125,7 @@ def test_a_shrunk_cohort(phase: str, fault: str) -> None:
 
     attack = shrink(phase, nullcontext())
     blamed(attack.network, VICTIM, fault)
-    assert VICTIM not in attack.knowledge.unmasked
+    assert VICTIM not in revealed(attack)
     assert not attack.knowledge.recovers(VICTIM)
     assert not any(attack.network.sums.values())
 
@@ -131,11 +133,11 @@ def test_a_shrunk_cohort(phase: str, fault: str) -> None:
 # --- 8, round keys
 
 
-def replay_keys(guard: Callable[[], AbstractContextManager[None]]) -> tuple[MaliciousAggregator, bytes | None]:
+def replay_keys(guard: Callable[[], AbstractContextManager[None]]) -> tuple[Play, bytes | None]:
     """A node is lost in round 1, so that its pair master is recovered; in round 2 the victim is shown its old keys."""
     lost, victim = "hospital-04", "hospital-00"
     network = make_network(5, size=1500, rounds=2, threshold=4, minimum_cohort=4)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     old: list[bytes] = []
     attack.hear("UploadChunk", "UploadDone")(
         lambda message, data: [] if message.sender == lost and message.round == 1 else [data]
@@ -146,7 +148,7 @@ def replay_keys(guard: Callable[[], AbstractContextManager[None]]) -> tuple[Mali
         old.extend([data] if message.sender == lost and message.round == 1 else [])
         return [data]
 
-    @attack.on("KeySet")
+    @attack.tell("KeySet")
     def replay(message: m.Message, to: str) -> Bodies:
         if to != victim or message.round != 2:
             return keep(message)

@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import pytest
 
-from audit.attacks.stage import chunk_coordinates
+from audit.attacks.forged import announce, opened, resign
+from audit.attacks.knowledge import chunk_coordinates, decrypted, packing_of, peek, study_key
+from audit.attacks.play import Bodies, Play, keep
 from keys.errors import RemoteProtocolError, VerificationFailed
 from protocols import messages as m
 from protocols import sealing
@@ -19,15 +21,14 @@ from protocols.ciphertexts import CipherLost, CipherUnavailable, pack_words, unp
 from protocols.encoding import FixedPoint
 from protocols.packing import DEGREE, PARAMETERS
 from protocols.prg import MaskSet
-from protocols.rings import Chunk, CiphertextRing, Total, octets
-from protocols.transcript import aggregate_digest, upload_digest
+from protocols.rings import Chunk, CiphertextRing, Total
+from protocols.transcript import upload_digest
 from secgeo.aggregator import WorkClock
 from tests.adversary import weaken
-from tests.adversary.attackers import Bodies, MaliciousAggregator, MaliciousNode, WrongSum, keep, opened, resign
-from tests.adversary.knowledge import decrypted, packing_of, peek
+from tests.adversary.attackers import MaliciousNode
 from tests.adversary.test_cohort import blamed
-from tests.adversary.test_members import expelled
 from tests.adversary.test_results import wrong
+from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, make_network, names
 from tests.protocols.test_attempt import check_sum
 
@@ -56,7 +57,7 @@ def uploaded(network: Network, name: str) -> np.ndarray:
     """What a node's upload of round 1 encrypts, for whoever has the study key: [blocks * 4096] coefficients."""
     chunks = listen(network, name, m.UploadChunk)
     network.run()
-    return decrypted(network, b"".join(bytes(chunk.tail) for chunk in chunks)).reshape(-1)
+    return decrypted(network, b"".join(bytes(chunk.tail) for chunk in chunks), study_key(network)).reshape(-1)
 
 
 # --- what a key holder sees that colludes with the aggregator
@@ -68,7 +69,7 @@ def test_the_integer_sum_is_the_same_to_the_bit_by_all_protocols() -> None:
         network = make_network(4, size=size, protocol=protocol)
         assert network.size == 9000
         network.run()
-        sums.add(opened(network, network._totals[1]).tobytes())
+        sums.add(opened(network, network.totals[1]).tobytes())
     assert len(sums) == 1
 
 
@@ -108,7 +109,7 @@ def test_what_a_key_holder_decrypts_of_one_node_is_uniform(protocol: str) -> Non
     with weaken.replaced(AttemptNode, "_begin_upload", begin):
         coefficients = uploaded(network, VICTIM)
     assert coefficients.size > 50_000
-    victim, plain_bits = nodes[VICTIM], packing_of(network).parameters.plain_bits
+    victim, plain_bits = nodes[VICTIM], packing_of(network.agreement).parameters.plain_bits
 
     def pair_key(peer: str) -> bytes:
         low, high = sorted((peer, VICTIM))
@@ -141,7 +142,7 @@ def test_a_key_holder_and_the_aggregator_read_one_node_in_homomorphic_only(proto
     fixed_point = FixedPoint.from_agreement(network.agreement)
     coefficients = uploaded(network, VICTIM).reshape(-1, DEGREE)
     try:
-        values = packing_of(network).unpack(coefficients, network.size)
+        values = packing_of(network.agreement).unpack(coefficients, network.size)
         found = np.array_equal(values, fixed_point.encode(network.vectors(VICTIM, 1)))
     except VerificationFailed:
         found = False
@@ -208,7 +209,7 @@ def test_an_upload_that_is_none_is_lost_alone_and_leaves_no_trace_in_the_sum(pro
     assert not any(weak.sums.values())  # what is left of the first chunk spoils the sum
 
     network = lie_about_words(nullcontext())
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     assert "cannot be added" in network.aggregator._out[LIAR]
     for name in left:
         assert check_sum(network, name) == left
@@ -227,7 +228,7 @@ def test_chunks_of_another_size_never_come_near_the_cipher(
     network = make_network(5, size=1024, threshold=4, minimum_cohort=4)
     upload(network, lambda _index, data: (data * 3)[:size])
     network.run()
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     assert "which no upload has" in network.aggregator._out[LIAR]
     assert len(set(seen)) == 1
     for name in names(5)[1:]:
@@ -248,7 +249,7 @@ def test_a_cipher_that_is_lost_over_an_upload_costs_that_upload_and_names_its_se
     genuine = Cipher.add
     with weaken.replaced(Cipher, "add", crash):
         network.run()
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     assert "the process ended" in network.aggregator._out[LIAR]
     for name in names(5)[1:]:
         assert check_sum(network, name) == tuple(names(5)[1:])
@@ -273,7 +274,7 @@ def test_a_machine_that_can_start_no_cipher_costs_an_attempt_and_blames_nobody(p
         network.run()
     assert not network.aggregator._out
     assert not network.faults
-    assert network._attempts == {1: 2}
+    assert network.attempts == {1: 2}
     for name in names(5):
         assert check_sum(network, name) == tuple(names(5))
 
@@ -324,7 +325,7 @@ def test_a_cipher_that_hangs_over_an_upload_costs_that_upload_alone(protocol: st
     assert not any(weak.sums.values())
 
     network = hang(WorkClock)
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     for name in names(5)[1:]:
         assert check_sum(network, name) == tuple(names(5)[1:])
 
@@ -340,27 +341,13 @@ def test_a_total_that_cannot_be_restored_voids_the_attempt_and_not_the_round(pro
 
     with weaken.replaced(Cipher, "subtract", crash):
         network.run()
-    assert expelled(network) == [LIAR]
-    assert network._attempts == {1: 2}
+    assert network.expelled == [LIAR]
+    assert network.attempts == {1: 2}
     for name in names(5)[1:]:
         assert check_sum(network, name) == tuple(names(5)[1:])
 
 
 # --- sums that are others
-
-
-class OneUpload(WrongSum):
-    """Sends the victim's ciphertexts as the sum of all, with a record that fits."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__(network, lambda values: values)
-        self._chunks = listen(network, VICTIM, m.UploadChunk)
-
-    def forged_line(self, line: bytes, number: int) -> tuple[bytes, Total]:
-        ring, step = self.network.aggregator._ring, self.network.agreement.secure_sum.chunk_values
-        total = ring.zeros(self.network.size)
-        ring.add(total, lambda: [(chunk.body.index * step, chunk.tail) for chunk in self._chunks])
-        return resign(self.identity, line, aggregate_digest=aggregate_digest(octets(total)).hex()), total
 
 
 @only["homomorphic"]
@@ -370,7 +357,15 @@ def test_one_upload_in_place_of_the_sum_is_not_taken(protocol: str) -> None:
     def show(guard: AbstractContextManager[None]) -> Network:
         network = make_network(4, size=1500)
         network.vectors = lambda name, _round: np.full(network.size, 0.5)  # type: ignore[assignment]
-        OneUpload(network)
+        attack, chunks = Play(network), listen(network, VICTIM, m.UploadChunk)
+
+        def alone(_total: Total) -> Total:
+            ring, step = network.aggregator._ring, network.agreement.secure_sum.chunk_values
+            total = ring.zeros(network.size)
+            ring.add(total, lambda: [(chunk.body.index * step, chunk.tail) for chunk in chunks])
+            return total
+
+        announce(attack, alone)
         with guard:
             network.run()
         return network
@@ -387,11 +382,11 @@ def test_one_upload_in_place_of_the_sum_is_not_taken(protocol: str) -> None:
 @each
 def test_a_record_that_names_another_study_key_is_the_aggregators_fault(protocol: str) -> None:
     network = make_network(4, size=1500)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
 
-    @attack.on("RoundResult")
+    @attack.tell("RoundResult")
     def rename(message: m.Message, _to: str) -> Bodies:
-        line = resign(attack.identity, message.body.record, study_key="0" * 64)
+        line = resign(network.identities[AGGREGATOR], message.body.record, study_key="0" * 64)
         return [(m.RoundResult(line, message.body.receipts), b"")]
 
     network.run()
@@ -424,11 +419,11 @@ def test_an_upload_of_an_earlier_round_in_place_of_the_new_one(protocol: str, mo
 @pytest.mark.parametrize("what", ["a word that is not below q", "a ciphertext too few"])
 def test_chunks_of_the_sum_that_are_no_ciphertexts_are_the_aggregators_fault(protocol: str, what: str) -> None:
     network = make_network(4, size=1500)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
 
-    @attack.on("SumChunk")
+    @attack.tell("SumChunk")
     def break_it(message: m.Message, _to: str) -> Bodies:
-        parameters = packing_of(network).parameters
+        parameters = packing_of(network.agreement).parameters
         words = unpack_words(message.tail, parameters, len(message.tail) * 8 // (DEGREE * parameters.prime_bits))
         words[0, 0] = parameters.prime
         tail = pack_words(words, parameters) if "word" in what else bytes(message.tail[: len(message.tail) // 2])
@@ -449,9 +444,9 @@ def test_chunks_of_the_sum_that_are_no_ciphertexts_are_the_aggregators_fault(pro
 )
 def test_messages_of_masks_are_the_aggregators_fault(protocol: str, body: m.AnyBody) -> None:
     network = make_network(4, size=1500)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     moment = "Survivors" if isinstance(body, m.SurvivorProof) else "Credit"
-    attack.on(moment)(lambda message, to: [*keep(message), (body, b"")])
+    attack.tell(moment)(lambda message, to: [*keep(message), (body, b"")])
     network.run()
     for name in names(4):
         blamed(network, name, f"sent {type(body).__name__} in state")
@@ -465,7 +460,7 @@ def test_a_member_that_encrypted_on_top_of_another_sum_or_key_is_named(protocol:
         lambda message, _data: [liar.sign(message, m.UploadDone(message.body.digest, bytes(32), message.body.tag))]
     )
     network.run()
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     for name in names(5)[1:]:
         assert check_sum(network, name) == tuple(names(5)[1:])
 
@@ -473,13 +468,13 @@ def test_a_member_that_encrypted_on_top_of_another_sum_or_key_is_named(protocol:
 @only["homomorphic"]
 def test_hospitals_that_were_told_different_stories_of_the_last_sum_do_not_vote(protocol: str) -> None:
     network, victim = make_network(4, size=1500, rounds=2), "hospital-01"
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
 
-    @attack.on("SumChunk", "RoundResult")
+    @attack.tell("SumChunk", "RoundResult")
     def lost(message: m.Message, to: str) -> Bodies:
         return [] if (to, message.round) == (victim, 1) else keep(message)
 
-    @attack.on("RoundOpen")
+    @attack.tell("RoundOpen")
     def as_if_lost(message: m.Message, to: str) -> Bodies:
         return [(m.RoundOpen(0), b"")] if (to, message.round) == (victim, 2) else keep(message)
 
@@ -499,7 +494,7 @@ def test_a_complaint_is_without_ground_where_nothing_was_sealed(protocol: str) -
     liar = MaliciousNode(network, LIAR)
     liar.on("UploadChunk")(lambda message, _data: [liar.sign(message, m.Complaint("hospital-01"))])
     network.run()
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     for name in names(5)[1:]:
         assert check_sum(network, name) == tuple(names(5)[1:])
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tomli_w
 
+from audit.attacks.play import Play
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from protocols import messages as m
 from protocols.agreement import Agreement, agreement_digest
@@ -21,7 +22,7 @@ from protocols.encoding import FixedPoint
 from protocols.sealing import AttemptId
 from secgeo.update import precision_weight
 from tests.adversary import weaken
-from tests.adversary.attackers import MaliciousAggregator, behaving
+from tests.adversary.attackers import behaving
 from tests.adversary.test_results import wrong
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, make_network, names
@@ -54,18 +55,18 @@ def start() -> Network:
     return network
 
 
-def serve(section: str, fields: dict[str, Any], *, follow: bool) -> MaliciousAggregator:
+def serve(section: str, fields: dict[str, Any], *, follow: bool) -> Play:
     """The aggregator runs the study under another agreement; with `follow` the nodes take it from there."""
     network = start()
-    pinned, pinned_digest = network.parties, network.digest
+    pinned_digest = network.digest
     other = changed(network.agreement, section, **fields)
     other_digest = digest_of(other)
-    network.parties = Parties(other, other_digest, pinned.public_keys)
-    network.aggregator = network._new_aggregator()
+    pinned, theirs = network.parties, Parties(other, other_digest, network.parties.public_keys)
+    network.aggregator = network.new_aggregator(theirs)
     if follow:
-        network.agreement, network.digest = other, other_digest
+        network.agreement, network.digest, network.parties = other, other_digest, theirs
         network.nodes = {name: network.new_node(name) for name in network.nodes}
-    network.parties, attack = pinned, MaliciousAggregator(network, COLLUDERS)
+    network.parties, attack = pinned, Play(network, colluders=COLLUDERS)
     assert network.digest == (other_digest if follow else pinned_digest)
     network.run()
     return attack
@@ -80,7 +81,7 @@ PARAMETERS = {
 }
 
 
-def harmed(attack: MaliciousAggregator, what: str) -> bool:
+def harmed(attack: Play, what: str) -> bool:
     """What the other parameter is good for."""
     network = attack.network
     if what == "threshold":
@@ -119,10 +120,9 @@ def test_other_parameters_under_the_pinned_digest(what: str) -> None:
     """It speaks of the pinned agreement and works by another one."""
     section, fields = PARAMETERS[what]
     network = start()
-    pinned = network.parties
-    network.parties = Parties(changed(network.agreement, section, **fields), network.digest, pinned.public_keys)
-    network.aggregator = network._new_aggregator()
-    network.parties, attack = pinned, MaliciousAggregator(network, COLLUDERS)
+    other = changed(network.agreement, section, **fields)
+    network.aggregator = network.new_aggregator(Parties(other, network.digest, network.parties.public_keys))
+    attack = Play(network, colluders=COLLUDERS)
     network.run()
     assert not harmed(attack, what)
     for name in network.nodes:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from audit import records
+from audit.attacks.forged import opened, resign
+from audit.attacks.play import Bodies, Play, keep
 from keys.errors import VerificationFailed
 from keys.labels import Label
 from protocols import messages as m
@@ -22,18 +24,10 @@ from protocols.tags import Tagger
 from protocols.transcript import receipt_statement
 from secgeo.records import RECEIPTS
 from tests.adversary import weaken
-from tests.adversary.attackers import (
-    Bodies,
-    MaliciousAggregator,
-    MaliciousNode,
-    WrongSum,
-    behaving,
-    keep,
-    opened,
-    resign,
-)
+from tests.adversary.attackers import MaliciousNode, behaving, wrong_sum
 from tests.adversary.test_cohort import blamed
 from tests.audit.factory import NOW, make_study
+from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, head, make_network, names
 from tests.protocols.test_attempt import check_sum, expected
 
@@ -80,8 +74,8 @@ def of_another_round(total: Uint32Vector) -> Uint32Vector:
 CHANGES = [one_more, exchanged, chunks_exchanged, cut_short, of_another_round]
 
 
-def announce(change: Callable[[Uint32Vector], Uint32Vector], guard: AbstractContextManager[None]) -> WrongSum:
-    attack = WrongSum(make_network(4), change)
+def announce(change: Callable[[Uint32Vector], Uint32Vector], guard: AbstractContextManager[None]) -> Play:
+    attack = wrong_sum(make_network(4), change)
     with guard:
         attack.network.run()
     return attack
@@ -102,7 +96,7 @@ def test_a_changed_sum_with_a_consistent_signed_record(change: Callable[[Uint32V
 
 def test_another_sum_of_tags_alone() -> None:
     network = make_network(4)
-    WrongSum(network, lambda total: total, retag=lambda tag: tag + 1)
+    wrong_sum(network, lambda total: total, retag=lambda tag: tag + 1)
     network.run()
     assert not any(network.sums.values())
     assert all("does not match its tags" in str(network.faults[name]) for name in names(4))
@@ -111,14 +105,14 @@ def test_another_sum_of_tags_alone() -> None:
 def test_the_opened_tag_is_that_of_the_sum_and_tells_nothing_else() -> None:
     """Which a member can compute from the sum itself: no carries, nothing of how the sum divides."""
     network = make_network(4, size=1500)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     seeds: list[bytes] = []
 
-    @attack.on("RoundResult")
+    @attack.tell("RoundResult")
     def look(message: m.Message, to: str) -> Bodies:
         seeds.append(network.journals[to].tag_seed(1, 1))
         tagger = Tagger(seeds[0], AttemptId(network.digest, 1, 1))
-        total = opened(network, network._totals[1])
+        total = opened(network, network.totals[1])
         parts = (tagger.part(total[start : start + 1024], start) for start in range(0, total.size, 1024))
         expected_tag = (sum(parts) + 4 * tagger.pad) % TAG_PRIME
         assert f'"aggregate_tag":"{expected_tag:016x}"'.encode() in message.body.record
@@ -135,8 +129,8 @@ def test_a_sum_that_is_cut_off_for_ever() -> None:
 
     def send(guard: AbstractContextManager[None]) -> tuple[Network, int]:
         network = make_network(4)
-        attack, asked = MaliciousAggregator(network), 0
-        attack.on("SumChunk")(lambda message, to: [] if message.body.index == 2 else keep(message))
+        attack, asked = Play(network), 0
+        attack.tell("SumChunk")(lambda message, to: [] if message.body.index == 2 else keep(message))
 
         @attack.hear("Join")
         def count(message: m.Message, data: bytes) -> list[bytes]:
@@ -144,7 +138,7 @@ def test_a_sum_that_is_cut_off_for_ever() -> None:
             asked += 1
             network.aggregator._joins.clear()
             if asked > 400:  # enough is seen: let it come to an end
-                attack._changes.clear()
+                attack._telling.clear()
             return [data]
 
         with guard:
@@ -163,7 +157,7 @@ def double_everything(guard: AbstractContextManager[None]) -> Network:
     """Twice the sum with twice the sum of the tags, where that stays in the range of a sum: for values all below zero."""
     network = make_network(4)
     network.vectors = lambda name, _number: np.full(network.size, -5.0)  # type: ignore[assignment]
-    WrongSum(network, lambda total: total * np.uint32(2), retag=lambda tag: 2 * tag)
+    wrong_sum(network, lambda total: total * np.uint32(2), retag=lambda tag: 2 * tag)
     with guard:
         network.run()
     return network
@@ -189,7 +183,7 @@ def test_a_colluding_member_takes_the_detection_away_and_nothing_else() -> None:
         tagger = Tagger(network.journals["hospital-03"].tag_seed(1, 1), attempt._attempt)  # type: ignore[union-attr]
         return tagger.part(one_more(np.zeros(network.size, np.uint32)))
 
-    WrongSum(network, one_more, retag=lambda tag: tag + difference())
+    wrong_sum(network, one_more, retag=lambda tag: tag + difference())
     network.run()
     assert wrong(network, "hospital-00")
     assert not network.faults
@@ -201,11 +195,11 @@ def test_a_colluding_member_takes_the_detection_away_and_nothing_else() -> None:
 def send_old_sum(guard: Guard) -> Network:
     """A node loses its connection before it votes in round 2, and is sent the sum and record of round 1 as those of round 2."""
     network, victim = make_network(4, rounds=2, threshold=3), "hospital-03"
-    attack, old = MaliciousAggregator(network), []
+    attack, old = Play(network), []
     attack.hear("SurvivorVote")(lambda message, data: [] if (message.sender, message.round) == (victim, 2) else [data])
-    attack.on("Survivors")(lambda message, to: [] if (to, message.round) == (victim, 2) else keep(message))
+    attack.tell("Survivors")(lambda message, to: [] if (to, message.round) == (victim, 2) else keep(message))
 
-    @attack.on("SumChunk", "RoundResult")
+    @attack.tell("SumChunk", "RoundResult")
     def replay(message: m.Message, to: str) -> Bodies:
         if to == victim and message.round == 1:
             old.append(keep(message))
@@ -273,13 +267,13 @@ def test_sums_are_applied_in_the_order_in_which_they_build_on_each_other() -> No
 def tell_two_stories(guard: AbstractContextManager[None]) -> tuple[Network, set[bytes]]:
     """One node gets the record that all get, and then another of the same round; gives what it has countersigned."""
     network = make_network(4)
-    attack, signed = MaliciousAggregator(network), set()
+    attack, signed = Play(network), set()
 
-    @attack.on("RoundResult")
+    @attack.tell("RoundResult")
     def both(message: m.Message, to: str) -> Bodies:
         if to != "hospital-01":
             return keep(message)
-        other = resign(attack.identity, message.body.record, upload_bytes=1)
+        other = resign(network.identities[AGGREGATOR], message.body.record, upload_bytes=1)
         attack.say(to, (message.round, 0), m.RoundResult(message.body.record))
         return [(m.RoundResult(other), b"")]
 
@@ -298,10 +292,10 @@ def tell_two_stories(guard: AbstractContextManager[None]) -> tuple[Network, set[
 def fork_the_study(guard: AbstractContextManager[None]) -> Network:
     """One node is told that round 1 was lost; the others apply its sum. Then all are asked to go on together."""
     network, victim = make_network(4, rounds=2), "hospital-01"
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     attack.loosen()
 
-    @attack.on("SumChunk", "RoundResult")
+    @attack.tell("SumChunk", "RoundResult")
     def lost(message: m.Message, to: str) -> Bodies:
         if (to, message.round) != (victim, 1):
             return keep(message)
@@ -309,7 +303,7 @@ def fork_the_study(guard: AbstractContextManager[None]) -> Network:
             attack.say(to, (1, 1), m.AttemptFailed("too few votes", final=True))
         return []
 
-    @attack.on("RoundOpen")
+    @attack.tell("RoundOpen")
     def as_if_lost(message: m.Message, to: str) -> Bodies:
         return [(m.RoundOpen(0), b"")] if (to, message.round) == (victim, 2) else keep(message)
 
@@ -405,20 +399,14 @@ def feed_a_latecomer(
 ) -> Network:
     """A node that took no part is sent a changed sum with a consistent record, and receipts of colluders for it."""
     network, late = make_network(6, threshold=5, minimum_cohort=5), "hospital-05"
-    attack = WrongSum(network, one_more, [late])
+
+    def receipts(line: bytes) -> tuple[tuple[str, bytes], ...]:
+        statement = receipt_statement(network.digest, 1, line_digest(line))
+        signed = [(n, network.identities[n].sign(Label.RECEIPT, statement)) for n in colluders]
+        return (*signed, *((n, bytes(64)) for n in forged)) * (4 if repeat else 1)
+
+    wrong_sum(network, one_more, victims=[late], receipts=receipts)
     MaliciousNode(network, late).on("Ready")(lambda message, data: [])
-    genuine = attack._result
-
-    @attack.on("RoundResult")
-    def with_receipts(message: m.Message, to: str) -> Bodies:
-        if to == late:
-            line, _ = attack.forged_line(message.body.record, message.round)
-            statement = receipt_statement(network.digest, message.round, line_digest(line))
-            signed = [(n, network.consortium.identities[n].sign(Label.RECEIPT, statement)) for n in colluders]
-            signed += [(n, bytes(64)) for n in forged]
-            attack.receipts = tuple(signed) * (4 if repeat else 1)
-        return genuine(message, to)
-
     with guard():
         network.run()
     return network

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
+from audit.attacks.forged import opened
+from audit.attacks.knowledge import decoded, is_vector_of
+from audit.attacks.play import Bodies, Play, keep
 from protocols import messages as m
 from protocols.encoding import FixedPoint
 from tests.adversary import weaken
-from tests.adversary.attackers import Bodies, MaliciousAggregator, PrivateAttempt, keep, opened
-from tests.adversary.knowledge import decoded, is_vector_of
+from tests.adversary.attackers import PrivateAttempt, revealed
 from tests.adversary.test_cohort import blamed
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, make_network, names
@@ -36,7 +38,7 @@ def test_fewer_colluders_than_the_threshold_read_nothing(colluders: int, reads: 
     """Everybody follows the protocol. That four colluders do read the vector shows that the attacker is no straw man."""
     network = make_network(6, size=1500, threshold=4, minimum_cohort=4)
     others = [name for name in names(6) if name != VICTIM]
-    attack = MaliciousAggregator(network, others[:colluders])
+    attack = Play(network, colluders=others[:colluders])
     network.run()
     assert attack.knowledge.recovers(VICTIM) == reads
     assert check_sum(network, VICTIM) == tuple(names(6))
@@ -45,14 +47,14 @@ def test_fewer_colluders_than_the_threshold_read_nothing(colluders: int, reads: 
 # --- 5
 
 
-def ask_twice(guard: AbstractContextManager[None]) -> MaliciousAggregator:
+def ask_twice(guard: AbstractContextManager[None]) -> Play:
     """Everyone reveals shares of the victim's self seed; then it is called lost, and they are asked for the pair shares."""
     network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     first: dict[str, m.Survivors] = {}
     votes: dict[str, bytes] = {}
 
-    @attack.on("Survivors")
+    @attack.tell("Survivors")
     def remember(message: m.Message, to: str) -> Bodies:
         first[to] = message.body  # type: ignore[assignment]
         return keep(message)
@@ -93,10 +95,10 @@ def test_self_seed_and_pair_share_of_one_node() -> None:
 # --- 6 and 7
 
 
-def two_sets(guard: AbstractContextManager[None], *, all_votes: bool) -> MaliciousAggregator:
+def two_sets(guard: AbstractContextManager[None], *, all_votes: bool) -> Play:
     """Half of the nodes hear that the victim survived, half that it is lost; so few shares are needed that each half has enough."""
     network = make_network(17, size=1100, **SPARSE)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     votes: dict[str, bytes] = {}
     asked: set[str] = set()
 
@@ -105,7 +107,7 @@ def two_sets(guard: AbstractContextManager[None], *, all_votes: bool) -> Malicio
         others = [n for n in order if n != VICTIM and n not in neighbours]
         return name == VICTIM or name in neighbours[:4] or name in others[:4]
 
-    @attack.on("Survivors")
+    @attack.tell("Survivors")
     def tell(message: m.Message, to: str) -> Bodies:
         asked.add(to)
         survivors = message.body.survivors
@@ -133,7 +135,7 @@ def test_different_survivor_sets_to_different_nodes() -> None:
     attack = two_sets(nullcontext(), all_votes=True)
     for name in names(17):
         blamed(attack.network, name, "never signed")
-    assert not attack.knowledge.unmasked
+    assert not revealed(attack)
     assert not attack.knowledge.recovers(VICTIM)
 
 
@@ -143,20 +145,20 @@ def test_survivors_without_enough_signatures() -> None:
     attack = two_sets(nullcontext(), all_votes=False)
     for name in names(17):
         blamed(attack.network, name, "fewer than 11 survivor votes")
-    assert not attack.knowledge.unmasked
+    assert not revealed(attack)
     assert not attack.knowledge.recovers(VICTIM)
 
 
 # --- 8, a second sum of a round
 
 
-def sum_twice(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator, bool]:
+def sum_twice(guard: AbstractContextManager[None]) -> tuple[Play, bool]:
     """After the sum of all five the aggregator opens one more attempt, without the victim, and subtracts."""
     network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     second: list[PrivateAttempt] = []
 
-    @attack.on("SumChunk", "RoundResult")
+    @attack.tell("SumChunk", "RoundResult")
     def again(_message: m.Message, _to: str) -> Bodies:
         if not second:
             second.append(PrivateAttempt(attack, (1, 2), [name for name in names(5) if name != VICTIM]))
@@ -173,7 +175,7 @@ def sum_twice(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator,
     outcome = second[0].outcome
     if outcome is None:
         return attack, False
-    difference = opened(network, network._totals[1]) - opened(network, outcome.total)
+    difference = opened(network, network.totals[1]) - opened(network, outcome.total)
     return attack, is_vector_of(network, decoded(network, difference), VICTIM)
 
 
@@ -188,10 +190,10 @@ def test_a_replayed_attempt_after_the_sum() -> None:
 # --- 10
 
 
-def delay_the_upload(guard: AbstractContextManager[None]) -> tuple[MaliciousAggregator, bool]:
+def delay_the_upload(guard: AbstractContextManager[None]) -> tuple[Play, bool]:
     """The aggregator holds the victim's upload back until its pair masks are revealed, and asks for its self seed after."""
     network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
-    attack = MaliciousAggregator(network)
+    attack = Play(network)
     attack.hear("UploadChunk", "UploadDone")(lambda message, data: [] if message.sender == VICTIM else [data])
     uploads: dict[str, bytes] = {}
 
@@ -231,24 +233,24 @@ def test_an_upload_that_comes_after_its_pair_masks_were_revealed() -> None:
 # --- 18
 
 
-class SparseAttack(MaliciousAggregator):
+class SparseAttack(Play):
     """Three of the victim's eight neighbours collude, dealers first; it would rather be without the other five."""
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
         self.loosen()
-        self.honest: set[str] = set()
-        self.on("KeySet")(self._choose)
+        self.around: set[str] = set()
+        """The neighbours that are honest."""
+        self.tell("KeySet")(self._choose)
 
     def _choose(self, message: m.Message, to: str) -> Bodies:
-        if not self.honest:
-            self.knowledge.watch(AGGREGATOR, to, self.sign((message.round, message.attempt), message.body))
+        if not self.around:
+            address = message.round, message.attempt
+            self.knowledge.watch(AGGREGATOR, to, self.sign(AGGREGATOR, address, message.body))
             graph = self.knowledge.graph(to)
             around = sorted(graph.neighbours(VICTIM), key=lambda name: name not in graph.dealers)
-            for name in around[:3]:
-                self.knowledge.corrupt(name)
-                self._recruit(name)
-            self.honest = set(around[3:])
+            self.recruit(*around[:3])
+            self.around = set(around[3:])
         return keep(message)
 
 
@@ -257,15 +259,15 @@ def hide_neighbours(guard: AbstractContextManager[None]) -> SparseAttack:
     network = make_network(17, size=1100, **SPARSE)
     attack = SparseAttack(network)
 
-    @attack.on("SeedSet")
+    @attack.tell("SeedSet")
     def hide(message: m.Message, to: str) -> Bodies:
         if to != VICTIM:
             return keep(message)
         body = message.body
-        sealed = tuple(data for data in body.sealed if m.claimed_sender(data) not in attack.honest)
-        return [(m.SeedSet(tuple(n for n in body.senders if n not in attack.honest), sealed), b"")]
+        sealed = tuple(data for data in body.sealed if m.claimed_sender(data) not in attack.around)
+        return [(m.SeedSet(tuple(n for n in body.senders if n not in attack.around), sealed), b"")]
 
-    attack.on("Survivors")(lambda message, to: [] if to == VICTIM else keep(message))
+    attack.tell("Survivors")(lambda message, to: [] if to == VICTIM else keep(message))
     with guard:
         network.run()
     return attack
@@ -275,10 +277,10 @@ def test_a_victim_that_hears_its_honest_neighbours_never_dealt_seeds() -> None:
     assert hide_neighbours(weaken.neighbours_views()).knowledge.recovers(VICTIM)
 
     attack = hide_neighbours(nullcontext())
-    for name in attack.honest:
+    for name in attack.around:
         blamed(attack.network, name, f"an upload that {VICTIM} did not sign, or that it masked for other senders")
-    assert set(attack.network.faults) == attack.honest
-    assert not set(attack.knowledge.unmasked) & attack.honest
+    assert set(attack.network.faults) == attack.around
+    assert not revealed(attack) & attack.around
     assert not attack.knowledge.recovers(VICTIM)
 
 
@@ -286,7 +288,7 @@ def cut_off(guard: AbstractContextManager[None]) -> SparseAttack:
     """The victim's honest neighbours are called lost, so that only colluders share masks with it."""
     network = make_network(17, size=1100, **SPARSE)
     attack = SparseAttack(network)
-    attack.hear("UploadChunk", "UploadDone")(lambda message, data: [] if message.sender in attack.honest else [data])
+    attack.hear("UploadChunk", "UploadDone")(lambda message, data: [] if message.sender in attack.around else [data])
     with guard:
         network.run()
     return attack
@@ -297,7 +299,7 @@ def test_a_victim_cut_off_from_its_honest_neighbours() -> None:
 
     attack = cut_off(nullcontext())
     blamed(attack.network, VICTIM, "colluders could cut apart")
-    assert not set(attack.knowledge.unmasked) - attack.knowledge.colluders
+    assert not revealed(attack)
     assert not attack.knowledge.recovers(VICTIM)
     assert not any(attack.network.sums.values())
 
@@ -315,11 +317,11 @@ def side_by_side(guard: AbstractContextManager[None]) -> tuple[Network, bool]:
     sparse = {"threshold": 10, "minimum_cohort": 10, "neighbours": 14, "share_threshold": 2}
     network = make_network(17, size=1100, **sparse)
     colluder, left_out = "hospital-07", {"hospital-15", "hospital-16"}
-    attack = MaliciousAggregator(network, [colluder])
+    attack = Play(network, colluders=[colluder])
     attack.loosen()
     second: list[PrivateAttempt] = []
 
-    @attack.on("SurvivorProof")
+    @attack.tell("SurvivorProof")
     def split(message: m.Message, to: str) -> Bodies:
         if not second:
             second.append(PrivateAttempt(attack, (1, 2), set(network.nodes) - {VICTIM, colluder, *left_out}))
@@ -335,10 +337,10 @@ def side_by_side(guard: AbstractContextManager[None]) -> tuple[Network, bool]:
         network.run()
     assert second
     outcome = second[0].outcome
-    if outcome is None or 1 not in network._totals:
+    if outcome is None or 1 not in network.totals:
         return network, False
     own = FixedPoint.from_agreement(network.agreement).encode(network.vectors(colluder, 1))
-    difference = opened(network, network._totals[1]) - opened(network, outcome.total) - own
+    difference = opened(network, network.totals[1]) - opened(network, outcome.total) - own
     return network, is_vector_of(network, decoded(network, difference), VICTIM)
 
 

@@ -19,7 +19,6 @@ from secgeo import zap
 from secgeo.transport import NodeEndpoint
 from tests.adversary import test_cohort, test_members, test_parameters, test_results, test_shares, weaken
 from tests.adversary.attackers import MaliciousNode
-from tests.adversary.test_members import expelled
 from tests.adversary.wire import LIMITS, WireNetwork, make_wire_network, over_sockets
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import names
@@ -94,7 +93,7 @@ def test_garbage_and_half_open_peers_do_not_disturb_a_round() -> None:
         network.finish()
     for name in names(5):
         assert check_sum(network, name) == tuple(names(5))
-    assert not expelled(network)
+    assert not network.expelled
 
 
 def test_a_stranger_with_a_key_of_its_own_is_not_heard() -> None:
@@ -183,7 +182,7 @@ def test_keys_of_an_old_roster_sign_nothing_that_counts() -> None:
 
     network = use_old_key()
     network.run()
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     everybody_but(LIAR, network)
 
 
@@ -229,7 +228,7 @@ def test_random_messages_in_the_name_of_another_member() -> None:
     network.tap = steal
     liar.on("SealedSeeds")(lambda message, data: [stolen[0]])
     network.run()
-    assert expelled(network) == [LIAR]
+    assert network.expelled == [LIAR]
     everybody_but(LIAR, network)
 
 
@@ -241,4 +240,4 @@ def test_a_member_that_stalls_costs_one_deadline(kind: str) -> None:
     for name in set(names(5)) - {LIAR}:
         assert (LIAR in check_sum(network, name)) == (kind == "Unmasking")
         assert name not in network.faults
-    assert not expelled(network)
+    assert not network.expelled

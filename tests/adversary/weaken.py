@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from audit.attacks.knowledge import peek
+from audit.attacks.network import MemoryJournal
 from protocols import attempt_node, messages, sealing, study_node
 from protocols.attempt_aggregator import AttemptAggregator, _Upload
 from protocols.attempt_node import AttemptNode, Parties, State
@@ -19,8 +21,6 @@ from protocols.sealing import AttemptId
 from protocols.study_aggregator import AggregatorMachine
 from protocols.study_node import NodeMachine
 from protocols.tags import Tagger
-from tests.adversary.knowledge import peek
-from tests.protocols.network import MemoryJournal
 
 
 @contextmanager

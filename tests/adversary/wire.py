@@ -9,12 +9,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import msgspec
 
+from audit.attacks.network import Hangs
 from protocols.agreement import Deadlines, read_agreement, write_agreement
 from protocols.study_aggregator import Stage
 from secgeo.transport import AggregatorEndpoint, NodeEndpoint, TransportLimits
@@ -29,14 +30,15 @@ LIMITS = TransportLimits(
 )
 
 
-@dataclass
 class WireNetwork(Network):
     """One study over sockets. `run` opens the port, dials in, and closes everything at the end."""
 
-    members: dict[bytes, str] = field(default_factory=dict)
-    """Whom the door lets in: CURVE key -> name. By default who is in the agreement."""
-    links: dict[str, NodeEndpoint] = field(default_factory=dict)
-    outboxes: dict[str, deque[bytes]] = field(default_factory=dict)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.members: dict[bytes, str] = {}
+        """Whom the door lets in: CURVE key -> name. By default who is in the agreement."""
+        self.links: dict[str, NodeEndpoint] = {}
+        self.outboxes: dict[str, deque[bytes]] = {}
 
     def start(self, *arguments: object, **options: object) -> None:
         self.now, self._opened = time.monotonic(), ExitStack()
@@ -75,7 +77,8 @@ class WireNetwork(Network):
         patience = time.monotonic() + PATIENCE_SECONDS
         with self._opened:
             while not self._over():
-                assert time.monotonic() < patience, "the study neither ended nor made progress"
+                if time.monotonic() > patience:
+                    raise Hangs("the study neither ended nor made progress")
                 self._carry()
 
     def _over(self) -> bool:

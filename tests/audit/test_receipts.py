@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from audit import records
+from audit.attacks.forged import resign
 from audit.records import VerificationReport, verify_folder
 from keys.identity import Identity
 from keys.labels import Label
@@ -21,7 +22,6 @@ from protocols import transcript as t
 from protocols.chain import Unsigned, line_digest
 from secgeo import cli
 from secgeo.records import RECEIPTS, TRANSCRIPT
-from tests.adversary.attackers import resign
 from tests.audit.factory import NOW, Study, make_study
 from tests.audit.tamper import byte_changes
 from tests.keys.factory import AGGREGATOR

@@ -245,7 +245,7 @@ def _aggregator(data: bytes) -> None:
         return
     recording, moment, messages = script
     network, machine = recording.network, again(moment.machine)
-    totals = machine._load_sum.__closure__[0].cell_contents._totals
+    totals = machine._load_sum.__closure__[0].cell_contents.totals
     lines, now = list(moment.lines), machine.deadline - 1.0
 
     def carry_out(outputs: Sequence[Any]) -> None:

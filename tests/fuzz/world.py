@@ -156,7 +156,7 @@ def snapshot(machine: Any, network: Network) -> Any:
     """
     kept = object.__new__(Network)
     memo: dict[int, Any] = {id(network): kept}
-    vars(kept).update(_copy({name: value for name, value in vars(network).items() if name == "_totals"}, memo))
+    vars(kept).update(_copy({name: value for name, value in vars(network).items() if name == "totals"}, memo))
     return _copy(machine, memo)
 
 
@@ -197,7 +197,9 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
 def _has_state(value: Any) -> bool:
     """Whether this is an object of ours that can change."""
     kind = type(value)
-    if not kind.__module__.startswith(("protocols.", "tests.")) or isinstance(value, type | BaseException):
+    if not kind.__module__.startswith(("protocols.", "tests.", "audit.attacks.")) or isinstance(
+        value, type | BaseException
+    ):
         return False
     if is_dataclass(kind):
         return not kind.__dataclass_params__.frozen  # type: ignore[attr-defined]

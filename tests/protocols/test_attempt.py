@@ -168,7 +168,7 @@ def test_a_complaint_without_ground_expels_its_author() -> None:
 
     network.tap = tap
     network.run()
-    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar.node_id]
+    assert network.expelled == [liar.node_id]
     check_sum(network, "hospital-00")
 
 
@@ -470,7 +470,7 @@ def test_a_misbehaving_node_is_named_and_the_round_completes_without_it(kind: st
     network.tap = tap
     network.run()
     check_sum(network, "hospital-00")
-    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar.node_id]
+    assert network.expelled == [liar.node_id]
     assert not network.faults
 
 

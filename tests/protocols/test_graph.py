@@ -182,5 +182,5 @@ def test_a_complaint_about_a_hospital_that_sealed_nothing_to_the_accuser_is_a_li
 
     network.tap = tap
     network.run()
-    assert [event.fields["node"] for event in network.progress if event.event == "expelled"] == [liar]
+    assert network.expelled == [liar]
     assert check_sum(network, accused[0]) == tuple(name for name in names(20) if name != liar)

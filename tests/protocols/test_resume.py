@@ -72,7 +72,7 @@ def crashing(crashes: dict[str, set[int]], rounds: int = 2, count: int = 4) -> C
 def check(network: CrashingNetwork) -> set[int]:
     """What must hold after any crashes; gives the rounds that were summed."""
     assert not network.faults
-    assert not [p for p in network.progress if p.event == "expelled"]
+    assert not network.expelled
     assert len(set(network.uploads)) == len(network.uploads)
     record = transcript.read_transcript(b"".join(network.lines), network.consortium.identities[AGGREGATOR].public_key)
     summed = transcript.verify_transcript(record, network.agreement, network.digest, network.parties.public_keys)

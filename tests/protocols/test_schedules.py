@@ -112,7 +112,7 @@ def test_two_different_messages_of_one_kind_are_equivocation(kind: str) -> None:
 
     network.tap = tap
     network.run()
-    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar.node_id]
+    assert network.expelled == [liar.node_id]
     check_sum(network, "hospital-00")
 
 
@@ -180,7 +180,7 @@ def test_a_node_that_joins_without_end_is_not_to_blame_and_costs_nothing() -> No
 
     network.tap = tap
     network.run()
-    assert not [p for p in network.progress if p.event == "expelled"]
+    assert not network.expelled
     assert check_sum(network, "hospital-00", 2) == tuple(names(4))
 
 

@@ -300,7 +300,7 @@ def test_an_opened_round_that_fails_is_not_attempted_again_although_enough_are_l
     monkeypatch.setattr(attempt_node, "shamir", SimpleNamespace(split=split, is_share=shamir.is_share))
     network.nodes[liar]._coins = coins
     network.run()
-    assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar]
+    assert network.expelled == [liar]
     assert not network.faults
     assert {(number, attempt) for number, attempt, _ in network.journals["hospital-00"].entries} == {(1, 1), (2, 1)}
     assert [summed.round for summed in network.sums["hospital-00"]] == [2]
@@ -319,7 +319,7 @@ def test_messages_of_the_future_are_the_senders_fault() -> None:
             [future] if sender == liar and body_type(data) == "Ready" else [data]
         )
         network.run()
-        assert [p.fields["node"] for p in network.progress if p.event == "expelled"] == [liar]
+        assert network.expelled == [liar]
         check_sum(network, "hospital-00")
 
 

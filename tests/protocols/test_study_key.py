@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from audit.attacks.forged import resign
+from audit.attacks.knowledge import peek
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from protocols import messages as m
 from protocols import study_aggregator as agg
@@ -25,8 +27,7 @@ from protocols.rings import make_ring
 from protocols.sealing import AttemptId, SealBroken
 from protocols.study_key import Box, StudyKey
 from tests.adversary import weaken
-from tests.adversary.attackers import MaliciousNode, inject, resign
-from tests.adversary.knowledge import peek
+from tests.adversary.attackers import MaliciousNode
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, head, make_network, names
 from tests.protocols.test_attempt import check_sum
@@ -165,7 +166,7 @@ def test_the_aggregator_holds_no_key_and_cannot_decrypt(protocol: str) -> None:
     assert not holds(machine, secret)
     machine._said["a place for it"] = b"..." + secret
     assert holds(machine, secret)
-    total = network._totals[1]
+    total = network.totals[1]
     with pytest.raises(LocalProtocolError, match="no key"):
         machine._ring.open(total, network.size)
     # Nor does a key that it makes itself open the sum; nor do the zeros of a ciphertext without its second half.
@@ -256,7 +257,7 @@ def test_a_member_cannot_take_the_making_of_the_key_from_the_one_that_was_asked(
     def tap(sender: str, recipient: str, data: bytes) -> Sequence[bytes]:
         kind = body_type(data)
         if kind == "DealKey" and recipient != LIAR:
-            inject(network, LIAR, AGGREGATOR, said(network, LIAR, m.Join(1, b"?" * 32, box.public)))
+            network.inject(LIAR, AGGREGATOR, said(network, LIAR, m.Join(1, b"?" * 32, box.public)))
         return [] if sender == LIAR else [data]
 
     network.tap = tap

@@ -15,6 +15,7 @@ from unittest import mock
 import msgspec
 import numpy as np
 
+from audit.attacks.network import MemorySpool
 from keys.errors import RemoteProtocolError
 from keys.labels import Label
 from protocols import messages as m
@@ -27,7 +28,6 @@ from protocols.graph import MaskGraph
 from protocols.prg import TAG_PRIME
 from protocols.rings import make_ring
 from protocols.sealing import AttemptId, AttemptSecrets
-from tests.protocols.network import MemorySpool
 from tests.vectors.cases import named
 from tests.vectors.codec import FOLDER, coins, from_json, to_json
 from tests.vectors.key_cases import Recorded, identity

@@ -2,37 +2,39 @@
 
 `watch` takes every message that passes; `vector_of` tries everything that follows from the formulas of `protocols.sealing`:
 open what was sealed to known share keys, combine shares, derive or open contributions, take the masks off the upload. Uploads
-that are encrypted it decrypts: a colluder gave it the study key. It never looks into an honest machine, so a vector that comes
-out is a vector that the protocol gave away.
+that are encrypted it decrypts: some hospital gave it the study key. It never looks into an honest machine for anything else, so a
+vector that comes out is a vector that the protocol gave away.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from audit.attacks.stage import chunk_coordinates
+from audit.attacks.network import Network
 from keys.errors import VerificationFailed
 from protocols import messages as m
 from protocols import sealing, shamir
+from protocols.agreement import Agreement
 from protocols.attempt_node import open_contribution, open_shares
-from protocols.bfv import Decryptor, Expander
+from protocols.ciphertexts import upload_bytes
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
 from protocols.graph import MaskGraph
-from protocols.packing import DEGREE, Packing, Uint64Matrix, choose
-from protocols.prg import Coordinates, MaskSet
-from tests.keys.factory import AGGREGATOR
-from tests.protocols.network import Network
+from protocols.packing import DEGREE, Packing, choose
+from protocols.prg import MaskSet
+from protocols.sealing import AttemptId
+from protocols.study_key import StudyKey
 
 Address = tuple[int, int]
 """Round and attempt."""
 
 
-def peek(data: bytes) -> m._Head | None:
+def peek(data: bytes) -> Any:
     """The head of a message, with no signature checked; None if it is not one."""
     try:
         return m._decoder.decode(m._split(data)[0])
@@ -42,9 +44,8 @@ def peek(data: bytes) -> m._Head | None:
 
 @dataclass
 class Seen:
-    """One attempt, as it passed by. The views are by the node that was shown them."""
+    """One attempt, as it passed by. The digests and senders are by the node that was shown them."""
 
-    keys: dict[str, m.RoundKeys] = field(default_factory=dict)
     digests: dict[str, dict[str, bytes]] = field(default_factory=dict)
     senders: dict[str, tuple[str, ...]] = field(default_factory=dict)
     seals: dict[tuple[str, str], list[m.SealedSeeds]] = field(default_factory=lambda: defaultdict(list))
@@ -55,14 +56,11 @@ class Seen:
 
 
 class Knowledge:
-    """Everything one coalition has seen."""
+    """Everything that one coalition has seen."""
 
-    def __init__(self, network: Network, colluders: Mapping[str, object] | tuple[str, ...] = ()) -> None:
-        self._network = network
-        self.colluders = set(colluders)
+    def __init__(self, network: Network, colluders: Iterable[str] = ()) -> None:
+        self._network, self.colluders = network, set(colluders)
         self.attempts: dict[Address, Seen] = defaultdict(Seen)
-        self.unmasked: list[str] = []
-        """Who revealed shares, in order."""
 
     def watch(self, sender: str, recipient: str, data: bytes) -> None:
         """Take one message that passes."""
@@ -70,24 +68,21 @@ class Knowledge:
         if head is None:
             return
         seen, body = self.attempts[head.round, head.attempt], head.body
-        if sender in self.colluders or recipient in self.colluders:
-            self.corrupt(sender if sender in self.colluders else recipient)
+        for name in self.colluders.intersection((sender, recipient)):
+            self.corrupt(name)
         match body:
-            case m.RoundKeys():
-                seen.keys[sender] = body
             case m.SealedSeeds():
                 seen.seals[sender, body.recipient].append(body)
-            case m.KeySet() if sender == AGGREGATOR:
+            case m.KeySet() if sender == m.AGGREGATOR:
                 seen.digests[recipient] = dict(body.digests)
-            case m.SeedSet() if sender == AGGREGATOR:
+            case m.SeedSet() if sender == m.AGGREGATOR:
                 seen.senders[recipient] = body.senders
-                for relayed in map(peek, body.sealed):
-                    if relayed is not None and isinstance(relayed.body, m.SealedSeeds):
+                for relayed in filter(None, map(peek, body.sealed)):
+                    if isinstance(relayed.body, m.SealedSeeds):
                         seen.seals[relayed.sender, relayed.body.recipient].append(relayed.body)
             case m.UploadChunk():
                 seen.chunks[sender][body.index] = bytes(m._split(data)[1])
             case m.Unmasking():
-                self.unmasked.append(sender)
                 for name, share in body.self_shares:
                     seen.self_shares[name][sender] = share
                 for name, share in body.pair_shares:
@@ -98,16 +93,45 @@ class Knowledge:
         self.colluders.add(name)
         attempt = self._network.nodes[name]._attempt
         if attempt is not None:
-            address = attempt._attempt.round, attempt._attempt.attempt
-            self.attempts[address].secrets[name] = attempt._secrets
+            self.attempts[attempt._attempt.round, attempt._attempt.attempt].secrets[name] = attempt._secrets
 
     # --- what follows from it
 
+    def reads(self, name: str) -> bool:
+        """Whether a vector of this node comes out, of any attempt, where more than the study key hides it."""
+        if not self._network.agreement.secure_sum.masked:
+            return False  # Nothing but the study key hides it, and nothing but the key shows it.
+        uploaded = [address for address, seen in self.attempts.items() if seen.chunks[name]]
+        return any(self.recovers(name, address) for address in uploaded)
+
+    def recovers(self, name: str, address: Address = (1, 1)) -> bool:
+        """Whether `vector_of` is the node's real vector."""
+        return is_vector_of(self._network, self.vector_of(name, address), name, address[0])
+
+    def vector_of(self, name: str, address: Address = (1, 1)) -> Float64Vector | None:
+        """The update that hides in a node's upload, or None if a mask stays on it."""
+        seen = self.attempts[address]
+        upload = self._upload(name, address)
+        if upload is None or name not in seen.digests or name not in seen.senders:
+            return None
+        # Without a known self seed, guess one; this is right only if there is no such mask.
+        seed = self.self_seed(name, address) or bytes(32)
+        added, subtracted = [sealing.self_mask_key(seed, self._attempt(address), name)], list[bytes]()
+        for peer in self.graph(name, address).neighbours(name):
+            if peer in seen.senders[name]:
+                key = self.pair_key(name, peer, address)
+                if key is None:
+                    return None
+                (added if name < peer else subtracted).append(key)
+        masks, step = MaskSet(subtracted, added), chunk_coordinates(self._network.agreement)
+        for chunk, start in enumerate(range(0, upload.size, step)):
+            masks.apply(upload[start : start + step], chunk)
+        return self._decoded(upload)
+
     def graph(self, name: str, address: Address = (1, 1)) -> MaskGraph:
-        """The graph as this node was led to build it."""
-        digests = self.attempts[address].digests[name]
+        """Who shares masks with whom, as this node was led to believe."""
         neighbours = self._network.agreement.secure_sum.neighbours
-        return MaskGraph.build(digests, neighbours, self._cohort(name, address))
+        return MaskGraph.build(self.attempts[address].digests[name], neighbours, self._cohort(name, address))
 
     def self_seed(self, name: str, address: Address = (1, 1)) -> bytes | None:
         """A node's self seed, if enough shares are known."""
@@ -141,34 +165,10 @@ class Knowledge:
                 return sealing.pair_mask_key(secret, attempt, cohort, low, high)
         return None
 
-    def vector_of(self, name: str, address: Address = (1, 1)) -> Float64Vector | None:
-        """The update that hides in a node's upload, or None if a mask stays on it."""
-        upload = self._upload(name, address)
-        if upload is None:
-            return None
-        # Without a known self seed, guess one; this is right only if there is no such mask.
-        seed = self.self_seed(name, address) or bytes(32)
-        off_added, off_subtracted = [sealing.self_mask_key(seed, self._attempt(address), name)], []
-        for peer in self.graph(name, address).neighbours(name):
-            if peer not in self.attempts[address].senders[name]:
-                continue
-            key = self.pair_key(name, peer, address)
-            if key is None:
-                return None
-            (off_added if name < peer else off_subtracted).append(key)
-        masks, step = MaskSet(off_subtracted, off_added), chunk_coordinates(self._network.agreement)
-        for chunk, start in enumerate(range(0, upload.size, step)):
-            masks.apply(upload[start : start + step], chunk)
-        return self._decoded(upload)
-
-    def recovers(self, name: str, address: Address = (1, 1)) -> bool:
-        """Whether `vector_of` is the node's real vector."""
-        return is_vector_of(self._network, self.vector_of(name, address), name, address[0])
-
     # --- helpers
 
-    def _attempt(self, address: Address) -> sealing.AttemptId:
-        return sealing.AttemptId(self._network.digest, *address)
+    def _attempt(self, address: Address) -> AttemptId:
+        return AttemptId(self._network.digest, *address)
 
     def _cohort(self, name: str, address: Address) -> bytes:
         key = self._network.nodes[name]._study_key
@@ -196,26 +196,28 @@ class Knowledge:
         if len(shares) < needed or owner not in self.attempts[address].digests:
             return None
         holders = sorted({owner, *self.graph(owner, address).neighbours(owner)})
-        points = {holders.index(holder): share for holder, share in sorted(shares.items())[:needed]}
-        return shamir.combine(points, needed)
+        points = {holders.index(name): share for name, share in sorted(shares.items())[:needed] if name in holders}
+        return shamir.combine(points, needed) if len(points) == needed else None
 
-    def _upload(self, name: str, address: Address) -> Coordinates | None:
+    def _upload(self, name: str, address: Address) -> Any:
         """What was masked: ring values, or the coefficients of the plaintexts."""
-        ring = self._network.agreement.secure_sum
+        ring, total = self._network.agreement.secure_sum, self._network.size
         chunks = self.attempts[address].chunks[name]
-        total = self._network.size
         sizes = [min(ring.chunk_values, total - start) for start in range(0, total, ring.chunk_values)]
         if sorted(chunks) != list(range(len(sizes))):
             return None
-        if ring.encrypted:
-            return decrypted(self._network, b"".join(chunks[index] for index in range(len(sizes)))).reshape(-1)
-        return np.concatenate([unpack(chunks[i], size, ring.ring_bits) for i, size in enumerate(sizes)])
+        if not ring.encrypted:
+            return np.concatenate([unpack(chunks[i], size, ring.ring_bits) for i, size in enumerate(sizes)])
+        key = self._network.nodes[name]._study_key
+        if key is None:
+            return None
+        return decrypted(self._network, b"".join(chunks[index] for index in range(len(sizes))), key).reshape(-1)
 
-    def _decoded(self, values: Coordinates) -> Float64Vector | None:
+    def _decoded(self, values: Any) -> Float64Vector | None:
         network = self._network
         if not network.agreement.secure_sum.encrypted:
             return decoded(network, values)
-        packing = packing_of(network)
+        packing = packing_of(network.agreement)
         packed = (values & np.uint64(2**packing.parameters.plain_bits - 1)).reshape(-1, DEGREE)
         try:
             return decoded(network, packing.unpack(packed, network.size))
@@ -223,28 +225,43 @@ class Knowledge:
             return None
 
 
-def packing_of(network: Network) -> Packing:
-    return choose(network.agreement.secure_sum.value_bits, len(network.agreement.members))
+def chunk_coordinates(agreement: Agreement) -> int:
+    """How many numbers are masked together: the values of a chunk, or the coefficients that hold them."""
+    values = agreement.secure_sum.chunk_values
+    if not agreement.secure_sum.encrypted:
+        return values
+    return values // packing_of(agreement).block_values * DEGREE
 
 
-def decrypted(network: Network, data: bytes) -> Uint64Matrix:
-    """The [blocks, 4096] coefficients that an upload holds, by the study key of any node."""
-    parameters = packing_of(network).parameters
-    key = next(node._study_key for node in network.nodes.values() if node._study_key is not None)
-    return Decryptor(parameters, key.secret).decrypt(Expander(parameters).expand(data))
+def packing_of(agreement: Agreement) -> Packing:
+    """How values share coefficients."""
+    return choose(agreement.secure_sum.value_bits, len(agreement.members))
+
+
+def study_key(network: Network) -> StudyKey | None:
+    """The study key, as any node has it; None if none has one."""
+    return next((machine._study_key for machine in network.nodes.values() if machine._study_key is not None), None)
+
+
+def decrypted(network: Network, data: bytes, key: StudyKey) -> Any:
+    """The [blocks, 4096] coefficients that an upload holds, for who has the study key."""
+    parameters = packing_of(network.agreement).parameters
+    words = np.zeros((len(data) // upload_bytes(parameters, 1), 2, DEGREE), dtype=np.uint64)
+    cipher = network.ciphers.cipher(parameters, key.secret)
+    cipher.add(words, data)
+    return cipher.decrypt(words)
 
 
 def decoded(network: Network, values: Uint32Vector) -> Float64Vector | None:
     """One node's encoding without masks, decoded; None if it is not one."""
-    ring = network.agreement.secure_sum
-    values = values[: network.size] & np.uint32((1 << ring.ring_bits) - 1)
+    mask = np.uint32((1 << network.agreement.secure_sum.ring_bits) - 1)
     try:
-        return FixedPoint.from_agreement(network.agreement).decode(values, 1)
+        return FixedPoint.from_agreement(network.agreement).decode(values & mask, 1)
     except VerificationFailed:
         return None
 
 
 def is_vector_of(network: Network, vector: Float64Vector | None, name: str, number: int = 1) -> bool:
-    """Whether `vector` is what this node submitted, within the rounding of its encoding."""
-    bound = 2.0 ** -(network.agreement.secure_sum.fraction_bits + 1)
+    """Whether `vector` is what this node submitted in a round, within the rounding of its encoding."""
+    bound = 2.0 ** -(network.agreement.secure_sum.fraction_bits + 1) + 1e-9
     return vector is not None and bool(np.abs(vector - network.vectors(name, number)).max() <= bound)
