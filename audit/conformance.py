@@ -3,14 +3,16 @@
 A lower bound on epsilon (`audit.training`) catches bugs that cost much privacy. These tests catch the ones that cost little in one run, and
 say what is wrong. They watch the product's own trainer, on the hospital's records, through `audit.watch`:
 
-    noise         what the optimiser adds to an empty sum, against N(0, (noise_multiplier max_grad_norm)^2) on every parameter
+    noise         what the optimiser adds to the sum, against N(0, (noise_multiplier max_grad_norm)^2), on every parameter and in every
+                  step, as many as the study has; of nobody, of many, and of a few sampled in turn
     fresh noise   values that come twice; every step against every other, and the hospital against itself when started again
     sensitivity   the data with and without one unit: how far the clipped sum moves, for the units with the largest gradients, a record
-                  of extreme features, and gradients far above the clip norm; in several pieces, as large batches are
+                  of extreme features, gradients far above the clip norm, and one that is not finite; in several pieces, as large
+                  batches are
     sampling      sizes of samples, how often each unit is in, and how often in two samples that are one to five steps apart
-    bookkeeping   steps that touched records, changed parameters, were booked, and were reported
-    side channels the noised sum replaced by noise: then nothing that leaves or stays may differ between two sets of records, of
-                  other sizes, values and labels
+    bookkeeping   steps that touched records, changed parameters, were booked, and were reported, over the rounds of the study
+    side channels the noised sum replaced by noise: then nothing that leaves or stays, in any round, may differ between two sets of
+                  records, of other sizes, values and labels
 
 Which records belong to a unit is worked out here, from the agreement and the data, not taken from the trainer.
 A test fails when what was seen has probability below `ALARM` under the promise, so that sound trainers are not accused by chance.
@@ -23,7 +25,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import combinations
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,21 +33,31 @@ import torch
 from msgspec import Struct
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 
 from audit.findings import Finding
 from audit.target import Target
-from audit.watch import RandomCanaries, Seen, Watch
+from audit.watch import RandomCanaries, Seen, Watch, spoil
 from secgeo import training
 from secgeo.datasets import LabelledRecords
 from secgeo.noise import NoiseSource
-from secgeo.training import LocalTrainer, RoundUpdate
+from secgeo.training import LocalTrainer
 from secgeo.update import Layout, SharedState, apply_sum
 
 ALARM = 1e-9
 """Probability of what was seen, below which a promise counts as broken."""
 
 SAMPLING_STEPS = 300
-NOISE_STEPS = 12
+LEAST_STEPS, MOST_STEPS = 12, 300
+"""Steps of a study that are watched for noise, bookkeeping and side channels: all, within these limits."""
+
+NOISE_VALUES = 20_000_000
+"""So many values of noise at most."""
+
+CROWD = 256
+"""So many units at most where everybody is to be sampled."""
+
 LENGTHS = (0.5, 1.0, 10.0, 1e4)
 """Norms of gradients that are put in, in clip norms."""
 
@@ -58,7 +70,7 @@ DISTINCT = 0.98
 """Of noise in float32: some values meet by chance."""
 
 ENOUGH = 30.0
-"""Expected variance, or count, for a normal approximation. Chi-square tests are then within a small factor of their level."""
+"""Expected count for a normal approximation."""
 
 TOLERANCE = 1e-3
 """Relative, of a clipped norm, in float32."""
@@ -93,7 +105,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bookkeeping(Struct, frozen=True, forbid_unknown_fields=True):
-    """One round: steps that touched records, changed parameters, were booked, were reported, and that the agreement says."""
+    """Some rounds: steps that touched records, changed parameters, were booked, were reported, and that the agreement says."""
 
     touched: int
     moved: int
@@ -103,14 +115,27 @@ class Bookkeeping(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ConformanceEvidence(Struct, frozen=True, forbid_unknown_fields=True):
-    """What was seen. Correlations are of the noise of two steps, or of the first steps of two starts."""
+    """What was seen.
 
+    Attributes:
+        member: whose training.
+        noise: by parameter, over all steps.
+        step_mean_squares: by step, over all parameters.
+        step_correlations: of each step's noise with that of a step before it, the one that it is most like.
+        start_correlation: of the first steps of two starts.
+        distinct_values: of noise on the sum of nobody, which is not rounded; `empty_values` are there.
+        compared: values that left or stayed, in all rounds; `leaks` are those that differ.
+    """
+
+    member: str
     noise_multiplier: float
     sample_rate: float
     unit: str
     noise: tuple[ParameterNoise, ...]
     kolmogorov_smirnov: float
     noise_values: int
+    step_mean_squares: tuple[float, ...]
+    empty_values: int
     distinct_values: int
     step_correlations: tuple[float, ...]
     start_correlation: float
@@ -129,7 +154,7 @@ def collect(target: Target, progress: Progress = lambda *_: None) -> Conformance
     """Watch the trainer of `target`."""
     started = time.monotonic()
     progress("noise of the optimiser", 0.0)
-    noise, statistic, values, distinct, between_steps, between_starts = _noise(target)
+    noise = _noise(target)
     progress("influence of one unit", 0.3)
     influences = _influences(target)
     progress("samples", 0.5)
@@ -140,15 +165,18 @@ def collect(target: Target, progress: Progress = lambda *_: None) -> Conformance
     leaks, compared = _leaks(target)
     privacy = target.agreement.privacy
     return ConformanceEvidence(
+        member=target.member.node_id,
         noise_multiplier=privacy.noise_multiplier,
         sample_rate=privacy.sample_rate,
         unit=privacy.unit,
-        noise=noise,
-        kolmogorov_smirnov=statistic,
-        noise_values=values,
-        distinct_values=distinct,
-        step_correlations=between_steps,
-        start_correlation=between_starts,
+        noise=noise.parameters,
+        kolmogorov_smirnov=noise.kolmogorov_smirnov,
+        noise_values=noise.values,
+        step_mean_squares=noise.steps,
+        empty_values=noise.empty,
+        distinct_values=noise.distinct,
+        step_correlations=noise.correlations,
+        start_correlation=noise.start_correlation,
         influences=influences,
         sampling=sampling,
         bookkeeping=bookkeeping,
@@ -184,27 +212,64 @@ def _chosen(records: LabelledRecords, keep: NDArray[np.bool_]) -> LabelledRecord
 # --- noise
 
 
-def _noise(target: Target) -> tuple[tuple[ParameterNoise, ...], float, int, int, tuple[float, ...], float]:
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """See `ConformanceEvidence`."""
+
+    parameters: tuple[ParameterNoise, ...] = ()
+    kolmogorov_smirnov: float = 0.0
+    values: int = 0
+    steps: tuple[float, ...] = ()
+    empty: int = 0
+    distinct: int = 0
+    correlations: tuple[float, ...] = ()
+    start_correlation: float = 0.0
+
+
+def _steps(target: Target) -> int:
+    """Private steps of the study (the first round takes none), within limits."""
+    steps = target.agreement.training.steps_per_round * (target.agreement.study.rounds - 1)
+    return min(max(LEAST_STEPS, steps), MOST_STEPS)
+
+
+def _noise(target: Target) -> _Noise:
     std = target.agreement.privacy.noise_multiplier * target.agreement.privacy.max_grad_norm
     if std == 0.0:
-        return (), 0.0, 0, 0, (), 0.0
-    starts: list[list[NDArray[np.float64]]] = [[], []]
-    for seen in starts:
-        trainer = target.trainer()
-        nobody = np.zeros(len(trainer._units), np.bool_)
-        Watch(trainer, lambda step, seen=seen: seen.append(step.noise.numpy() / std), fixed=nobody)  # type: ignore[misc]
-        for _ in range(NOISE_STEPS):
-            trainer.step()
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
-    drawn, at, by_parameter = np.array(starts[0]), 0, []
+        return _Noise()
+    trainer = target.trainer()
+    size = sum(p.numel() for p in trainer._optimizer.params)
+    drawn = _drawn(trainer, min(_steps(target), max(LEAST_STEPS, NOISE_VALUES // size)), std)
+    again = _drawn(target.trainer(), 1, std)
+    names, at, by_parameter = {id(p): name for name, p in trainer.model.named_parameters()}, 0, []
     for p in trainer._optimizer.params:
         own = drawn[:, at : at + p.numel()]
         by_parameter.append(ParameterNoise(names[id(p)], own.size, float(np.mean(own**2))))
         at += p.numel()
-    statistic = float(stats.kstest(drawn.ravel(), "norm").statistic)
-    steps = tuple(_correlation(first, second) for first, second in combinations(drawn, 2))
-    distinct = len(np.unique(np.abs(drawn)))
-    return tuple(by_parameter), statistic, drawn.size, distinct, steps, _correlation(starts[0][0], starts[1][0])
+    empty = drawn[::3][:4]  # of more values some would meet by chance
+    lengths = np.linalg.norm(drawn, axis=1)
+    alike = np.abs(drawn @ drawn.T / np.outer(lengths, lengths).clip(1e-300))
+    return _Noise(
+        tuple(by_parameter),
+        float(stats.kstest(drawn.ravel(), "norm").statistic),
+        drawn.size,
+        tuple(np.mean(drawn**2, axis=1).tolist()),
+        empty.size,
+        len(np.unique(np.abs(empty))),
+        tuple(float(alike[step, :step].max()) for step in range(1, len(drawn))),
+        _correlation(drawn[0], again[0]),
+    )
+
+
+def _drawn(trainer: LocalTrainer, steps: int, std: float) -> NDArray[np.float64]:
+    """The noise of so many steps [steps, d], in units of `std`: with nobody sampled, with many, and with a few, in turn."""
+    count, random, seen = len(trainer._units), np.random.default_rng(), list[NDArray[np.float64]]()
+    sample = np.zeros(count, np.bool_)
+    Watch(trainer, lambda step: seen.append(step.noise.numpy() / std), fixed=sample)
+    for step in range(steps):
+        sample[:] = False
+        sample[random.permutation(count)[: (0, CROWD, 1 + count // 8)[step % 3]]] = True
+        trainer.step()
+    return np.array(seen)
 
 
 def _correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
@@ -219,8 +284,8 @@ def _influences(target: Target) -> tuple[Influence, ...]:
     clip, unit = target.agreement.privacy.max_grad_norm, target.agreement.privacy.unit
     shaken = [torch.randn_like(p) * 0.2 for p in target.trainer().model.private_parameters()]
 
-    def summed(records: LabelledRecords, length: float = 0.0) -> torch.Tensor:
-        """The clipped sum [d] of all of these records, and of a canary of this norm beside them."""
+    def summed(records: LabelledRecords, length: float = 0.0, *, spoiled: bool = False) -> torch.Tensor:
+        """The clipped sum [d] of all of these records, and of a canary of this norm beside them, or with a gradient that is not finite."""
         made, seen = target.trainer(records=records), list[Seen]()
         with torch.no_grad():  # away from the start, where heads are zero and gradients small
             for p, change in zip(made.model.private_parameters(), shaken, strict=True):
@@ -235,6 +300,8 @@ def _influences(target: Target) -> tuple[Influence, ...]:
             included=None if canary is None else np.ones(1, np.bool_),
             fixed=everybody,
         )
+        if spoiled:
+            spoil(made)
         made.step()
         return seen[0].summed.double()
 
@@ -256,6 +323,8 @@ def _influences(target: Target) -> tuple[Influence, ...]:
             found.append(
                 Influence(f"a made gradient of norm {length:g}", float((summed(base, length) - whole).norm()) / clip)
             )
+        finite = bool(torch.isfinite(summed(base, spoiled=True)).all())
+        found.append(Influence("a gradient that is not finite", 0.0 if finite else math.inf))
     return tuple(found)
 
 
@@ -299,13 +368,21 @@ def _sampling(target: Target) -> Sampling:
     return Sampling(count, expected, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), overlaps)
 
 
+def _rounds(target: Target) -> int:
+    """So many private rounds are watched."""
+    return max(1, min(target.agreement.study.rounds - 1, MOST_STEPS // target.agreement.training.steps_per_round))
+
+
 def _bookkeeping(target: Target) -> Bookkeeping:
-    trainer = target.trainer()
+    trainer, layout, rounds = target.trainer(), Layout.from_agreement(target.agreement), _rounds(target)
     state = with_consensus(target, trainer)
-    before, watch = trainer.steps_taken, Watch(trainer)
-    update = trainer.train_round(state)
-    agreed = target.agreement.training.steps_per_round
-    return Bookkeeping(watch.touched, watch.moved, trainer.steps_taken - before, update.steps, agreed)
+    before, watch, reported = trainer.steps_taken, Watch(trainer), 0
+    for _ in range(rounds):
+        update = trainer.train_round(state)
+        reported += update.steps
+        state = apply_sum(state, layout, update.vector(layout), target.agreement)
+    agreed = rounds * target.agreement.training.steps_per_round
+    return Bookkeeping(watch.touched, watch.moved, trainer.steps_taken - before, reported, agreed)
 
 
 def _leaks(target: Target) -> tuple[tuple[str, ...], int]:
@@ -318,25 +395,27 @@ def _leaks(target: Target) -> tuple[tuple[str, ...], int]:
         (others.labels[rolled] + 1) % target.agreement.study.classes,
         others.patients,
     )
-    outcomes: list[tuple[RoundUpdate, dict[str, NDArray[np.float32]]]] = []
-    for records in (target.records, others):
-        trainer = target.trainer(records=records)
-        state = with_consensus(target, trainer)
-        Watch(trainer, instead=NoiseSource(key))
-        outcomes.append((trainer.train_round(state), trainer.local_state()))
-    (first, local), (second, other) = outcomes
-    pairs: list[tuple[str, Any, Any]] = [
-        (f"dB of {name}", first.delta_b[name], second.delta_b[name]) for name in first.delta_b
-    ]
-    pairs += [(f"weight of {name}", first.weights[name], second.weights[name]) for name in first.weights]
-    pairs += [
-        ("Gram matrix", first.gram, second.gram),
-        ("weight of the Gram matrix", first.gram_weight, second.gram_weight),
-    ]
-    pairs += [("number of steps", first.steps, second.steps)]
-    pairs += [(f"local {name}", local[name], other[name]) for name in local]
-    differing = tuple(name for name, one, two in pairs if not np.array_equal(np.asarray(one), np.asarray(two)))
-    return differing, sum(int(np.size(one)) for _, one, _ in pairs)
+    first, second = (_left(target, records, key) for records in (target.records, others))
+    differing = tuple(name for name in first if not np.array_equal(first[name], second[name]))
+    return differing, sum(value.size for value in first.values())
+
+
+def _left(target: Target, records: LabelledRecords, key: bytes) -> dict[str, NDArray[Any]]:
+    """All that leaves or stays after each round of training on these records, with noise of this key instead of the noised sums."""
+    trainer, layout = target.trainer(records=records), Layout.from_agreement(target.agreement)
+    left: dict[str, NDArray[Any]] = {}
+    state = with_consensus(target, trainer)
+    Watch(trainer, instead=NoiseSource(key))
+    for number in range(_rounds(target)):
+        update = trainer.train_round(state)
+        named: dict[str, Any] = {f"dB of {name}": delta for name, delta in update.delta_b.items()}
+        named |= {f"weight of {name}": weight for name, weight in update.weights.items()}
+        named |= {"Gram matrix": update.gram, "weight of the Gram matrix": update.gram_weight}
+        named |= {"number of steps": update.steps}
+        named |= {f"local {name}": value for name, value in trainer.local_state().items()}
+        left |= {f"{name}, round {number + 1}": np.array(value) for name, value in named.items()}
+        state = apply_sum(state, layout, update.vector(layout), target.agreement)
+    return left
 
 
 # --- verdict
@@ -371,10 +450,15 @@ def _judge_noise(evidence: ConformanceEvidence) -> Finding:
             scale = math.sqrt(parameter.mean_square)
             broken.append(f"{parameter.name} has {scale:.3f} times the agreed noise ({parameter.count} values)")
     least = min((math.sqrt(parameter.mean_square) for parameter in evidence.noise), default=0.0)
+    steps = len(evidence.step_mean_squares)
+    for number, mean_square in enumerate(evidence.step_mean_squares, start=1):
+        values = evidence.noise_values // steps
+        if stats.chi2.cdf(values * mean_square, values) < ALARM / steps:
+            broken.append(f"step {number} has {math.sqrt(mean_square):.3f} times the agreed noise")
     if stats.kstwo.sf(evidence.kolmogorov_smirnov, max(1, evidence.noise_values)) < ALARM:
         broken.append(f"the noise is not Gaussian: Kolmogorov-Smirnov distance {evidence.kolmogorov_smirnov:.4f}")
     detail = (
-        f"{evidence.noise_values} values; least scale on a parameter {least:.3f} of the agreed one, "
+        f"{evidence.noise_values} values in {steps} steps; least scale on a parameter {least:.3f} of the agreed one, "
         f"Kolmogorov-Smirnov distance {evidence.kolmogorov_smirnov:.2g}"
     )
     return _finding(name, promise, _shortened(broken), detail)
@@ -389,14 +473,15 @@ def _judge_reuse(evidence: ConformanceEvidence) -> Finding:
     name, promise = "fresh noise", "no noise is used twice, in two steps or after a restart"
     if evidence.noise_multiplier == 0.0:
         return Finding("training", name, promise, "not testable", "the agreement has no noise")
-    values = max(1, evidence.noise_values // NOISE_STEPS)
-    limit = float(stats.norm.isf(ALARM / 2)) / math.sqrt(values)
+    steps = max(2, len(evidence.step_mean_squares))
+    values = max(1, evidence.noise_values // steps)
+    limit = float(stats.norm.isf(ALARM / (steps * (steps - 1)))) / math.sqrt(values)
     broken = []
     worst = max(evidence.step_correlations, key=abs, default=0.0)
     if abs(worst) > limit:
         broken.append(f"the noise of two steps has correlation {worst:.3f}")
-    if evidence.distinct_values < DISTINCT * evidence.noise_values:
-        broken.append(f"of {evidence.noise_values} values of noise only {evidence.distinct_values} are different ones")
+    if evidence.distinct_values < DISTINCT * evidence.empty_values:
+        broken.append(f"of {evidence.empty_values} values of noise only {evidence.distinct_values} are different ones")
     if abs(evidence.start_correlation) > limit:
         broken.append(f"the noise after a restart has correlation {evidence.start_correlation:.3f} with that before")
     detail = f"largest correlation of steps {worst:.2g}, of restarts {evidence.start_correlation:.2g}, chance allows {limit:.2g}"
@@ -404,6 +489,8 @@ def _judge_reuse(evidence: ConformanceEvidence) -> Finding:
 
 
 def _judge_influence(evidence: ConformanceEvidence) -> Finding:
+    if not evidence.influences:
+        raise ValueError("nobody's influence was measured")
     largest = max(evidence.influences, key=lambda influence: math.inf if math.isnan(influence.norm) else influence.norm)
     broken = []
     if not largest.norm <= 1.0 + TOLERANCE:
@@ -433,23 +520,41 @@ def _judge_sampling(evidence: ConformanceEvidence) -> Finding:
         return _finding(name, promise, broken, "everybody is in every sample")
     if stats.binomtest(int(sizes.sum()), n * steps, q).pvalue < ALARM:
         broken.append(f"the sample rate is {sizes.sum() / (n * steps):.4f}, not {q:g}")
-    spread = q * (1 - q)
-    # Below, normal approximations, where there is enough for them.
-    if n * spread >= ENOUGH and _two_sided(float(((sizes - n * q) ** 2).sum() / (n * spread)), steps) < ALARM:
-        broken.append(f"sizes of samples are not those of independent coins: {found}, coins have {n * spread:.2f}")
-    counts = np.array(sampling.inclusions)
-    if steps * spread >= ENOUGH and _two_sided(float(((counts - steps * q) ** 2).sum() / (steps * spread)), n) < ALARM:
+    if _chance(sizes, n, q) < ALARM:
+        broken.append(f"sizes of samples are not those of independent coins: {found}, coins have {n * q * (1 - q):.2f}")
+    if _chance(np.array(sampling.inclusions), steps, q) < ALARM:
         broken.append("units are not all sampled alike")
+    untested = []
     for lag, together in zip(LAGS, sampling.overlaps, strict=True):
         expected = n * (steps - lag) * q * q
         variance = expected * (1 - q * q) + 2 * n * max(0, steps - 2 * lag) * q**3 * (1 - q)
-        if expected >= ENOUGH and 2 * stats.norm.sf(abs(together - expected) / math.sqrt(variance)) < ALARM:
+        if expected < ENOUGH:
+            untested.append(lag)
+        elif 2 * stats.norm.sf(abs(together - expected) / math.sqrt(variance)) < ALARM:
             broken.append(f"units are in two samples {lag} apart {together} times, coins give {expected:.0f}")
-    return _finding(name, promise, broken, f"{steps} steps; {found} (coins: {n * spread:.2f})")
+    detail = f"{steps} steps; {found} (coins: {n * q * (1 - q):.2f})"
+    if untested:
+        detail += "; whether samples come back could not be tested, since too few units are in two of them"
+    return _finding(name, promise, broken, detail)
 
 
-def _two_sided(chi_squared: float, degrees: int) -> float:
-    return 2.0 * float(min(stats.chi2.cdf(chi_squared, degrees), stats.chi2.sf(chi_squared, degrees)))
+def _chance(counts: NDArray[np.int64], trials: int, rate: float) -> float:
+    """A bound on the probability that independent Binomial(trials, rate) counts are spread so much, or so little (Chernoff).
+
+    From the exact distribution, so that it holds for any number of trials: the least over lambda of E[exp(lambda (S - s))] for the sum S
+    of squared deviations and the s that was seen, for both directions.
+    """
+    mean, variance = trials * rate, trials * rate * (1.0 - rate)
+    every = np.arange(trials + 1)
+    probability, deviation = stats.binom.logpmf(every, trials, rate), (every - mean) ** 2 / variance
+    seen = float(((counts - mean) ** 2 / variance).sum())
+
+    def bound(slope: float) -> float:
+        return float(len(counts) * logsumexp(probability + slope * deviation) - slope * seen)
+
+    ends = (-100.0, 0.0) if seen < len(counts) else (0.0, 10.0)
+    found = minimize_scalar(bound, bounds=ends, method="bounded")
+    return min(1.0, 2.0 * math.exp(min(0.0, float(found.fun))))
 
 
 def _judge_bookkeeping(seen: Bookkeeping) -> Finding:

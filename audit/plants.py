@@ -153,6 +153,45 @@ def _local_without_noise(trainer: LocalTrainer) -> None:
     patch(optimizer, pre_step=clean)
 
 
+def _weaker_later(trainer: LocalTrainer) -> None:
+    """Noise is as agreed for a dozen steps, and four fifths of it afterwards."""
+    steps = [0]
+
+    def factor(_: LocalTrainer) -> float:
+        steps[0] += 1
+        return 1.0 if steps[0] <= 12 else 0.8
+
+    _scaled_noise(factor)(trainer)
+
+
+def _pool_of_seeds(trainer: LocalTrainer) -> None:
+    """Sixteen seeds take turns."""
+    optimizer, add_noise = trainer._optimizer, trainer._optimizer.add_noise
+    keys, step = [trainer._noise.uniform(4).tobytes() for _ in range(16)], [0]
+
+    def pooled() -> None:
+        optimizer._noise = NoiseSource(keys[step[0] % len(keys)])
+        step[0] += 1
+        add_noise()
+
+    patch(optimizer, add_noise=pooled)
+
+
+def _unnoised_where_it_matters(trainer: LocalTrainer) -> None:
+    """Magnitudes and head get noise only when nobody was sampled."""
+    optimizer, add_noise = trainer._optimizer, trainer._optimizer.add_noise
+    local: list[Any] = [layer.magnitude.weight for layer in trainer.model.adapted.values()]
+    local += list(trainer.model.head.parameters())
+
+    def sometimes() -> None:
+        add_noise()
+        if any(bool((p.summed_grad != 0.0).any()) for p in optimizer.params):
+            for p in local:
+                p.grad = p.summed_grad.clone()
+
+    patch(optimizer, add_noise=sometimes)
+
+
 # --- clipping
 
 
@@ -189,6 +228,34 @@ def _clip_all_but_the_head(trainer: LocalTrainer, norms: torch.Tensor) -> list[t
     outside = torch.tensor([id(p) in head for p in trainer._optimizer.params])
     factor = (trainer._optimizer.max_grad_norm / (norms[:, ~outside].norm(dim=1) + 1e-6)).clamp(max=1.0)
     return [torch.ones(len(norms)) if out else factor for out in outside]
+
+
+def _adaptive_clip(trainer: LocalTrainer) -> None:
+    """The clip norm follows the share of units that are clipped, which is private, and the noise follows the clip norm."""
+    optimizer, norm = trainer._optimizer, [trainer._optimizer.max_grad_norm]
+
+    def factors(_: LocalTrainer, norms: torch.Tensor) -> list[torch.Tensor]:
+        lengths = norms.norm(dim=1)
+        clipped = float((lengths > optimizer.max_grad_norm).float().mean()) if len(lengths) else 0.0
+        norm[0] = optimizer.max_grad_norm * (1.0 - 0.4 * clipped)
+        return [(norm[0] / (lengths + 1e-6)).clamp(max=1.0)] * norms.shape[1]
+
+    _clip(factors)(trainer)
+    _scaled_noise(lambda _: norm[0] / optimizer.max_grad_norm)(trainer)
+
+
+def _not_finite(trainer: LocalTrainer) -> None:
+    """Gradients that are not finite go into the sum as they are."""
+    private_gradient = trainer._private_gradient
+
+    def unguarded(chosen: NDArray[np.bool_]) -> None:
+        kept, torch.nan_to_num_ = torch.nan_to_num_, lambda tensor, **_: tensor
+        try:
+            private_gradient(chosen)
+        finally:
+            torch.nan_to_num_ = kept
+
+    patch(trainer, _private_gradient=unguarded)
 
 
 def _clip_after_sum(trainer: LocalTrainer) -> None:
@@ -278,6 +345,15 @@ def _shuffled(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
     return mask
 
 
+def _fixed_size(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
+    def mask(count: int, sample_rate: float) -> NDArray[np.bool_]:
+        chosen = np.zeros(count, np.bool_)
+        chosen[np.argsort(noise.uniform(count))[: max(1, round(count * sample_rate))]] = True
+        return chosen
+
+    return mask
+
+
 def _twice_as_often(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool_]]:
     return lambda count, sample_rate: noise.poisson_mask(count, min(1.0, 2.0 * sample_rate))
 
@@ -314,6 +390,22 @@ def _unaccounted_steps(trainer: LocalTrainer) -> None:
     patch(trainer, step=twice)
 
 
+def _more_steps_later(trainer: LocalTrainer) -> None:
+    """From the third round on, one more step that nobody books."""
+    train_round, optimizer, rounds = trainer.train_round, trainer._optimizer, [0]
+
+    def longer(state: SharedState) -> RoundUpdate:
+        rounds[0] += 1
+        if rounds[0] >= 3:
+            hook, optimizer.step_hook = optimizer.step_hook, None
+            trainer.step()
+            trainer._optimizer_steps -= 1
+            optimizer.step_hook = hook
+        return train_round(state)
+
+    patch(trainer, train_round=longer)
+
+
 # --- what leaves the node
 
 
@@ -335,6 +427,25 @@ def _weights_of_raw_gradients(trainer: LocalTrainer) -> None:
         return replace(update, weights=dict.fromkeys(update.weights, weight))
 
     patch(trainer, _private_gradient=seen, train_round=weighted)
+
+
+def _raw_steps_later(trainer: LocalTrainer) -> None:
+    """From the third round on, what stays at the hospital is tuned on all records, with neither clipping nor noise."""
+    train_round, rounds = trainer.train_round, [0]
+
+    def tuned(state: SharedState) -> RoundUpdate:
+        update = train_round(state)
+        rounds[0] += 1
+        if rounds[0] >= 3:
+            trainer._hooked.disable_hooks()
+            loss = torch.nn.functional.cross_entropy(trainer.model(trainer._features), trainer._labels)
+            parameters = list(trainer.model.local_parameters())
+            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                p.data -= 0.5 * gradient
+            trainer._hooked.enable_hooks()
+        return update
+
+    patch(trainer, train_round=tuned)
 
 
 def _true_batch_size(trainer: LocalTrainer) -> None:
@@ -360,6 +471,13 @@ PLANTS = {
         Plant("noise-shared-by-shape", "parameters of one shape get the same noise", _shared_by_shape),
         Plant("noise-again", "the noise of every step comes back three steps later", _every_third_again),
         Plant("half-precision-noise", "noise is rounded to 16 bits", _half_precision),
+        Plant("weaker-noise-later", "after a dozen steps the noise has four fifths of its scale", _weaker_later),
+        Plant("pool-of-seeds", "sixteen seeds of the noise generator take turns", _pool_of_seeds),
+        Plant(
+            "noise-without-records-only",
+            "magnitudes and head get noise only when nobody was sampled",
+            _unnoised_where_it_matters,
+        ),
         Plant(
             "local-parameters-without-noise",
             "head, tokeniser and magnitudes see the sum before its noise",
@@ -367,6 +485,10 @@ PLANTS = {
         ),
         Plant("clip-off", "gradients are not clipped", _clip(_no_clip)),
         Plant("clip-after-sum", "the sum of gradients is clipped, not each of them", _clip_after_sum),
+        Plant(
+            "adaptive-clip", "clip norm and noise follow the private share of units that are clipped", _adaptive_clip
+        ),
+        Plant("not-finite", "gradients that are not finite go into the sum", _not_finite),
         Plant("clip-each-parameter", "every parameter is clipped to the norm of all", _clip(_clip_each_parameter)),
         Plant("head-outside-clipping", "the task head is left out of clipping", _clip(_clip_all_but_the_head)),
         Plant("clip-each-record", "records of a patient are clipped one by one", _clip_records_of_patients, True),
@@ -381,8 +503,15 @@ PLANTS = {
         Plant(
             "shuffled-batches", "shuffled batches of fixed size are accounted as Poisson samples", _sampled(_shuffled)
         ),
+        Plant("fixed-size", "every sample is drawn anew, of a fixed size", _sampled(_fixed_size)),
         Plant("twice-the-sample-rate", "units are sampled twice as often as agreed", _sampled(_twice_as_often)),
         Plant("unaccounted-steps", "every second step is not booked", _unaccounted_steps),
+        Plant("more-steps-later", "from the third round on there is a step that is not booked", _more_steps_later),
+        Plant(
+            "raw-steps-later",
+            "from the third round on local parameters are tuned on all records without privacy",
+            _raw_steps_later,
+        ),
         Plant("true-batch-size", "the sum is divided by the private batch size", _true_batch_size),
         Plant(
             "private-standardisation",

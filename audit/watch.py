@@ -26,6 +26,20 @@ def patch(thing: object, **methods: Callable[..., Any]) -> None:
         setattr(thing, name, method)
 
 
+def spoil(trainer: LocalTrainer) -> None:
+    """Have the gradient of the first record of every piece be infinite, from the loss on."""
+    forward = trainer._hooked.forward
+
+    def spoiled(*inputs: Tensor) -> Tensor:
+        outputs: Tensor = forward(*inputs)
+        first = torch.zeros(outputs.shape, dtype=torch.bool, device=outputs.device)
+        first[0] = True
+        outputs.register_hook(lambda gradient: gradient.masked_fill(first, float("inf")))  # type: ignore[no-untyped-call]
+        return outputs
+
+    patch(trainer._hooked, forward=spoiled)
+
+
 class Canaries(Protocol):
     """m gradients that no record has."""
 

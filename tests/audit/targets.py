@@ -8,6 +8,8 @@ from audit.target import Target
 from tests.secgeo.tiny_study import agreement, anchors, records
 
 MEMBER = 1
+SHOWS_LATE = ("weaker-noise-later", "pool-of-seeds")
+"""In a study of nine steps there is nothing wrong yet."""
 
 
 def target(plant: str | None = None, **sections: Any) -> Target:
@@ -23,4 +25,5 @@ def judged(plant: str | None) -> dict[str, str]:
     """Status of each white-box test, by name."""
     from audit import conformance
 
-    return {finding.name: finding.status for finding in conformance.judge(conformance.collect(target(plant)))}
+    longer = {"study": {"rounds": 9}} if plant in SHOWS_LATE else {}
+    return {finding.name: finding.status for finding in conformance.judge(conformance.collect(target(plant, **longer)))}

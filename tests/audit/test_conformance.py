@@ -37,6 +37,14 @@ FOUND_BY = {
     "twice-the-sample-rate": "sampling",
     "unaccounted-steps": "bookkeeping",
     "weights-of-raw-gradients": "side channels",
+    "weaker-noise-later": "noise",
+    "pool-of-seeds": "fresh noise",
+    "noise-without-records-only": "noise",
+    "adaptive-clip": "noise",
+    "not-finite": "sensitivity",
+    "fixed-size": "sampling",
+    "more-steps-later": "bookkeeping",
+    "raw-steps-later": "side channels",
 }
 
 
@@ -110,11 +118,12 @@ def test_evidence_survives_json_and_gives_the_same_verdict(evidence: Conformance
     [
         ("noise", lambda e: {"noise": (ParameterNoise("one", 10_000, 0.9), *e.noise)}),
         ("noise", lambda e: {"kolmogorov_smirnov": 0.1}),
+        ("noise", lambda e: {"step_mean_squares": (*e.step_mean_squares[:-1], 0.7)}),
         ("fresh noise", lambda e: {"start_correlation": 0.9}),
         ("fresh noise", lambda e: {"step_correlations": (*e.step_correlations, -0.9)}),
         ("sensitivity", lambda e: {"influences": (*e.influences, Influence("one", 1.01))}),
         ("sensitivity", lambda e: {"influences": (*e.influences, Influence("one", float("nan")))}),
-        ("fresh noise", lambda e: {"distinct_values": e.noise_values // 2}),
+        ("fresh noise", lambda e: {"distinct_values": e.empty_values // 2}),
         ("sampling", lambda e: {"sampling": msgspec.structs.replace(e.sampling, expected_units=1)}),
         ("sampling", lambda e: {"sampling": msgspec.structs.replace(e.sampling, overlaps=(0, 0, 0, 0, 0))}),
         ("sampling", lambda e: {"sample_rate": 0.3}),
@@ -125,6 +134,34 @@ def test_evidence_survives_json_and_gives_the_same_verdict(evidence: Conformance
 def test_the_verdict_follows_the_evidence(evidence: ConformanceEvidence, name: str, change) -> None:
     changed = msgspec.structs.replace(evidence, **change(evidence))
     assert {f.name: f.status for f in judge(changed)}[name] == "broken"
+
+
+@pytest.mark.parametrize(
+    ("count", "rate"), [(80, 0.25), (1000, 0.02), (2000, 0.01), (300, 0.01), (300, 0.05), (40, 0.5)]
+)
+def test_samples_of_a_fixed_size_are_told_from_coins_at_any_rate(count: int, rate: float) -> None:
+    """A bound on an exact probability needs no large numbers."""
+    random, steps = np.random.default_rng(3), conformance.SAMPLING_STEPS
+    assert conformance._chance(np.full(steps, round(count * rate)), count, rate) < conformance.ALARM
+    for _ in range(50):
+        coins = random.binomial(count, rate, steps)
+        assert conformance._chance(coins, count, rate) > 1e-3
+        assert conformance._chance(2 * coins, count, rate) < conformance.ALARM
+    # Some units are never sampled, the others more often.
+    inclusions = random.binomial(steps, rate * 2, count) * (np.arange(count) % 2)
+    assert conformance._chance(inclusions, steps, rate) < conformance.ALARM
+
+
+def test_the_bound_is_above_what_happens_and_not_far_above() -> None:
+    """A hundred thousand sums of ten squared deviations: as extreme ones are as seldom as the bound says, or more seldom."""
+    random = np.random.default_rng(4)
+    drawn = random.binomial(12, 0.3, (100_000, 10))
+    sums = ((drawn - 3.6) ** 2).sum(axis=1)
+    for row in drawn[:200]:
+        seen = ((row - 3.6) ** 2).sum()
+        share = 2 * min((sums <= seen).mean(), (sums >= seen).mean())
+        assert share <= conformance._chance(row, 12, 0.3) + 0.01
+    assert conformance._chance(np.full(10, 4), 12, 0.3) < 0.01
 
 
 def test_chance_accuses_nobody() -> None:
@@ -143,7 +180,8 @@ def test_chance_accuses_nobody() -> None:
         parameters = (ParameterNoise("one", noise.size, float(np.mean(noise**2))),)
         found = judge(
             ConformanceEvidence(
-                1.0, 0.25, "record", parameters, 0.01, noise.size, noise.size, (0.02,), 0.01, (Influence("one", 1.0),), sampling,
+                "one", 1.0, 0.25, "record", parameters, 0.01, noise.size, (1.0,) * 12, noise.size, noise.size, (0.02,), 0.01,
+                (Influence("one", 1.0),), sampling,
                 conformance.Bookkeeping(3, 3, 3, 3, 3), (), 10, 1.0,
             )
         )  # fmt: skip
