@@ -300,7 +300,8 @@ def _verify_ledger(
             f"{privacy.epsilon_budget:g}"
         )
     steps = sum(event.steps for event in events)
-    shown = f"{claimed:.3f} claimed, {rdp:.3f} by RDP, {f'{pld:.3f}' if math.isfinite(pld) else 'no answer'} by PLD"
+    tight = f"{pld:.3f}" if math.isfinite(pld) else "no answer"
+    shown = f"{claimed:.3f} claimed, which must reach the smaller of {rdp:.3f} by Google's RDP and {tight} by PLD"
     relation = f"at delta {privacy.delta:g}, add or remove one {privacy.unit}"
     return f"{len(events)} events, {steps} steps, epsilon {shown}, {relation}{whole}"
 
