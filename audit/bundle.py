@@ -34,6 +34,7 @@ from audit.findings import Finding
 from audit.ledgers import BudgetReport, verify_budgets
 from audit.plants import PLANTS
 from audit.target import SPLIT, study_of_folder
+from audit.threads import one_thread
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import read_public, write_public
 from keys.labels import Label
@@ -343,6 +344,7 @@ def check_seal(folder: Path, auditor_key: str | None) -> Auditor:
     return auditor
 
 
+@one_thread()
 def verify(
     folder: Path, auditor_key: str | None, render: Callable[[Verdict, Evidence], str], redrawn: Path | None = None
 ) -> tuple[Verdict, Auditor, list[str]]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from audit import bundle
 from audit.bundle import Auditor
+from audit.figures import figures
 from audit.findings import Finding
 from audit.report import render
+from audit.run import Request, run_audit
 from keys.errors import SecGeoError, VerificationFailed
 from keys.identity import sign_labelled
 from secgeo.records import MANIFEST
@@ -273,6 +278,48 @@ def test_the_report_in_headless_chromium(audited: tuple[Path, dict[str, Any]], t
         subprocess.run(shot, capture_output=True, check=True, timeout=120)
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 20_000
+
+
+def test_figures_fit_and_write_plain_numbers(audited: tuple[Path, dict[str, Any]]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        drawn = [figure for part in figures(bundle.read_evidence(audited[0])).values() for figure in part]
+    for figure in drawn:
+        assert "$" not in figure.svg
+        assert "mathdefault" not in figure.svg
+    rocs = next(figure.svg for figure in drawn if figure.title == "Membership inference")
+    for written in ("0.001", "0.1", "false positives", "guessing", "most that DP allows"):
+        assert f">{written}</text>" in rocs
+
+
+def test_an_audit_computes_on_one_thread(demo: tuple[Path, str], copy: Path, tmp_path: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def threads() -> set[int]:
+        return {torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())}
+
+    def draw(verdict: bundle.Verdict, evidence: bundle.Evidence) -> str:
+        seen.append(threads())
+        return render(verdict, evidence)
+
+    def report(*_: object) -> None:
+        seen.append(threads())
+        raise StopError
+
+    seen: list[set[int]] = []
+    torch.set_num_threads(2)
+    try:
+        with threadpool_limits(2):
+            before = threads()
+            bundle.verify(copy, None, draw)
+            with pytest.raises(StopError):
+                run_audit(Request(demo[0], tmp_path / "new"), report)
+            after = threads()
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [{1}, {1}]
+    assert before == after == {2}
 
 
 def test_words_from_outside_stay_words(audited: tuple[Path, dict[str, Any]]) -> None:
