@@ -211,7 +211,7 @@ def _due(evidence: Evidence) -> set[str]:
 
 
 def _check_belongs(evidence: Evidence) -> None:
-    """Check that all evidence is of the agreement that is in the bundle.
+    """Check that all evidence is of the agreement that is in the bundle, and of the member that it names.
 
     Raises:
         VerificationFailed: it is of another one.
@@ -223,6 +223,8 @@ def _check_belongs(evidence: Evidence) -> None:
         bool(about.node) and not any(member.node_id == about.node for member in agreement.members),
         about.plant is not None and about.plant not in PLANTS,
     ]
+    for part in (evidence.conformance, evidence.training, evidence.leakage):
+        wrong.append(part is not None and getattr(part, "member", about.node) != about.node)
     seen = evidence.conformance
     if seen is not None:
         unit = "patient" if about.plant and PLANTS[about.plant].needs_patients else privacy.unit

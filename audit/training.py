@@ -107,8 +107,16 @@ class Claimed(Poisson):
 
 
 class TrainingEvidence(Struct, frozen=True, forbid_unknown_fields=True):
-    """The attacks of one audit."""
+    """The attacks of one audit on one hospital's training.
 
+    Attributes:
+        member: the hospital.
+        attacks: in the order in which they were made.
+        parameters: how many have gradients of records, and so noise.
+        units: how many records or patients it trained on, canaries aside.
+    """
+
+    member: str
     attacks: tuple[CanaryScores, ...]
     parameters: int
     units: int
@@ -136,7 +144,7 @@ def collect(target: Target, *, profile: Profile = "fast", progress: Progress = l
     units, length = len(probe._units), CANARY_LENGTH * target.agreement.privacy.max_grad_norm
     private_rounds = target.agreement.study.rounds - 1  # the first spends nothing
     if target.agreement.privacy.noise_multiplier == 0.0 or not private_rounds:
-        return TrainingEvidence((), size, units)
+        return TrainingEvidence(target.member.node_id, (), size, units)
     wanted = GRADIENT_CANARIES[profile]
     most = max(1, int(CANARY_BYTES / (4 * size * target.agreement.privacy.sample_rate)))
     progress("canaries in gradients: one parameter each", 0.0)
@@ -151,7 +159,7 @@ def collect(target: Target, *, profile: Profile = "fast", progress: Progress = l
         progress("canaries in gradients: random directions", 0.6)
         few = max(1, min(wanted, size // 10, most))
         attacks += _gradient_attacks(target, "random directions", lambda: RandomCanaries(few, size, length), few)
-    return TrainingEvidence(tuple(attacks), size, units)
+    return TrainingEvidence(target.member.node_id, tuple(attacks), size, units)
 
 
 def _shortened(target: Target, profile: Profile) -> Target:

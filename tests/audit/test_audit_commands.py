@@ -160,6 +160,8 @@ CAREFUL: dict[str, Callable[[Path], None]] = {
     "no noise agreed": edit("evidence/conformance.json", lambda v: v.update(noise_multiplier=0.0)),
     "a generous claim": edit("evidence/training.json", lambda v: v["attacks"][0]["claim"].update(epsilon=99.0)),
     "a generous noise": edit("evidence/training.json", lambda v: v["attacks"][0]["claim"].update(noise_multiplier=0.4)),
+    "training of another hospital": edit("evidence/training.json", lambda v: v.update(member="hospital-2-standard-error")),
+    "leakage of another hospital": edit("evidence/leakage.json", lambda v: v.update(member="hospital-2-standard-error")),
     "perfect attacks": edit(
         "evidence/leakage.json",
         lambda v: [row.update(members=[1e6 + s for s in row["members"]]) for row in v["membership"] if row["protection"] == "ours"],

@@ -156,6 +156,6 @@ def test_a_claim_without_end_is_not_passed() -> None:
     claim = msgspec.structs.replace(CLAIM, epsilon=None)
     included = np.random.default_rng(0).random(200) < 0.5
     evidence = training.TrainingEvidence(
-        (one_attack(claim, included, np.random.default_rng(1).normal(size=200)),), 10, 10
+        "hospital-1", (one_attack(claim, included, np.random.default_rng(1).normal(size=200)),), 10, 10
     )
     assert "claimed inf" in judge(evidence)[0].detail
