@@ -157,11 +157,11 @@ def fewer_canaries(training: Any) -> None:
         attack.update(included=[True, False, True, False], scores=[0.0, 0.1, 0.2, 0.3])
 
 
-def one_step(training: Any) -> None:
+def more_steps(training: Any) -> None:
     for attack in training["attacks"]:
         claim = attack["claim"]
-        booked = [(claim["noise_multiplier"], claim["sample_rate"], 1)]
-        claim.update(steps=1, epsilon=epsilon_of(booked, claim["delta"]))
+        booked = [(claim["noise_multiplier"], claim["sample_rate"], claim["steps"] + 1)]
+        claim.update(steps=claim["steps"] + 1, epsilon=epsilon_of(booked, claim["delta"]))
 
 
 def none_among_the_records(training: Any) -> None:
@@ -191,7 +191,7 @@ CAREFUL: dict[str, Callable[[Path], None]] = {
     "leakage of another hospital": edit("evidence/leakage.json", lambda v: v.update(member="hospital-2-standard-error")),
     "no canaries": edit("evidence/training.json", lambda v: v.update(attacks=[])),
     "few canaries": edit("evidence/training.json", fewer_canaries),
-    "one step": edit("evidence/training.json", one_step),
+    "more steps": edit("evidence/training.json", more_steps),
     "no canaries among the records": edit("evidence/training.json", none_among_the_records),
     "a model of few parameters": edit("evidence/training.json", lambda v: v.update(parameters=4)),
     "the profile of another audit": edit("evidence/about.json", lambda v: v.update(profile="full")),
@@ -201,7 +201,7 @@ CAREFUL: dict[str, Callable[[Path], None]] = {
     "attacks that never took place": edit("evidence/protocol.json", nothing_took_place),
     "no look at uploads": edit("evidence/protocol.json", lambda v: v.update(series=[], pairs=[], correlations=[])),
     "no control": edit("evidence/protocol.json", lambda v: v.update(control=None)),
-    "another threshold": edit("evidence/protocol.json", lambda v: v["parameters"].update(threshold=4)),
+    "a larger cohort": edit("evidence/protocol.json", lambda v: v["parameters"].update(minimum_cohort=9)),
     "records of a configuration": edit("evidence/about.json", lambda v: v.update(kind="configuration")),
     "perfect attacks": edit(
         "evidence/leakage.json",
