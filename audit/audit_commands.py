@@ -141,7 +141,10 @@ def _tell(verdict: Verdict, json: bool, **more: object) -> None:
             _line(f"BROKEN  {finding.part}: {finding.name}: {finding.detail}")
         counts = ", ".join(f"{len(verdict.of(status))} {status}" for status in ("held", "broken", "not testable"))
         if verdict.missing:
-            reasons = (f"{part} ({verdict.about.not_done.get(part, 'no evidence')})" for part in verdict.missing)
+            reasons = (
+                f"{part} ({verdict.about.not_done.get(part, 'no evidence, or not all of it')})"
+                for part in verdict.missing
+            )
             _line(f"MISSING  {', '.join(reasons)}")
         broken = "PROMISES WERE BROKEN" if verdict.of("broken") else "INCOMPLETE"
         show(f"\n{'no promise was broken' if verdict.ok else broken}: {counts}")

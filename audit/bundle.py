@@ -34,6 +34,7 @@ from audit.findings import Finding
 from audit.ledgers import BudgetReport, verify_budgets
 from audit.plants import PLANTS
 from audit.target import SPLIT, study_of_folder
+from audit.threads import one_thread
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import read_public, write_public
 from keys.labels import Label
@@ -46,6 +47,11 @@ FORMAT = "secgeo-audit/1"
 EVIDENCE, RECORDS, STUDY, ABOUT = "evidence", "evidence/records", "evidence/study", "evidence/about.json"
 VERDICT, REPORT, AUDITOR = "verdict.json", "report.html", "auditor.json"
 FILE_LIMIT_BYTES = 1 << 28
+NOT_TRIED = "attacks that were not played"
+SUM_PARAMETERS = (
+    "protocol", "threshold", "minimum_cohort", "neighbours", "share_threshold", "ring_bits", "value_bits", "fraction_bits",
+    "chunk_values", "max_attempts",
+)  # fmt: skip
 PACKAGES = ("secgeo", "torch", "opacus", "dp-accounting", "numpy", "scipy", "scikit-learn", "matplotlib")
 
 
@@ -193,9 +199,11 @@ def judge(evidence: Evidence) -> Verdict:
         findings = _findings(evidence)
     except (ArithmeticError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise VerificationFailed(f"the evidence cannot be judged: {error}") from None
-    missing = tuple(sorted(part for part in _due(evidence) if getattr(evidence, part) is None))
+    missing = {part for part in _due(evidence) if getattr(evidence, part) is None}
+    if any(finding.name == NOT_TRIED for finding in findings):
+        missing.add("protocol")
     ok = not missing and not any(finding.status == "broken" for finding in findings)
-    return Verdict(ok, missing, tuple(findings), evidence.about)
+    return Verdict(ok, tuple(sorted(missing)), tuple(findings), evidence.about)
 
 
 def _due(evidence: Evidence) -> set[str]:
@@ -210,7 +218,7 @@ def _due(evidence: Evidence) -> set[str]:
 
 
 def _check_belongs(evidence: Evidence) -> None:
-    """Check that all evidence is of the agreement that is in the bundle.
+    """Check that all evidence is of the agreement that is in the bundle, and of the member that it names.
 
     Raises:
         VerificationFailed: it is of another one.
@@ -222,6 +230,8 @@ def _check_belongs(evidence: Evidence) -> None:
         bool(about.node) and not any(member.node_id == about.node for member in agreement.members),
         about.plant is not None and about.plant not in PLANTS,
     ]
+    for part in (evidence.conformance, evidence.training, evidence.leakage):
+        wrong.append(part is not None and part.member != about.node)
     seen = evidence.conformance
     if seen is not None:
         unit = "patient" if about.plant and PLANTS[about.plant].needs_patients else privacy.unit
@@ -240,10 +250,24 @@ def _check_belongs(evidence: Evidence) -> None:
         ]
     if evidence.leakage is not None:
         wrong.append(evidence.leakage.protocol != agreement.secure_sum.protocol)
+        wrong.append(evidence.leakage.profile != about.profile)
     if evidence.protocol is not None:
-        wrong.append(evidence.protocol.parameters.protocol != agreement.secure_sum.protocol)
+        played = evidence.protocol.parameters
+        wrong.append(evidence.protocol.profile != about.profile or played.members != len(agreement.members))
+        wrong += [getattr(played, name) != getattr(agreement.secure_sum, name) for name in SUM_PARAMETERS]
+    wrong += _of_another_kind(evidence)
     if any(wrong):
         raise VerificationFailed("the evidence is not of the agreement, member or claim that the bundle names")
+
+
+def _of_another_kind(evidence: Evidence) -> list[bool]:
+    """What cannot be in an audit of this kind: of a folder of records, or of a node's configuration."""
+    records, seen, trained = evidence.about.kind == "records", evidence.protocol, evidence.training
+    return [
+        evidence.records is not None and (not records or evidence.about.plant is not None),
+        seen is not None and (seen.records is not None, seen.deployment is not None) != (records, not records),
+        trained is not None and records and not trained.others,
+    ]
 
 
 def _findings(evidence: Evidence) -> list[Finding]:
@@ -251,13 +275,19 @@ def _findings(evidence: Evidence) -> list[Finding]:
     if evidence.records is not None:
         findings += _judge_records(evidence.records)
     if evidence.conformance is not None:
+        conformance.check_whole(evidence.conformance, evidence.study.agreement)
         findings += conformance.judge(evidence.conformance)
     if evidence.training is not None:
+        training.check_whole(evidence.training, evidence.study.agreement, evidence.about.profile)
         findings += training.judge(evidence.training)
     if evidence.leakage is not None:
         findings += leakage.judge(evidence.leakage, evidence.study.agreement)
     if evidence.protocol is not None:
         findings += protocol.judge(evidence.protocol)
+        if lacking := protocol.not_tried(evidence.protocol, evidence.study.agreement):
+            promise = "everything is tried that the catalogue has for this agreement"
+            detail = f"did not take place: {', '.join(lacking)}"
+            findings.append(Finding("protocol", NOT_TRIED, promise, "not testable", detail))
     if evidence.about.left_out:
         names = ", ".join(evidence.about.left_out)
         findings.append(
@@ -343,6 +373,7 @@ def check_seal(folder: Path, auditor_key: str | None) -> Auditor:
     return auditor
 
 
+@one_thread()
 def verify(
     folder: Path, auditor_key: str | None, render: Callable[[Verdict, Evidence], str], redrawn: Path | None = None
 ) -> tuple[Verdict, Auditor, list[str]]:

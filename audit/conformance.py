@@ -39,6 +39,7 @@ from scipy.special import logsumexp
 from audit.findings import Finding
 from audit.target import Target
 from audit.watch import RandomCanaries, Seen, Watch, spoil
+from protocols.agreement import Agreement
 from secgeo import training
 from secgeo.datasets import LabelledRecords
 from secgeo.noise import NoiseSource
@@ -419,6 +420,29 @@ def _left(target: Target, records: LabelledRecords, key: bytes) -> dict[str, NDA
 
 
 # --- verdict
+
+
+def check_whole(evidence: ConformanceEvidence, agreement: Agreement) -> None:
+    """Check that every test was made, as often as it is made.
+
+    Raises:
+        ValueError: something is left out.
+    """
+    steps, sampling = len(evidence.step_mean_squares), evidence.sampling
+    per_round = agreement.training.steps_per_round
+    left_out = [
+        evidence.noise_multiplier > 0.0 and (steps < LEAST_STEPS or not evidence.noise or not evidence.empty_values),
+        evidence.noise_multiplier > 0.0
+        and sum(parameter.count for parameter in evidence.noise) != evidence.noise_values,
+        len(evidence.step_correlations) != max(0, steps - 1),
+        len(evidence.influences) < 2 + len(LENGTHS),
+        len(sampling.sizes) != SAMPLING_STEPS or len(sampling.inclusions) != sampling.units or not sampling.units,
+        len(sampling.overlaps) != len(LAGS),
+        evidence.bookkeeping.agreed < per_round or evidence.bookkeeping.agreed % per_round != 0,
+        evidence.compared < 1,
+    ]
+    if any(left_out):
+        raise ValueError("white-box tests were left out")
 
 
 def judge(evidence: ConformanceEvidence) -> list[Finding]:

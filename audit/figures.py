@@ -32,13 +32,14 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-WIDTH, HEIGHT = 9.0, 3.2
+WIDTH, HEIGHT = 7.2, 2.8
+PANELS_IN_A_ROW = 3
 
 Draw = Callable[[Sequence[Any]], None]
 
 
 class Figure:
-    """One drawing: its title, what it shows in words, and the SVG."""
+    """One drawing: its title, what it shows in words, and the SVG. Rows are of at most `PANELS_IN_A_ROW`, each `height` inches high."""
 
     def __init__(self, title: str, says: str, panels: int, draw: Draw, height: float = HEIGHT) -> None:
         import matplotlib
@@ -48,8 +49,14 @@ class Figure:
 
         self.title, self.says = title, says
         with matplotlib.rc_context(STYLE):
-            drawing, axes = plt.subplots(1, panels, figsize=(WIDTH, height), layout="constrained", squeeze=False)
-            draw(list(axes[0]))
+            rows = math.ceil(panels / PANELS_IN_A_ROW)
+            columns = math.ceil(panels / rows)
+            drawing, axes = plt.subplots(
+                rows, columns, figsize=(WIDTH, height * rows), layout="constrained", squeeze=False
+            )
+            for axis in axes.flat[panels:]:
+                axis.set_axis_off()
+            draw(list(axes.flat[:panels]))
             text = io.StringIO()
             drawing.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
             plt.close(drawing)
@@ -84,7 +91,7 @@ def _budgets(report: BudgetReport) -> Figure:
             axes[0].bar(np.arange(len(names)) + 0.2 * index, heights, 0.18, color=colour, label=title)
         axes[0].set_xticks(np.arange(len(names)) + 0.3, names)
         axes[0].set_ylabel("epsilon")
-        axes[0].legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.18))
+        axes[0].figure.legend(frameon=False, ncols=4, loc="outside upper center")
 
     return Figure(
         "Privacy budgets",
@@ -113,7 +120,7 @@ def _bounds(evidence: TrainingEvidence) -> Figure:
             axes[0].axvline(claimed, color=RED, linestyle="--", label=f"claimed: {claimed:.2f}")
         axes[0].set_yticks(places, names)
         axes[0].set_xlabel(f"epsilon at delta {evidence.attacks[0].claim.delta:g}: lower bounds at 95 % confidence")
-        axes[0].legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.4, 1.18))
+        axes[0].figure.legend(frameon=False, ncols=2, loc="outside upper center")
 
     return Figure(
         "Audited epsilon",
@@ -184,7 +191,8 @@ def _rocs(evidence: LeakageEvidence, agreement: Agreement) -> Figure:
 
     def draw(axes: Sequence[Axes]) -> None:
         line = np.logspace(-3, 0, 60)
-        for axis, kind in zip(axes, kinds, strict=True):
+        *panels, key = axes
+        for axis, kind in zip(panels, kinds, strict=True):
             rows = [row for row in evidence.membership if row.observation == kind]
             curve(axis, [row for row in rows if row.protection == "unprotected"], ORANGE, "unprotected")
             curve(axis, [row for row in rows if row.protection == "ours"], BLUE, "ours")
@@ -193,21 +201,32 @@ def _rocs(evidence: LeakageEvidence, agreement: Agreement) -> Figure:
             if math.isfinite(epsilon) and kind != "upload":
                 allowed = [dp_line(epsilon, agreement.privacy.delta, float(rate)) for rate in line]
                 axis.plot(line, allowed, "--", color=RED, linewidth=0.8, label="most that DP allows")
-            axis.set_xscale("log")
-            axis.set_yscale("log")
+            _log_rates(axis)
             axis.set_title(kind)
-            axis.set_xlabel("false positives")
-        axes[0].set_ylabel("true positives")
-        handles, labels = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+        key.set_axis_off()
+        lines = {label: line for axis in panels for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        key.legend(lines.values(), lines, frameon=False, loc="center left")
+        key.figure.supxlabel("false positives", fontsize=9)
+        key.figure.supylabel("true positives", fontsize=9)
 
     return Figure(
         "Membership inference",
         "How many members an attacker finds (up) against how many others it accuses (right), both on a log scale. Ours should follow the "
         "line of guessing, and must stay below the dashed line.",
-        len(kinds),
+        len(kinds) + 1,
         draw,
     )
+
+
+def _log_rates(axis: Axes) -> None:
+    """Both axes from 0.001 to 1, on a log scale, with plain numbers: mathematics is not parsed, so that no name is taken for it."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set(xscale="log", yscale="log")
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_locator(FixedLocator([0.001, 0.01, 0.1, 1.0]))
+        scale.set_minor_locator(NullLocator())
+        scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _inversions(evidence: LeakageEvidence) -> Figure:

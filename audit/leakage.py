@@ -153,6 +153,7 @@ class LeakageEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     """What the attacks gave. `judge` needs nothing else but the agreement.
 
     Attributes:
+        member: the hospital that was attacked.
         source: where the data are from.
         protocol: which secure sum made the uploads.
         seed: of coin flips and choices; the noise of training is from the operating system and cannot be repeated.
@@ -160,6 +161,7 @@ class LeakageEvidence(Struct, frozen=True, forbid_unknown_fields=True):
         seconds: wall clock.
     """
 
+    member: str
     profile: Profile
     source: str
     protocol: str
@@ -516,6 +518,7 @@ def collect(target: Target, *, profile: Profile, progress: Progress, seed: int |
         inversion += _invert_all(scene)
     progress("done", 1.0)
     return LeakageEvidence(
+        member=target.member.node_id,
         profile=profile,
         source=target.source,
         protocol=target.agreement.secure_sum.protocol,

@@ -25,7 +25,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from audit.attacks import CATALOGUE
-from audit.attacks.by_members import control
+from audit.attacks.by_members import control, has_control
 from audit.attacks.knowledge import decrypted, packing_of, study_key
 from audit.attacks.network import Network
 from audit.attacks.play import Play
@@ -59,6 +59,9 @@ MEMBERS_PLAYED = {"fast": 6, "full": 12}
 SPARSE_MEMBERS_PLAYED = 32
 UPLOAD_ROUNDS = {"fast": 4, "full": 16}
 UPLOAD_VALUES = 8192
+UPLOADED = ("zeros", "the whole range")
+MASKED, WORDS, COEFFICIENTS = "masked values", "words of ciphertexts", "masked coefficients, decrypted"
+"""What uploads are measured as, by who looks."""
 
 BINS = 256
 P_VALUE = 1e-7
@@ -301,7 +304,7 @@ def _measure(world: World, rounds: int, progress: Progress) -> _Uploads:
     size = UPLOAD_VALUES if not world.agreement.secure_sum.encrypted else 2 * world.agreement.secure_sum.chunk_values
     limit = FixedPoint.from_agreement(world.agreement).limit
     spread = np.random.default_rng(0).uniform(-limit, limit, size)
-    for share, (name, vector) in enumerate({"zeros": np.zeros(size), "the whole range": spread}.items()):
+    for share, (name, vector) in enumerate(zip(UPLOADED, (np.zeros(size), spread), strict=True)):
         progress(f"uploads of {name}", 0.75 + share / 8)
         before = len(world.fresh.secrets)
         network = World(world.agreement, size, world.fresh).network(rounds)
@@ -350,15 +353,23 @@ def _kinds(network: Network, wire: dict[Key, bytes]) -> list[tuple[str, int, dic
     tails = {(name, number): data for (name, number, kind), data in wire.items() if kind == "upload"}
     if not ring.encrypted:
         values = {place: unpack(data, network.size, ring.ring_bits).astype(np.uint64) for place, data in tails.items()}
-        return [("masked values", ring.ring_bits, values)]
+        return [(MASKED, ring.ring_bits, values)]
     parameters = packing_of(network.agreement).parameters
     words = {place: unpack_upload(data, parameters)[0][:, 0].reshape(-1) for place, data in tails.items()}
-    kinds = [("words of ciphertexts", parameters.prime_bits, words)]
+    kinds = [(WORDS, parameters.prime_bits, words)]
     key = study_key(network)
     if ring.masked and key is not None:
         opened = {place: decrypted(network, data, key).reshape(-1) for place, data in tails.items()}
-        kinds.append(("masked coefficients, decrypted", parameters.plain_bits, opened))
+        kinds.append((COEFFICIENTS, parameters.plain_bits, opened))
     return kinds
+
+
+def _kinds_of(agreement: Agreement) -> list[str]:
+    """What `_kinds` gives for this agreement."""
+    ring = agreement.secure_sum
+    if not ring.encrypted:
+        return [MASKED]
+    return [WORDS, COEFFICIENTS] if ring.masked else [WORDS]
 
 
 def _packed(network: Network, vector: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -654,6 +665,25 @@ def judge(evidence: ProtocolEvidence) -> list[Finding]:
     return findings
 
 
+def not_tried(evidence: ProtocolEvidence, agreement: Agreement) -> list[str]:
+    """What the catalogue has for this agreement and profile, and what is measured of uploads, that did not take place."""
+    if _broken_rule(agreement):
+        return []
+    small = reduced(agreement, _members_played(agreement, evidence.profile))
+    world = World(small, vector_values(small, Layout.from_agreement(agreement).size))
+    played = {(attack.name, attack.row, attack.tried) for attack in evidence.played if attack.took_place}
+    due = [attack for attack in CATALOGUE if not attack.missing(world)]
+    lacking = [attack.name for attack in due if (attack.name, attack.row, attack.tried) not in played]
+    values = {series.name: min(sum(series.top), sum(series.low)) for series in evidence.series}
+    names = [f"{kind}, {what}" for kind in _kinds_of(agreement) for what in UPLOADED]
+    lacking += [name for name in names if values.get(name, 0) < UPLOAD_ROUNDS[evidence.profile] * UPLOAD_VALUES]
+    if not evidence.repeats:
+        lacking.append("freshness")
+    if evidence.control is None and has_control(world):
+        lacking.append("control")
+    return lacking
+
+
 def _judge_promise(promise: Promise, evidence: ProtocolEvidence) -> Finding:
     status, detail = _verdict(promise, evidence)
     return Finding("protocol", promise.adversary, promise.promise, status, detail)
@@ -782,11 +812,11 @@ def _judge_uploads(evidence: ProtocolEvidence, kind: str) -> tuple[Status, str]:
 
 
 def _judge_masked(evidence: ProtocolEvidence) -> tuple[Status, str]:
-    return _judge_uploads(evidence, "masked values")
+    return _judge_uploads(evidence, MASKED)
 
 
 def _judge_encrypted(evidence: ProtocolEvidence) -> tuple[Status, str]:
-    status, detail = _judge_uploads(evidence, "words of ciphertexts")
+    status, detail = _judge_uploads(evidence, WORDS)
     if status == "held" and evidence.secrets_found:
         return "broken", f"{evidence.secrets_found} secrets stand in clear on the wire"
     return status, detail + ("; the study key is never in clear on the wire" if status == "held" else "")
@@ -795,7 +825,7 @@ def _judge_encrypted(evidence: ProtocolEvidence) -> tuple[Status, str]:
 def _judge_key_holder(evidence: ProtocolEvidence) -> tuple[Status, str]:
     if evidence.parameters.protocol == "homomorphic":
         return "not testable", "nothing is promised: every hospital that has the key reads every upload"
-    return _judge_uploads(evidence, "masked coefficients, decrypted")
+    return _judge_uploads(evidence, COEFFICIENTS)
 
 
 # --- ... what is seen of parameters, secrets and documents

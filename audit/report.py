@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from audit.bundle import Evidence, Verdict
 from audit.figures import figures
 from audit.plants import PLANTS
+from secgeo.accountant import epsilon_after
 
 PARTS = {
     "records": (
@@ -66,6 +68,19 @@ WORDS = {
 }
 
 
+def claim(evidence: Evidence) -> str:
+    """The privacy that is claimed, in a sentence: the weakest claim in the records, or what the agreement's rounds come to."""
+    study, privacy = evidence.study.agreement, evidence.study.agreement.privacy
+    if evidence.records is not None and evidence.records.budgets:
+        who, delta = "by the hospitals", max(answer.delta for _, answer in evidence.records.budgets.values())
+        epsilon = max(math.inf if claimed is None else claimed for claimed, _ in evidence.records.budgets.values())
+    else:
+        who, delta = f"for {study.study.rounds} rounds", privacy.delta
+        epsilon = epsilon_after(privacy, (study.study.rounds - 1) * study.training.steps_per_round, delta)
+    told = "infinite epsilon (no privacy)" if math.isinf(epsilon) else f"epsilon at most {epsilon:.2f}"
+    return f"Claimed {who}: {told} at delta {delta:g}, where one {privacy.unit} is added or removed."
+
+
 def render(verdict: Verdict, evidence: Evidence) -> str:
     """The page, from verdict and evidence alone: the same give the same bytes."""
     environment = Environment(
@@ -80,6 +95,7 @@ def render(verdict: Verdict, evidence: Evidence) -> str:
         verdict=verdict,
         about=verdict.about,
         agreement=evidence.study.agreement,
+        claim=claim(evidence),
         parts=PARTS,
         limits=LIMITS,
         words=WORDS,

@@ -18,6 +18,7 @@ from audit.bundle import About, Auditor, Verdict
 from audit.plants import PLANTS
 from audit.report import render
 from audit.target import SPLIT, Target, study_of_config, study_of_folder, target_of_config, target_of_folder
+from audit.threads import one_thread
 from keys.errors import ConfigError, SecGeoError
 from keys.files import read_public, write_public
 from keys.identity import Identity, sign_labelled
@@ -71,6 +72,7 @@ class _Parts:
         self.report(name, "done" if name not in self.not_done else "could not be done", 1.0)
 
 
+@one_thread()
 def run_audit(request: Request, report: Report) -> Verdict:
     """Audit, and leave the bundle in `request.out`.
 

@@ -32,6 +32,8 @@ from audit.findings import Finding
 from audit.lower_bounds import Poisson, many_run_fdp, one_run_fdp, one_run_steinke, over_guesses
 from audit.target import Target
 from audit.watch import Canaries, DiracCanaries, RandomCanaries, Seen, Watch
+from keys.errors import VerificationFailed
+from protocols.agreement import Agreement
 from secgeo.accountant import epsilon_after
 from secgeo.datasets import LabelledRecords
 from secgeo.training import LocalTrainer
@@ -41,6 +43,10 @@ Profile = Literal["fast", "full"]
 Progress = Callable[[str, float], None]
 
 NOTHING = "the agreement has no noise, so that epsilon is infinite, or a single round, which spends nothing"
+NO_OTHERS = (
+    "the configuration names no [evaluation] set, and canaries among the records are made of records that the training does not see; "
+    "name one of the same kind as [data], and audit again"
+)
 
 CONFIDENCE, ALARM_CONFIDENCE = 0.95, 0.999
 """Of the bounds that are shown, and of those that accuse: they are conservative, and accuse by chance far less often."""
@@ -61,6 +67,13 @@ CANARY_BYTES = 1 << 28
 
 PRIVATE_STEPS = {"fast": 120, "full": 1000}
 """A longer study is audited for so many steps, against the claim for so many."""
+
+EVERY_STEP, ADAPTER, LOSS = (
+    "white box, every step",
+    "black box, released adapter",
+    "black box, loss under the final model",
+)
+INPUT_KINDS = ("mislabelled", "out of distribution")
 
 
 class Claim(Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,11 +120,21 @@ class Claimed(Poisson):
 
 
 class TrainingEvidence(Struct, frozen=True, forbid_unknown_fields=True):
-    """The attacks of one audit."""
+    """The attacks of one audit on one hospital's training.
 
+    Attributes:
+        member: the hospital.
+        attacks: in the order in which they were made.
+        parameters: how many have gradients of records, and so noise.
+        units: how many records or patients it trained on, canaries aside.
+        others: whether there were records that it does not train on, to make canaries of.
+    """
+
+    member: str
     attacks: tuple[CanaryScores, ...]
     parameters: int
     units: int
+    others: bool
 
 
 class Bounds(Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,40 +153,46 @@ class Bounds(Struct, frozen=True, forbid_unknown_fields=True):
 
 def collect(target: Target, *, profile: Profile = "fast", progress: Progress = lambda *_: None) -> TrainingEvidence:
     """Put canaries into the training of `target` and look for them."""
-    target = _shortened(target, profile)
+    target = replace(target, agreement=_shortened(target.agreement, profile))
     probe = target.trainer()
     size = sum(p.numel() for p in probe._optimizer.params)
     units, length = len(probe._units), CANARY_LENGTH * target.agreement.privacy.max_grad_norm
-    private_rounds = target.agreement.study.rounds - 1  # the first spends nothing
-    if target.agreement.privacy.noise_multiplier == 0.0 or not private_rounds:
-        return TrainingEvidence((), size, units)
-    wanted = GRADIENT_CANARIES[profile]
-    most = max(1, int(CANARY_BYTES / (4 * size * target.agreement.privacy.sample_rate)))
+    if not _can_be_bounded(target.agreement):
+        return TrainingEvidence(target.member.node_id, (), size, units, target.others is not None)
+    count, runs, few = _gradient_canaries(target.agreement, profile, size)
     progress("canaries in gradients: one parameter each", 0.0)
-    count = min(wanted, size, 2 * most)
-    runs = min(MOST_RUNS, math.ceil(wanted / count))
     attacks = _gradient_attacks(target, "Dirac", lambda: DiracCanaries(count, size, length), count, runs)
     progress("canaries among the records", 0.3)
-    for kind in ("mislabelled", "out of distribution"):
+    for kind in INPUT_KINDS:
         if target.others is not None:
             attacks += _input_attacks(target, kind, target.others, INPUT_CANARIES)
     if profile == "full":
         progress("canaries in gradients: random directions", 0.6)
-        few = max(1, min(wanted, size // 10, most))
         attacks += _gradient_attacks(target, "random directions", lambda: RandomCanaries(few, size, length), few)
-    return TrainingEvidence(tuple(attacks), size, units)
+    return TrainingEvidence(target.member.node_id, tuple(attacks), size, units, target.others is not None)
 
 
-def _shortened(target: Target, profile: Profile) -> Target:
-    training = target.agreement.training
-    steps = min(training.steps_per_round, PRIVATE_STEPS[profile])
-    rounds = min(target.agreement.study.rounds, 1 + max(1, PRIVATE_STEPS[profile] // max(1, steps)))
-    agreement = msgspec.structs.replace(
-        target.agreement,
-        training=msgspec.structs.replace(training, steps_per_round=steps),
-        study=msgspec.structs.replace(target.agreement.study, rounds=rounds),
+def _can_be_bounded(agreement: Agreement) -> bool:
+    """Without noise epsilon is infinite, and the first round spends nothing."""
+    return agreement.privacy.noise_multiplier > 0.0 and agreement.study.rounds > 1
+
+
+def _gradient_canaries(agreement: Agreement, profile: Profile, size: int) -> tuple[int, int, int]:
+    """How many Dirac canaries go into a training, into how many trainings, and how many random directions; of `size` parameters."""
+    wanted = GRADIENT_CANARIES[profile]
+    most = max(1, int(CANARY_BYTES / (4 * size * agreement.privacy.sample_rate)))
+    count = min(wanted, size, 2 * most)
+    return count, min(MOST_RUNS, math.ceil(wanted / count)), max(1, min(wanted, size // 10, most))
+
+
+def _shortened(agreement: Agreement, profile: Profile) -> Agreement:
+    steps = min(agreement.training.steps_per_round, PRIVATE_STEPS[profile])
+    rounds = min(agreement.study.rounds, 1 + max(1, PRIVATE_STEPS[profile] // max(1, steps)))
+    return msgspec.structs.replace(
+        agreement,
+        training=msgspec.structs.replace(agreement.training, steps_per_round=steps),
+        study=msgspec.structs.replace(agreement.study, rounds=rounds),
     )
-    return replace(target, agreement=agreement)
 
 
 def _claim(target: Target, steps: int) -> Claim:
@@ -218,10 +247,10 @@ def _gradient_attacks(
             black_coins.append(included[there])
             black.append(canaries.project(-released)[there])
     claim, seconds = _claim(target, trainer.steps_taken), round(time.monotonic() - started, 2)
-    attacks = [_attack(kind, "white box, every step", claim, np.concatenate(coins), np.concatenate(white), seconds)]
+    attacks = [_attack(kind, EVERY_STEP, claim, np.concatenate(coins), np.concatenate(white), seconds)]
     if black:
         found = np.concatenate(black_coins), np.concatenate(black)
-        attacks.append(_attack(kind, "black box, released adapter", claim, *found, seconds))
+        attacks.append(_attack(kind, ADAPTER, claim, *found, seconds))
     return attacks
 
 
@@ -293,10 +322,8 @@ def _input_attacks(target: Target, kind: str, others: LabelledRecords, count: in
     _train(target, trainer)
     claim, seconds = _claim(target, trainer.steps_taken), round(time.monotonic() - started, 2)
     return [
-        _attack(kind, "white box, every step", claim, included, scores, seconds),
-        _attack(
-            kind, "black box, loss under the final model", claim, included, before - _losses(trainer, canaries), seconds
-        ),
+        _attack(kind, EVERY_STEP, claim, included, scores, seconds),
+        _attack(kind, LOSS, claim, included, before - _losses(trainer, canaries), seconds),
     ]
 
 
@@ -356,7 +383,46 @@ def judge(evidence: TrainingEvidence) -> list[Finding]:
                 NOTHING,
             )
         ]
-    return [_judge_attack(attack, promise) for attack in evidence.attacks]
+    findings = [_judge_attack(attack, promise) for attack in evidence.attacks]
+    if not evidence.others:
+        findings.append(Finding("training", "canaries among the records", promise, "not testable", NO_OTHERS))
+    return findings
+
+
+def check_whole(evidence: TrainingEvidence, agreement: Agreement, profile: Profile) -> None:
+    """Check that the attacks are those that the profile calls for, each on as many canaries and steps as `collect` gives it.
+
+    Raises:
+        VerificationFailed: one is missing, or is smaller.
+    """
+    due, short = _called_for(evidence, agreement, profile), _shortened(agreement, profile)
+    steps = (short.study.rounds - 1) * short.training.steps_per_round
+    if [(attack.canaries, attack.view) for attack in evidence.attacks] != list(due):
+        raise VerificationFailed(f"the attacks on training are not those that the profile {profile} calls for")
+    for attack in evidence.attacks:
+        count, least = len(attack.scores), due[attack.canaries, attack.view]
+        if count < least or count != len(attack.included) or attack.claim.steps != steps:
+            raise VerificationFailed(
+                f"{attack.canaries} canaries, {attack.view}: {count} canaries and {attack.claim.steps} steps, where the profile "
+                f"{profile} calls for {least} and {steps}"
+            )
+
+
+def _called_for(evidence: TrainingEvidence, agreement: Agreement, profile: Profile) -> dict[tuple[str, str], int]:
+    """The attacks in their order, by canaries and view, and how many canaries each has at least."""
+    if not _can_be_bounded(agreement):
+        return {}
+    released = sum(rows * columns for rows, columns in (s.shape for s in Layout.from_agreement(agreement).segments))
+    if evidence.parameters < released:
+        raise VerificationFailed(f"a model of {evidence.parameters} parameters cannot release {released}")
+    count, runs, few = _gradient_canaries(agreement, profile, evidence.parameters)
+    seen = count * runs * released / evidence.parameters  # drawn by lot, if not all are taken
+    due = {("Dirac", EVERY_STEP): count * runs, ("Dirac", ADAPTER): max(1, math.floor(seen - 6.0 * math.sqrt(seen)))}
+    if evidence.others:
+        due |= {(kind, view): INPUT_CANARIES for kind in INPUT_KINDS for view in (EVERY_STEP, LOSS)}
+    if profile == "full":
+        due["random directions", EVERY_STEP] = few
+    return due
 
 
 def _judge_attack(attack: CanaryScores, promise: str) -> Finding:

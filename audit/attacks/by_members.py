@@ -554,13 +554,19 @@ def _colluders_below_the_threshold(world: World) -> Play:
     return play.run()
 
 
+def has_control(world: World) -> bool:
+    """Whether there is a case in which the protocol gives in: there are masks, and hospitals beside as many colluders as break them."""
+    ring = world.agreement.secure_sum
+    return ring.masked and ring.shares_needed < len(world.names)
+
+
 def control(world: World) -> bool | None:
     """Whether the attacker reads a vector where the protocol gives in: to as many colluders as the threshold. None: no such case.
 
     In a sparse graph that depends on where they stand, so there all others collude.
     """
     ring = world.agreement.secure_sum
-    if not ring.masked or ring.shares_needed >= len(world.names):
+    if not has_control(world):
         return None
     play = _listen(world, len(world.names) - 1 if ring.neighbours else ring.shares_needed).run()
     return play.knowledge.reads(world.names[0])

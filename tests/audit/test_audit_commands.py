@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,19 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from audit import bundle
 from audit.bundle import Auditor
+from audit.figures import figures
 from audit.findings import Finding
 from audit.report import render
+from audit.run import Request, run_audit
 from keys.errors import SecGeoError, VerificationFailed
 from keys.identity import sign_labelled
+from secgeo.accountant import epsilon_of
 from secgeo.records import MANIFEST
 from tests.secgeo.site import make_site
 
@@ -146,6 +152,32 @@ LIES: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
+def fewer_canaries(training: Any) -> None:
+    for attack in training["attacks"]:
+        attack.update(included=[True, False, True, False], scores=[0.0, 0.1, 0.2, 0.3])
+
+
+def more_steps(training: Any) -> None:
+    for attack in training["attacks"]:
+        claim = attack["claim"]
+        booked = [(claim["noise_multiplier"], claim["sample_rate"], claim["steps"] + 1)]
+        claim.update(steps=claim["steps"] + 1, epsilon=epsilon_of(booked, claim["delta"]))
+
+
+def none_among_the_records(training: Any) -> None:
+    training.update(attacks=training["attacks"][:2], others=False)
+
+
+def all_skipped(protocol: Any) -> None:
+    protocol["skipped"] += [{"name": a["name"], "row": a["row"], "why": "no time"} for a in protocol["played"]]
+    protocol["played"] = []
+
+
+def nothing_took_place(protocol: Any) -> None:
+    for attack in protocol["played"]:
+        attack["took_place"] = False
+
+
 CAREFUL: dict[str, Callable[[Path], None]] = {
     "a part left out": lambda folder: (folder / "evidence" / "conformance.json").unlink(),
     "no training at all": lambda folder: [
@@ -155,11 +187,52 @@ CAREFUL: dict[str, Callable[[Path], None]] = {
     "no noise agreed": edit("evidence/conformance.json", lambda v: v.update(noise_multiplier=0.0)),
     "a generous claim": edit("evidence/training.json", lambda v: v["attacks"][0]["claim"].update(epsilon=99.0)),
     "a generous noise": edit("evidence/training.json", lambda v: v["attacks"][0]["claim"].update(noise_multiplier=0.4)),
+    "training of another hospital": edit("evidence/training.json", lambda v: v.update(member="hospital-2-standard-error")),
+    "leakage of another hospital": edit("evidence/leakage.json", lambda v: v.update(member="hospital-2-standard-error")),
+    "white-box tests of another hospital": edit(
+        "evidence/conformance.json", lambda v: v.update(member="hospital-2-standard-error")
+    ),
+    "no noise measured": edit(
+        "evidence/conformance.json", lambda v: v.update(noise=[], step_mean_squares=[], step_correlations=[])
+    ),
+    "noise of few steps": edit(
+        "evidence/conformance.json",
+        lambda v: v.update(step_mean_squares=v["step_mean_squares"][:5], step_correlations=v["step_correlations"][:4]),
+    ),
+    "the influence of one": edit("evidence/conformance.json", lambda v: v.update(influences=v["influences"][:1])),
+    "six samples": edit("evidence/conformance.json", lambda v: v["sampling"].update(sizes=v["sampling"]["sizes"][:6])),
+    "no steps": edit(
+        "evidence/conformance.json", lambda v: v["bookkeeping"].update(touched=0, moved=0, booked=0, reported=0, agreed=0)
+    ),
+    "nothing compared": edit("evidence/conformance.json", lambda v: v.update(compared=0)),
+    "no canaries": edit("evidence/training.json", lambda v: v.update(attacks=[])),
+    "few canaries": edit("evidence/training.json", fewer_canaries),
+    "more steps": edit("evidence/training.json", more_steps),
+    "no canaries among the records": edit("evidence/training.json", none_among_the_records),
+    "a model of few parameters": edit("evidence/training.json", lambda v: v.update(parameters=4)),
+    "the profile of another audit": edit("evidence/about.json", lambda v: v.update(profile="full")),
+    "no attacks on the sum": edit("evidence/protocol.json", lambda v: v.update(played=[])),
+    "one attack on the sum left out": edit("evidence/protocol.json", lambda v: v["played"].pop()),
+    "attacks on the sum that were skipped": edit("evidence/protocol.json", all_skipped),
+    "attacks that never took place": edit("evidence/protocol.json", nothing_took_place),
+    "no look at uploads": edit("evidence/protocol.json", lambda v: v.update(series=[], pairs=[], correlations=[])),
+    "no control": edit("evidence/protocol.json", lambda v: v.update(control=None)),
+    "a larger cohort": edit("evidence/protocol.json", lambda v: v["parameters"].update(minimum_cohort=9)),
+    "records of a configuration": edit("evidence/about.json", lambda v: v.update(kind="configuration")),
     "perfect attacks": edit(
         "evidence/leakage.json",
         lambda v: [row.update(members=[1e6 + s for s in row["members"]]) for row in v["membership"] if row["protection"] == "ours"],
     ),
 }  # fmt: skip
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_an_attack_that_was_not_played_makes_the_audit_incomplete(copy: Path) -> None:
+    CAREFUL["one attack on the sum left out"](copy)
+    verdict = bundle.judge(bundle.read_evidence(copy))
+    assert verdict.missing == ("protocol",)
+    (told,) = [finding for finding in verdict.findings if finding.name == bundle.NOT_TRIED]
+    assert "did not take place: " in told.detail
 
 
 @pytest.mark.timeout(PATIENCE)
@@ -273,6 +346,69 @@ def test_the_report_in_headless_chromium(audited: tuple[Path, dict[str, Any]], t
         subprocess.run(shot, capture_output=True, check=True, timeout=120)
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 20_000
+
+
+def test_figures_fit_and_write_plain_numbers(audited: tuple[Path, dict[str, Any]]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        drawn = [figure for part in figures(bundle.read_evidence(audited[0])).values() for figure in part]
+    for figure in drawn:
+        assert "$" not in figure.svg
+        assert "mathdefault" not in figure.svg
+    rocs = next(figure.svg for figure in drawn if figure.title == "Membership inference")
+    for written in ("0.001", "0.1", "false positives", "guessing", "most that DP allows"):
+        assert f">{written}</text>" in rocs
+
+
+def test_an_audit_computes_on_one_thread(demo: tuple[Path, str], copy: Path, tmp_path: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def threads() -> set[int]:
+        return {torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())}
+
+    def draw(verdict: bundle.Verdict, evidence: bundle.Evidence) -> str:
+        seen.append(threads())
+        return render(verdict, evidence)
+
+    def report(*_: object) -> None:
+        seen.append(threads())
+        raise StopError
+
+    seen: list[set[int]] = []
+    torch.set_num_threads(2)
+    try:
+        with threadpool_limits(2):
+            before = threads()
+            bundle.verify(copy, None, draw)
+            with pytest.raises(StopError):
+                run_audit(Request(demo[0], tmp_path / "new"), report)
+            after = threads()
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [{1}, {1}]
+    assert before == after == {2}
+
+
+def test_the_verdict_says_what_is_claimed(audited: tuple[Path, dict[str, Any]]) -> None:
+    evidence = bundle.read_evidence(audited[0])
+    box = (audited[0] / "report.html").read_text().split('<section class="verdict')[1].split("</section>")[0]
+    assert evidence.records is not None
+    claimed = max(claim or 0.0 for claim, _ in evidence.records.budgets.values())
+    assert f"Claimed by the hospitals: epsilon at most {claimed:.2f} at delta 0.001, where one record is added" in box
+    alone = dataclasses.replace(evidence, records=None)
+    assert f"Claimed for 2 rounds: epsilon at most {claimed:.2f} at delta 0.001" in render(
+        bundle.judge(evidence), alone
+    )
+
+
+def test_a_confidential_report_says_so_first(audited: tuple[Path, dict[str, Any]]) -> None:
+    evidence = bundle.read_evidence(audited[0])
+    verdict = bundle.judge(evidence)
+    own = msgspec.structs.replace(evidence.about, kind="configuration")
+    page = render(msgspec.structs.replace(verdict, about=own), evidence)
+    assert page.index("Confidential.") < page.index("No promise was broken")
+    assert "Confidential." not in render(verdict, evidence)
 
 
 def test_words_from_outside_stay_words(audited: tuple[Path, dict[str, Any]]) -> None:

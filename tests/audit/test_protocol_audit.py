@@ -23,7 +23,7 @@ from audit import deployment, protocol
 from audit.attacks import CATALOGUE, by_aggregator, stage
 from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
-from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, to_json
+from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, not_tried, to_json
 from keys.errors import ConfigError, SecGeoError
 from protocols.agreement import Agreement
 from protocols.attempt_aggregator import AttemptAggregator
@@ -115,6 +115,7 @@ def test_ciphertexts_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "CATALOGUE", kept)
     evidence = run(agreed(name, 4))
     assert not [f for f in judge(evidence) if f.status == "broken"]
+    assert not_tried(evidence, agreed(name, 4)) == []
     for row in ("curious-encrypted", "ciphertext-sum", "study-keys", "no-ciphertexts", "no-study-key", "changed-sum"):
         assert status_of(evidence, row) == "held", row
     assert status_of(evidence, "key-holder") == ("held" if name == "layered" else "not testable")
@@ -212,6 +213,17 @@ def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
     assert protocol.harms_of(play("a victim cut off", nullcontext(), world)) == []
     harms = protocol.harms_of(play("a victim cut off", weaken.connectivity(), world))
     assert "the vector of hospital-00 was read" in harms
+
+
+def test_everything_that_this_agreement_allows_is_tried(honest: ProtocolEvidence) -> None:
+    assert not_tried(honest, agreed()) == []
+    idle = (msgspec.structs.replace(honest.played[0], took_place=False), *honest.played[1:])
+    assert not_tried(msgspec.structs.replace(honest, played=idle), agreed()) == [honest.played[0].name]
+    assert not_tried(msgspec.structs.replace(honest, control=None), agreed()) == ["control"]
+    assert not_tried(msgspec.structs.replace(honest, repeats=()), agreed()) == ["freshness"]
+    few = tuple(msgspec.structs.replace(series, low=(5,) * 256) for series in honest.series)
+    assert not_tried(msgspec.structs.replace(honest, series=few), agreed()) == [series.name for series in few]
+    assert not_tried(run(agreed(count=3)), agreed(count=3)) == []
 
 
 def test_an_attack_that_never_took_place_shows_nothing(honest: ProtocolEvidence) -> None:

@@ -1,13 +1,16 @@
 """Canaries in training: bounds stay below the claim for a sound trainer and pass it for bugs that cost much privacy."""
 
+from dataclasses import replace
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 
 from audit import training
-from audit.training import CanaryScores, Claim, bounds, judge, refuted
+from audit.training import CanaryScores, Claim, bounds, check_whole, judge, refuted
 from audit.watch import DiracCanaries, RandomCanaries, Seen, Watch
-from keys.errors import ConfigError
+from keys.errors import ConfigError, VerificationFailed
 from tests.audit.targets import target
 
 
@@ -100,6 +103,41 @@ def test_evidence_survives_json_and_gives_the_same_verdict(sound: training.Train
     assert judge(again) == judge(sound)
 
 
+@pytest.mark.parametrize("profile", ["fast", "full"])
+@pytest.mark.parametrize(
+    "sections", [{}, {"privacy": {"noise_multiplier": 0.0}}, {"training": {"steps_per_round": 50}}]
+)
+def test_what_is_collected_is_what_the_profile_calls_for(
+    profile: training.Profile, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "PRIVATE_STEPS", {"fast": 20, "full": 40})
+    hospital = target(**sections)
+    for others in (hospital.others, None):
+        evidence = training.collect(replace(hospital, others=others), profile=profile)
+        check_whole(evidence, hospital.agreement, profile)
+        if evidence.attacks:
+            with pytest.raises(VerificationFailed):
+                check_whole(msgspec.structs.replace(evidence, others=others is None), hospital.agreement, profile)
+            with pytest.raises(VerificationFailed):
+                check_whole(evidence, hospital.agreement, "full" if profile == "fast" else "fast")
+
+
+def test_evidence_that_is_not_whole_is_refused(sound: training.TrainingEvidence) -> None:
+    first, *rest = sound.attacks
+    short = msgspec.structs.replace(first, scores=first.scores[:-1], included=first.included[:-1])
+    fewer = msgspec.structs.replace(first, claim=msgspec.structs.replace(first.claim, steps=8))
+    for attacks in ((), (first,), (short, *rest), (fewer, *rest)):
+        with pytest.raises(VerificationFailed, match="calls for"):
+            check_whole(msgspec.structs.replace(sound, attacks=attacks), target().agreement, "fast")
+
+
+def test_without_other_records_the_canaries_among_records_are_said_to_be_missing() -> None:
+    evidence = training.collect(replace(target(), others=None))
+    told = judge(evidence)[-1]
+    assert (told.name, told.status) == ("canaries among the records", "not testable")
+    assert "[evaluation]" in told.detail
+
+
 @pytest.mark.parametrize("plant", ["no-noise", "half-noise", "clip-off"])
 def test_bugs_that_cost_much_privacy_are_proved_by_canaries(plant: str) -> None:
     study = {"privacy": {"sample_rate": 0.5}, "training": {"steps_per_round": 10}}
@@ -156,6 +194,6 @@ def test_a_claim_without_end_is_not_passed() -> None:
     claim = msgspec.structs.replace(CLAIM, epsilon=None)
     included = np.random.default_rng(0).random(200) < 0.5
     evidence = training.TrainingEvidence(
-        (one_attack(claim, included, np.random.default_rng(1).normal(size=200)),), 10, 10
+        "hospital-1", (one_attack(claim, included, np.random.default_rng(1).normal(size=200)),), 10, 10, True
     )
     assert "claimed inf" in judge(evidence)[0].detail
