@@ -317,7 +317,9 @@ def _judge_membership(ours: list[Membership], reference: list[Membership], agree
     detail = "; ".join(f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference])
     weak = [row.candidates for row in reference if not _works(row)]
     if works and weak:
-        detail += f"; on {' and '.join(weak)} the attack is too weak on unprotected training, so nothing is said of them"
+        detail += (
+            f"; on {' and '.join(weak)} the attack is too weak on unprotected training, so nothing is said of them"
+        )
     name = f"membership inference on {_SEEN[observation]}"
     if observation == "upload":
         chance = min(min(1.0, len(ours) * _away_from_chance(row)) for row in ours)
