@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -27,7 +28,7 @@ from protocols.messages import Join, encode
 from protocols.sealing import AttemptId
 from protocols.study_aggregator import SendTo
 from protocols.transcript import StudyOpened, TranscriptWriter
-from secgeo import hospital_noise, node
+from secgeo import aggregator, hospital_noise, node
 from secgeo.aggregator import AggregatorProcess, run_aggregator
 from secgeo.budget import Budget
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
@@ -540,6 +541,38 @@ def test_who_asks_and_does_not_read_is_given_up_before_it_fills_the_memory(site:
         assert sum(map(len, process._outboxes.get(NODE, ()))) <= process._outbox_limit_bytes
     assert process._outbox_limit_bytes < 100 << 20
     assert process._machine.leave(NODE, 0.0) == []  # it has left already
+
+
+def test_what_a_long_step_of_the_aggregator_takes_counts_against_nobodys_deadline(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop itself: a message takes a minute, and the deadlines that are looked at next know of a second of it."""
+    site.write_config(AGGREGATOR)
+    config = read_config(site.config(AGGREGATOR), AggregatorConfig)
+    identity = site.consortium.identities[AGGREGATOR]
+    process = AggregatorProcess(config, site.base / AGGREGATOR, identity, lambda *_: None)
+    source, looked = [0.0], list[float]()
+    process._clock = aggregator.WorkClock(lambda: source[0])
+    messages = [(NODE, b"long"), None]
+
+    def receive(*_: object) -> list[object]:
+        source[0] += 60.0
+        return []
+
+    def tick(now: float) -> list[object]:
+        looked.append(now)
+        machine.ended = len(looked) == 2
+        return []
+
+    machine = SimpleNamespace(ended=False, start=lambda now: [], receive=receive, tick=tick)
+    endpoint = SimpleNamespace(
+        address="here", refused_handshakes=0, connected=set(), receive=lambda _: messages.pop(0), send=lambda *_: True
+    )
+    process._machine = machine  # type: ignore[assignment]
+    monkeypatch.setattr(aggregator, "AggregatorEndpoint", lambda *_, **__: contextlib.nullcontext(endpoint))
+    monkeypatch.setattr(aggregator.signal, "signal", lambda *_: None)
+    process.run()
+    assert looked == [1.0, 1.0]
 
 
 def test_a_node_that_cannot_reach_the_aggregator_says_so(site: Site) -> None:
