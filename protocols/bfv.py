@@ -174,7 +174,7 @@ class Decryptor:
         for whole, coefficients in zip(words, packed, strict=True):
             if self._irregular is not None:
                 whole = whole.copy()
-                add(whole[0], self._irregular[1], parameters)
+                add(whole[:1], self._irregular[1], parameters)
             buffers.write_cipher(self._cipher, whole)
             self._decryptor.decrypt(self._cipher, self._plain)
             coefficients[:] = buffers.read_plain(self._plain)
@@ -346,14 +346,14 @@ class _File:
 
 
 def _irregular(seal: _Seal) -> tuple[Words, Words]:
-    """[4096] coefficients below t without any pattern, and what adds them to the plaintext of a ciphertext when it is added to c0."""
+    """[4096] coefficients below t without any pattern; the [1, 4096] words that, added to c0, add them to what a ciphertext encrypts."""
     octets = hashlib.shake_256(b"secgeo coefficients without a pattern").digest(8 * DEGREE)
     coefficients = np.frombuffer(octets, dtype="<u8") >> np.uint64(64 - seal.parameters.plain_bits)
     plain = sealapi.Plaintext(DEGREE, DEGREE)
     seal.buffers.write_plain(plain, coefficients)
     cipher = seal.cipher(np.stack([np.zeros_like(coefficients), np.ones_like(coefficients)]))  # c1 = 0 is refused
     sealapi.Evaluator(seal.context).add_plain_inplace(cipher, plain)
-    return coefficients, seal.buffers.read_cipher(cipher)[0].copy()
+    return coefficients, seal.buffers.read_cipher(cipher)[:1].copy()
 
 
 def _header(size: int) -> bytes:
