@@ -163,6 +163,26 @@ def test_fresh_noise_is_a_centred_binomial_of_42_coins(parameters: BfvParameters
 
 
 @each
+@pytest.mark.parametrize("sign", [1, -1])
+def test_noise_up_to_the_bound_is_rounded_away_and_twice_as_much_is_not(
+    parameters: BfvParameters, way: str, sign: int
+) -> None:
+    """Of one ciphertext and two plaintexts: fresh noise is at most 21, and each of the three is rounded once."""
+    key, packed, more = bfv.generate_key(parameters), ramp(parameters), ramp(parameters, seed=1)
+    expander, decryptor = bfv.Expander(parameters), bfv.Decryptor(parameters, key)
+    words = expander.expand(bfv.Encryptor(parameters, key).encrypt(packed))
+    expander.add_plain(words, more)
+    expected = packed + more & np.uint64((1 << parameters.plain_bits) - 1)
+    noise = int(parameters.prime / (1 << parameters.plain_bits + 1) - 3 / 2) - NOISE_COINS // 2
+    step = np.zeros((2, 2, DEGREE), np.uint64)
+    step[:, 0] = sign * noise % parameters.prime
+    c.add(words, step, parameters)
+    assert np.array_equal(decryptor.decrypt(words), expected)
+    c.add(words, step, parameters)
+    assert np.count_nonzero(decryptor.decrypt(words) == expected) == 0
+
+
+@each
 def test_a_sum_wraps_around_t_without_harm(parameters: BfvParameters, way: str) -> None:
     """Uniform masks add up beyond t; the ciphertext's own modulus swallows what wraps."""
     key = bfv.generate_key(parameters)
