@@ -38,6 +38,8 @@ def test_the_self_test_chooses_views_here_and_files_under_another_version(monkey
     assert type(bfv._Seal(PARAMETERS[0]).buffers) is bfv.Views
     monkeypatch.setattr(bfv, "TENSEAL_VERSION", "0.3.17")
     assert type(bfv._Seal(PARAMETERS[0]).buffers) is bfv.Files
+    expander = bfv.Expander(PARAMETERS[0])
+    assert expander._half == expander._sample  # Lists hold here, and are what the tests of files go through.
 
 
 @pytest.mark.parametrize("kind", ["Plaintext", "Ciphertext", "SerializableCiphertext"])
