@@ -7,7 +7,10 @@ The library takes and gives data only as lists, element by element, or as files.
 at start passes:
 
 * `Views`: numpy views of the library's buffers. They rest on the memory layout of one TenSEAL version;
-* `Files`: the library's own files, in memory (memfd).
+* `Files`: the library's own files, in memory (memfd), which it compresses by Zstandard whether one wants it or not.
+
+Where it has to be files, two things keep compression out of the way: seeds are expanded to lists, which takes less time, and what is
+decrypted is made irregular first, since Zstandard gives up early on noise and works hardest on values that are half regular.
 
 SEAL keeps Python's interpreter lock; use processes for more than one core. A wrong key decrypts to garbage without a word: the
 callers bind key ids, and check tags.
@@ -16,6 +19,7 @@ callers bind key ids, and check tags.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import struct
 import sys
@@ -26,6 +30,7 @@ import numpy as np
 import tenseal
 import zstandard
 from tenseal import sealapi
+from tenseal.sealapi.util import sample_poly_uniform
 
 from keys.errors import ConfigError, LocalProtocolError
 from protocols.ciphertexts import SEED_BYTES, FrameBroken, Words, add, pack_words, subtract, unpack_upload, unpack_words
@@ -46,6 +51,7 @@ CIPHER_FIELDS = struct.Struct("<32s?QQQdQ")
 COUNT = struct.Struct("<Q")
 GENERATOR = b"\x01"
 """The type byte of Blake2xb, which expands a seed to c1."""
+SEED = struct.Struct("<8Q")
 
 
 def generate_key(parameters: BfvParameters) -> bytes:
@@ -109,6 +115,11 @@ class Expander:
         generator = _header(len(GENERATOR) + SEED_BYTES) + GENERATOR + bytes(SEED_BYTES)
         self._template = _File()
         self._template.write(self._seal.cipher_fields(), np.zeros(DEGREE, dtype=np.uint64), generator)
+        self._half = self._load
+        if isinstance(self._seal.buffers, Files):
+            seed = bytes(range(SEED_BYTES))
+            if np.array_equal(self._sample(seed), self._load(seed)):
+                self._half = self._sample
 
     def expand(self, data: bytes | memoryview) -> Words:
         """Framed fresh ciphertexts as [count, 2, 4096] words below q.
@@ -118,9 +129,7 @@ class Expander:
         """
         words, seeds = unpack_upload(data, self._seal.parameters)
         for seed, whole in zip(seeds, words, strict=True):
-            self._template.write_end(seed)
-            self._cipher.load(self._seal.context, self._template.path)
-            whole[1] = self._seal.buffers.read_cipher(self._cipher)[1]
+            whole[1] = self._half(seed)
         return words
 
     def add_plain(self, words: Words, packed: Uint64Matrix) -> None:
@@ -131,6 +140,18 @@ class Expander:
             buffers.write_cipher(self._cipher, whole)
             self._evaluator.add_plain_inplace(self._cipher, self._plain)
             whole[:] = buffers.read_cipher(self._cipher)
+
+    def _load(self, seed: bytes) -> Words:
+        """c1 as the library loads it with the template."""
+        self._template.write_end(seed)
+        self._cipher.load(self._seal.context, self._template.path)
+        half: Words = self._seal.buffers.read_cipher(self._cipher)[1]
+        return half
+
+    def _sample(self, seed: bytes) -> Words:
+        """c1 from the function that `_load` ends in, as a list."""
+        words = sample_poly_uniform(sealapi.Blake2xbPRNG(SEED.unpack(seed)), self._seal.settings)
+        return np.fromiter(words, np.uint64, DEGREE)
 
 
 class Decryptor:
@@ -144,14 +165,22 @@ class Decryptor:
         self._seal = _Seal(parameters)
         self._decryptor = sealapi.Decryptor(self._seal.context, self._seal.secret_key(key))
         self._plain, self._cipher = sealapi.Plaintext(DEGREE, DEGREE), self._seal.cipher()
+        self._irregular = _irregular(self._seal) if isinstance(self._seal.buffers, Files) else None
 
     def decrypt(self, words: Words) -> Uint64Matrix:
         """[count, 2, 4096] words below q as [count, 4096] coefficients below t; garbage if the key is another one."""
+        buffers, parameters = self._seal.buffers, self._seal.parameters
         packed = np.empty((len(words), DEGREE), dtype=np.uint64)
         for whole, coefficients in zip(words, packed, strict=True):
-            self._seal.buffers.write_cipher(self._cipher, whole)
+            if self._irregular is not None:
+                whole = whole.copy()
+                add(whole[:1], self._irregular[1], parameters)
+            buffers.write_cipher(self._cipher, whole)
             self._decryptor.decrypt(self._cipher, self._plain)
-            coefficients[:] = self._seal.buffers.read_plain(self._plain)
+            coefficients[:] = buffers.read_plain(self._plain)
+        if self._irregular is not None:
+            packed -= self._irregular[0]
+            packed &= np.uint64((1 << parameters.plain_bits) - 1)
         return packed
 
     def __repr__(self) -> str:
@@ -248,7 +277,7 @@ class _Seal:
         settings.set_poly_modulus_degree(DEGREE)
         settings.set_coeff_modulus([sealapi.Modulus(parameters.prime)])
         settings.set_plain_modulus(1 << parameters.plain_bits)
-        self.parameters = parameters
+        self.parameters, self.settings = parameters, settings
         self.context = sealapi.SEALContext(settings, True, SECURITY[parameters.security_bits])
         if self.context.parameters_error_name() != "success":
             raise ConfigError(f"SEAL refuses the BFV parameters: {self.context.parameters_error_message()}")
@@ -314,6 +343,17 @@ class _File:
         if compression != ZSTANDARD:
             raise ConfigError(f"SEAL compresses by a method ({compression}) that is not known here")
         return self._decompressor.decompressobj().decompress(data)
+
+
+def _irregular(seal: _Seal) -> tuple[Words, Words]:
+    """[4096] coefficients below t without any pattern; the [1, 4096] words that, added to c0, add them to what a ciphertext encrypts."""
+    octets = hashlib.shake_256(b"secgeo coefficients without a pattern").digest(8 * DEGREE)
+    coefficients = np.frombuffer(octets, dtype="<u8") >> np.uint64(64 - seal.parameters.plain_bits)
+    plain = sealapi.Plaintext(DEGREE, DEGREE)
+    seal.buffers.write_plain(plain, coefficients)
+    cipher = seal.cipher(np.stack([np.zeros_like(coefficients), np.ones_like(coefficients)]))  # c1 = 0 is refused
+    sealapi.Evaluator(seal.context).add_plain_inplace(cipher, plain)
+    return coefficients, seal.buffers.read_cipher(cipher)[:1].copy()
 
 
 def _header(size: int) -> bytes:

@@ -108,14 +108,27 @@ def _unpack(octets: NDArray[np.uint8], stride: int, words: Words, parameters: Bf
 
 
 def add(total: Words, words: Words, parameters: BfvParameters) -> None:
-    """Add `words` to `total` in place, modulo q; both below q and of one shape."""
-    np.add(total, words, out=total)
-    np.minimum(total, total - np.uint64(parameters.prime), out=total)  # a difference below zero wraps to a large number
+    """Add `words` to `total` in place, modulo q; [count, ...] both, of one shape, and below q."""
+    prime = np.uint64(parameters.prime)
+    room = _room(total, words)
+    for part, more in zip(total, words, strict=True):
+        np.add(part, more, out=part)
+        np.subtract(part, prime, out=room)  # what would be below zero wraps to a large number
+        np.minimum(part, room, out=part)
 
 
 def subtract(total: Words, words: Words, parameters: BfvParameters) -> None:
-    """Take `words` off `total` in place, modulo q; both below q and of one shape."""
-    np.subtract(total, words, out=total)
-    np.minimum(
-        total, total + np.uint64(parameters.prime), out=total
-    )  # what is below zero has wrapped to a large number
+    """Take `words` off `total` in place, modulo q; [count, ...] both, of one shape, and below q."""
+    prime = np.uint64(parameters.prime)
+    room = _room(total, words)
+    for part, less in zip(total, words, strict=True):
+        np.subtract(part, less, out=part)  # what is below zero has wrapped to a large number
+        np.add(part, prime, out=room)
+        np.minimum(part, room, out=part)
+
+
+def _room(total: Words, words: Words) -> Words:
+    """Memory for one of `count`: it stays in the cache, where as much as for all would be asked of the system anew each time."""
+    if total.shape != words.shape:
+        raise ValueError(f"words of shape {words.shape} cannot be added to a total of shape {total.shape}")
+    return np.empty(total.shape[1:], dtype=np.uint64)

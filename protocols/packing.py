@@ -58,8 +58,11 @@ class BfvParameters:
         return next((bits for most, bits in STANDARD.items() if self.prime_bits <= most), 0)
 
     def failure_bits(self, n_max: int) -> float:
-        """-log2 of a bound on the probability that one coefficient of a sum of n_max ciphertexts and one plaintext is off."""
-        room = self.prime / (1 << self.plain_bits + 1) - (n_max + 1) / 2
+        """-log2 of a bound on the probability that one coefficient of a sum of n_max ciphertexts and two plaintexts is off.
+
+        The plaintexts: what is taken off for members that dropped out, and what `protocols.bfv` may add while it decrypts.
+        """
+        room = self.prime / (1 << self.plain_bits + 1) - (n_max + 2) / 2
         if room <= 0:
             return 0.0
         return 2 * room * room / (NOISE_COINS * n_max) / math.log(2) - 1

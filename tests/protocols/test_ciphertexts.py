@@ -93,6 +93,18 @@ def test_random_changes_are_words_below_q_or_refused(parameters: BfvParameters) 
 def test_addition_is_that_of_integers_modulo_q(parameters: BfvParameters) -> None:
     left, right = words(parameters, 2, 1), words(parameters, 2, 2)
     left[1, :4], right[1, :4] = parameters.prime - 1, [0, 1, 2, parameters.prime - 1]
+    before = left.copy()
     expected = (left.astype(object) + right.astype(object)) % parameters.prime
     c.add(left, right, parameters)
     assert np.array_equal(left, expected.astype(np.uint64))
+    c.subtract(left, right, parameters)
+    assert np.array_equal(left, before)
+
+
+def test_what_is_added_must_be_of_one_shape() -> None:
+    total = words(PARAMETERS[0], 4, 1).reshape(2, 2, -1)
+    for step in (c.add, c.subtract):
+        before = total.copy()
+        with pytest.raises(ValueError, match="shape"):
+            step(total, total[:1].copy(), PARAMETERS[0])
+        assert np.array_equal(total, before)
