@@ -77,6 +77,7 @@ AGAIN: list[tuple[ModuleType, Callable[..., None], tuple[Any, ...]]] = [
     (test_members, test_members.test_broken_messages_of_a_node, ("one byte", "UploadChunk")),
     (test_members, test_members.test_broken_messages_of_the_aggregator, ("truncated", "KeySet")),
     (test_members, test_members.test_one_wrong_share_among_just_enough_cannot_have_its_owner_expelled, ()),
+    (test_members, test_members.test_the_first_of_many_holders_cannot_spoil_the_reconstruction, ()),
     (test_members, test_members.test_contributions_of_no_pair_master_spoil_one_round_and_their_sender_is_named, ()),
     (test_members, test_members.test_a_member_that_builds_on_another_sum_is_named_by_the_aggregator, ()),
 ]
@@ -150,7 +151,7 @@ def hold_half_open(guard: AbstractContextManager[None], seconds: float) -> tuple
 
 def test_garbage_and_half_open_peers_do_not_disturb_a_round() -> None:
     """Each connection takes a descriptor of the aggregator's; without an end to handshakes they would take all that there are."""
-    assert hold_half_open(weaken.socket_option(zmq.HANDSHAKE_IVL, 0), 3 * HANDSHAKE_SECONDS)[1] >= 30
+    assert hold_half_open(weaken.socket_option(zmq.HANDSHAKE_IVL, 0), 3 * HANDSHAKE_SECONDS)[1] > 20
 
     network, left = hold_half_open(contextlib.nullcontext(), PATIENCE_SECONDS)
     assert not left

@@ -89,7 +89,7 @@ def run(site: Site, orders: list[Order]) -> Counter[str]:
         for process in processes.values():
             process.kill()
             process.join()
-    errors = [path.read_text() for path in site.base.glob("*/life-*/stderr")]
+    errors = "".join(path.read_text() for path in site.base.glob("*/life-*/stderr"))
     assert exit_codes(processes) == dict.fromkeys(processes, 0), errors
     assert killed.total() == len(orders)
     return killed
