@@ -6,26 +6,33 @@ killed starts again the others wait before their next round, so that each is bac
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import socket
 import sqlite3
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import combinations
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from audit.attacks.knowledge import peek
+from audit.attacks.knowledge import decrypted, peek
+from audit.attacks.network import SharedCiphers
 from audit.attacks.stage import Freshness
 from audit.records import verify_folder
+from keys.labels import Label
 from protocols import messages as m
+from protocols.agreement import read_agreement
+from protocols.study_key import StudyKey
+from secgeo.journal import NodeJournal
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import body_type
 from tests.secgeo.killed import CONTEXT, entries, live
@@ -139,10 +146,10 @@ def sent(site: Site, name: str) -> Iterator[tuple[Any, bytes]]:
 def check_what_went_out(site: Site) -> None:
     """No keys, commitments, seals, chunks or tags come twice, nor the secrets behind them; and every attempt is begun once."""
     fresh, begun, digests = Freshness(), defaultdict[tuple[str, int, int], set[bytes]](set), set[str]()
-    encrypted = b'protocol = "masked"' not in (site.base / "study" / "agreement.toml").read_bytes()
+    agreement = read_agreement((site.base / "study" / "agreement.toml").read_bytes())
     for name in HOSPITALS:
         for head, data in sent(site, name):
-            fresh.watch(data, encrypted)
+            fresh.watch(data, agreement.secure_sum.encrypted)
             if isinstance(head.body, m.RoundKeys):
                 begun[name, head.round, head.attempt].add(data)
             if isinstance(head.body, m.UploadDone):
@@ -168,21 +175,34 @@ def check_tag_seeds(site: Site) -> None:
     assert len(set.union(*seeds.values())) == len(seeds)
 
 
+def what_is_masked(site: Site) -> Callable[[bytes], np.ndarray]:
+    """Gives the masked numbers in a chunk: its values, or the coefficients that it encrypts, for who has the study key."""
+    agreement = read_agreement((site.base / "study" / "agreement.toml").read_bytes())
+    if not agreement.secure_sum.encrypted:
+        return lambda data: np.frombuffer(data, dtype="<u4")
+    (folder,) = (path.parent for path in (site.base / FIRST / "state").glob("*/state.sqlite"))
+    identity = site.consortium.identities[FIRST]
+    wrapping = hashlib.sha256(identity.sign(Label.KEEP_STUDY_KEY, bytes.fromhex(site.digest))).digest()
+    key = StudyKey(NodeJournal(folder, wrapping).study_key())
+    holder = SimpleNamespace(agreement=agreement, ciphers=SharedCiphers())
+    return lambda data: decrypted(holder, data, key).reshape(-1)  # type: ignore[arg-type]
+
+
 def check_differences(site: Site) -> set[tuple[str, int]]:
     """Any two uploads of a node differ by something uniform: no keystream is in both, of whatever vectors they are.
 
     Gives the nodes and rounds of which there is a chunk in more than one attempt: there the vector is the same.
     """
-    chunks = defaultdict[tuple[str, int], dict[tuple[int, int], np.ndarray]](dict)
+    masked, chunks = what_is_masked(site), defaultdict[tuple[str, int], dict[tuple[int, int], np.ndarray]](dict)
     for name in HOSPITALS:
         for head, data in sent(site, name):
             if isinstance(head.body, m.UploadChunk):
-                values = np.frombuffer(bytes(m._split(data)[1]), dtype="<u4")
-                chunks[name, head.body.index][head.round, head.attempt] = values
+                chunks[name, head.body.index][head.round, head.attempt] = masked(bytes(m._split(data)[1]))
     twice = set()
     for (name, _), uploads in chunks.items():
         for (one, first), (other, second) in combinations(uploads.items(), 2):
-            counts = np.bincount((first - second).view(np.uint8), minlength=256)
+            lower = (first - second).view(np.uint8).reshape(-1, first.itemsize)[:, :4]  # coefficients have 46 bits
+            counts = np.bincount(lower.reshape(-1), minlength=256)
             assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 430, (name, one, other)  # p < 1e-10
             if one[0] == other[0]:
                 twice.add((name, one[0]))
@@ -206,6 +226,8 @@ def test_studies_of_ciphertexts_go_on_after_kills(
 ) -> None:
     site = make_site(tmp_path, rounds=rounds, protocol=protocol, patience=2.0)
     check(site, rounds, run(site, orders))
+    if protocol == "layered":
+        assert check_differences(site) >= {(name, 1) for name in HOSPITALS}
 
 
 @pytest.mark.slow
