@@ -301,21 +301,32 @@ def test_oversized_frames_cost_the_sender_its_connection() -> None:
     assert not network.expelled  # nothing of it has come to where faults are found
 
 
-def test_random_messages_in_the_name_of_another_member() -> None:
-    """The door knows who is connected: a message that claims another sender is held against the one who sent it."""
+VICTIM = "hospital-02"
+
+
+def speak_for_another(by_claim: bool) -> WireNetwork:
+    """A member sends what claims to be of another, with a signature that is none; `by_claim`: it counts as that one's."""
     network = study()
-    liar = MaliciousNode(network, LIAR)
-    victim = network.consortium.identities["hospital-02"]
-    stolen: list[bytes] = []
-    inner = network.tap
+    liar, stolen = MaliciousNode(network, LIAR), list[bytes]()
+    inner, receive = network.tap, network.aggregator.receive
 
     def steal(sender: str, recipient: str, data: bytes) -> list[bytes]:
-        if sender == victim.node_id and test_members.body_type(data) == "RoundKeys":
-            stolen.append(data)
+        if sender == VICTIM and test_members.body_type(data) == "RoundKeys":
+            stolen.append(data[:-1] + bytes([data[-1] ^ 1]))
         return list(inner(sender, recipient, data))
 
     network.tap = steal
     liar.on("SealedSeeds")(lambda message, data: [stolen[0]])
+    if by_claim:
+        network.aggregator.receive = lambda peer, data, now: receive(m.claimed_sender(data), data, now)  # type: ignore[method-assign]
     network.run()
+    return network
+
+
+def test_random_messages_in_the_name_of_another_member() -> None:
+    """The door knows who is connected: a message that claims another sender is held against the one who sent it."""
+    assert VICTIM in speak_for_another(by_claim=True).expelled
+
+    network = speak_for_another(by_claim=False)
     assert network.expelled == [LIAR]
     everybody_but(LIAR, network)
