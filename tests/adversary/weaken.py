@@ -21,6 +21,7 @@ from protocols.sealing import AttemptId
 from protocols.study_aggregator import AggregatorMachine
 from protocols.study_node import NodeMachine
 from protocols.tags import Tagger
+from secgeo import transport
 
 
 @contextmanager
@@ -276,3 +277,14 @@ def decoding_errors() -> Any:
 def message_limit() -> Any:
     """Messages of any size are decoded."""
     return replaced(messages, "MESSAGE_LIMIT_BYTES", 1 << 40)
+
+
+def socket_option(option: int, value: int) -> Any:
+    """Sockets have another value of an option of libzmq than our limits say."""
+    genuine = transport._set_limits
+
+    def weak(socket: Any, address: str, limits: transport.TransportLimits) -> None:
+        genuine(socket, address, limits)
+        socket.setsockopt(option, value)
+
+    return replaced(transport, "_set_limits", weak)

@@ -62,7 +62,12 @@ class Site:
 
 
 def make_spec(
-    rounds: int = 2, protocol: str = "masked", hospital: dict[str, float] | None = None, **privacy: Any
+    rounds: int = 2,
+    protocol: str = "masked",
+    hospital: dict[str, float] | None = None,
+    *,
+    patience: float = 1.0,
+    **privacy: Any,
 ) -> dict[str, Any]:
     settings = preset("breast-cancer", 4, rounds)
     sections = {
@@ -81,7 +86,11 @@ def make_spec(
             "max_attempts": 8,
             **({"chunk_values": 1024} if protocol == "masked" else {}),
         },
-        "deadlines": {"join_seconds": 30.0, "train_seconds": 30.0, "phase_seconds": 5.0},
+        "deadlines": {
+            "join_seconds": 30.0 * patience,
+            "train_seconds": 30.0 * patience,
+            "phase_seconds": 5.0 * patience,
+        },
         "modalities": [{"name": name, "tokeniser": "tabular", "shape": [10]} for name in MODALITIES],
         "members": [
             {"node_id": name, "modality": MODALITIES[index % 2], "expected_batch_size": 10.0}
@@ -91,13 +100,13 @@ def make_spec(
 
 
 def make_site(
-    base: Path, rounds: int = 2, protocol: str = "masked", hospital: dict[str, float] | None = None, **privacy: Any
+    base: Path, rounds: int = 2, protocol: str = "masked", hospital: dict[str, float] | None = None, **settings: Any
 ) -> Site:
     consortium = make_consortium(HOSPITALS, now=datetime.now(UTC))
     generator = np.random.default_rng(7)
     anchors = {name: generator.normal(size=(128, 10)).astype(np.float32) for name in MODALITIES}
     agreement = complete(
-        make_spec(rounds, protocol, hospital, **privacy), consortium.roster, consortium.authority.fingerprint, anchors
+        make_spec(rounds, protocol, hospital, **settings), consortium.roster, consortium.authority.fingerprint, anchors
     )
     document = write_agreement(agreement)
     study = base / "study"

@@ -13,7 +13,7 @@ from keys.errors import VerificationFailed
 from keys.identity import verify_signature
 from keys.labels import Label
 from protocols import messages, sealing, shamir, tags, transcript
-from protocols.agreement import agreement_digest
+from protocols.agreement import agreement_digest, check_rules, read_agreement
 from protocols.encoding import FixedPoint, pack, unpack
 from protocols.graph import MaskGraph
 from protocols.prg import TAG_PRIME, MaskSet, keystream
@@ -21,6 +21,7 @@ from protocols.rings import IntegerRing
 from protocols.sealing import AttemptId
 from protocols.upload import Upload
 from tests.vectors import product_encrypted
+from tests.vectors.codec import FOLDER
 
 
 def label_of(name: str) -> Label:
@@ -147,6 +148,25 @@ def _graph(names: Sequence[str], degree: int, cohort: bytes) -> dict[str, Any]:
     }
 
 
+def _agreed_graph(members: int, threshold: int, degree: int, share_threshold: int) -> int:
+    agreement = read_agreement((FOLDER / "agreement.toml").read_bytes())
+    ring = msgspec.structs.replace(
+        agreement.secure_sum,
+        ring_bits=32,
+        minimum_cohort=max(3, threshold),
+        threshold=threshold,
+        neighbours=degree,
+        share_threshold=share_threshold,
+    )
+    who = tuple(
+        msgspec.structs.replace(agreement.members[0], node_id=f"hospital-{i:02d}", certificate_fingerprint=f"{i:064x}")
+        for i in range(members)
+    )
+    agreement = msgspec.structs.replace(agreement, secure_sum=ring, members=who)
+    check_rules(agreement)
+    return agreement.colluders_tolerated
+
+
 def body_fields(body: Any) -> list[Any]:
     """A body as the plain array that is on the wire: its name, then its fields."""
     fields: list[Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(body))
@@ -236,6 +256,7 @@ OPERATIONS: dict[str, Any] = {
     "tolerates": lambda names, degree, cohort, survivors, colluders: MaskGraph.build(names, degree, cohort).tolerates(
         survivors, colluders
     ),
+    "agreed_graph": _agreed_graph,
     "read_message": _read_message,
     **product_encrypted.OPERATIONS,
 }

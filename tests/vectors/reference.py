@@ -325,6 +325,19 @@ def tolerates(circle: Sequence[str], degree: int, survivors: Iterable[str], coll
     return min(len(alive.intersection(stretch)) for stretch in stretches) * 2 > colluders
 
 
+def agreed_graph(members: int, threshold: int, degree: int, share_threshold: int) -> int:
+    """How many colluders a graph that may be agreed tolerates, wherever they stand."""
+    need(members + 1 < 2 * threshold <= 2 * members, "a colluder votes twice, or nobody may be asked for a vote")
+    if degree == 0:
+        need(share_threshold == 0, "in a complete graph threshold counts")
+        return min(threshold - 1, 2 * threshold - members - 1)
+    need(members > 16, "a complete graph is due")
+    need(degree % 2 == 0 and 4 <= degree < members - 1, "no circle has so many neighbours")
+    need(2 <= share_threshold <= degree, "one share alone, or more than there are, recover a secret")
+    need(2 * threshold > members + share_threshold - 1, "colluders have two survivor sets signed")
+    return share_threshold - 1
+
+
 # --- signatures
 
 

@@ -10,6 +10,7 @@ from tests.vectors.reference import (
     FIELD,
     TAG_PRIME,
     FixedPoint,
+    agreed_graph,
     bind,
     cohort_digest,
     combine,
@@ -175,6 +176,7 @@ OPERATIONS: dict[str, Any] = {
     "tolerates": lambda names, degree, cohort, survivors, colluders: tolerates(
         order(names, cohort), degree, survivors, colluders
     ),
+    "agreed_graph": agreed_graph,
     "read_message": read_message,
     **reference_encrypted.OPERATIONS,
 }

@@ -133,3 +133,37 @@ def graph() -> Iterator[Case]:
         survivors=named(3),
         colluders=2,
     )
+    for members, threshold, degree, shares, why in (
+        (4, 3, 0, 0, "four members, threshold 3: one may collude"),
+        (16, 12, 0, 0, "sixteen members, complete graph: 2 * 12 - 16 - 1 may collude"),
+        (17, 11, 8, 4, "seventeen members with eight neighbours, of whom four recover a secret: three may collude"),
+        (20, 12, 8, 4, "the least threshold for twenty members and four shares"),
+        (64, 40, 24, 16, "what is recommended for 64 members"),
+        (20, 11, 18, 2, "all neighbours but one, and two shares"),
+    ):
+        yield case(why, "agreed_graph", members=members, threshold=threshold, degree=degree, share_threshold=shares)
+    for members, threshold, degree, shares, why in (
+        (4, 2, 0, 0, "half of the members sign: a colluder could have two survivor sets signed"),
+        (5, 3, 0, 0, "threshold 3 of 5: a colluder who votes twice is enough for two survivor sets"),
+        (4, 5, 0, 0, "more votes than there are members"),
+        (20, 12, 0, 4, "share_threshold without neighbours"),
+        (16, 12, 8, 4, "sixteen members have a complete graph"),
+        (20, 12, 7, 4, "an odd number of neighbours stands on no circle"),
+        (20, 12, 2, 2, "two neighbours: the circle is cut by two colluders"),
+        (20, 12, 19, 4, "as many neighbours as there are others is the complete graph, which is 0"),
+        (20, 12, 20, 4, "more neighbours than there are others"),
+        (20, 12, 8, 0, "no share_threshold"),
+        (20, 12, 8, 1, "one share is the secret"),
+        (20, 15, 8, 9, "more shares than neighbours"),
+        (20, 11, 8, 4, "the least threshold less one: three colluders could have two survivor sets signed"),
+        (64, 39, 24, 16, "the same for 64 members"),
+    ):
+        yield refused(
+            "ConfigError",
+            why,
+            "agreed_graph",
+            members=members,
+            threshold=threshold,
+            degree=degree,
+            share_threshold=shares,
+        )
