@@ -1,8 +1,9 @@
 """Epsilon by three accountants, two of Opacus (RDP, PRV) and Google's PLD, each only where it can be trusted.
 
     RDP   an upper bound (Mironov 2017, 2019); loose when the best order is the largest or smallest that is tried
-    PRV   numerical (Gopi et al. 2021), an upper bound within 0.01; fails for tiny delta and huge epsilon
-    PLD   numerical (Koskela et al. 2020, Doroshenko et al. 2022), pessimistic; the smallest of the three except over very many steps
+    PRV   numerical (Gopi et al. 2021), an upper bound within 0.01; fails for tiny delta and huge epsilon, and takes memory with the steps
+    PLD   numerical (Koskela et al. 2020, Doroshenko et al. 2022), pessimistic; the smallest of the three except over very many steps; not
+          to be trusted for tiny delta
 
 All are for Poisson sampling and Gaussian noise, add-or-remove-one. Opacus needs torch; `audit.budget` does without.
 """
@@ -19,16 +20,20 @@ from numpy.typing import NDArray
 
 from audit.budget import (
     LARGEST_EPSILON,
-    MAXIMUM_STEPS,
     History,
     epsilon_pld,
     grouped,
 )
 from keys.errors import VerificationFailed
+from protocols.agreement import MAXIMUM_STEPS
 from protocols.ledger import NEIGHBOURING_RELATION
 
 PRV_ERROR = 0.02
 """PRV is asked for an error of 0.01 and gives the upper end; further from PLD one of the two is wrong, and it is not known which."""
+
+
+PRV_STEPS = 1_000_000
+"""So many steps take PRV some gigabytes and a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,12 @@ def opacus_prv(history: History, delta: float) -> float:
         return math.inf
     if not groups:
         return 0.0
-    pessimistic = epsilon_pld(history, delta)  # refuses what is too large to compute
+    if sum(groups.values()) > PRV_STEPS:
+        raise VerificationFailed(f"PRV is not asked about more than {PRV_STEPS:,} steps: it would take too much memory")
+    try:
+        pessimistic = epsilon_pld(history, delta)  # refuses what is too large to compute
+    except VerificationFailed as error:
+        raise VerificationFailed(f"PLD, which PRV is compared with, has no answer: {error}") from None
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
@@ -105,8 +115,8 @@ def opacus_prv(history: History, delta: float) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             epsilon = float(accountant.get_epsilon(delta))
-    except (ValueError, RuntimeError, ArithmeticError) as error:
-        raise VerificationFailed(f"PRV gives no number here: {error}") from None
+    except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+        raise VerificationFailed(f"PRV gives no number here: {str(error) or 'it takes too much memory'}") from None
     if not pessimistic * 0.99 - PRV_ERROR <= epsilon <= pessimistic * 1.01 + PRV_ERROR:
         raise VerificationFailed(
             f"PRV gives {epsilon:.4g} where PLD gives {pessimistic:.4g}: one of the two discretisations does not hold here"

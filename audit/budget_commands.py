@@ -90,11 +90,16 @@ def budget_plan(
     with Console(stderr=True).status("trying noise multipliers ..."), _settings():
         plan = calibrate(budget, batch)
         plans = trade_offs(budget, batch)
+    warnings = []
+    if delta * patients >= 1.0:
+        warnings.append(
+            f"delta {delta:g} is not below 1 / {patients}: a hospital that gives one {unit} away would keep it"
+        )
     if out is not None:
         write_spec(spec, plan, out)
     if plot is not None:
         plot_plans(plot, plans, batch, unit)
-    if emit(json, plan=plan.to_json(), trade_offs=[other.to_json() for other in plans], unit=unit):
+    if emit(json, plan=plan.to_json(), trade_offs=[other.to_json() for other in plans], unit=unit, warnings=warnings):
         return
     show(
         f"epsilon {epsilon:g} at delta {delta:g}, add or remove one {unit}; {rounds} rounds of {steps_per_round} steps, "
@@ -112,6 +117,8 @@ def budget_plan(
             f"{other.batch:>8} {other.sample_rate:>12.5f} {other.noise_multiplier:>17.4f} {other.noise_per_step:>15.5f}{answers}{mark}"
         )
     show("\nRDP is what the node enforces; PRV and PLD show how much of it is slack of the accountant.")
+    for warning in warnings:
+        show(f"note    {warning}")
     for path in (out, plot):
         if path is not None:
             show(f"written: {path}")
@@ -124,7 +131,11 @@ def budget_hospital(
     rounds: Annotated[int, typer.Option(help="Rounds of the study.", min=2)],
     members: Annotated[int, typer.Option(help="Hospitals of the study.", min=3, max=256)],
     contributors: Annotated[
-        int, typer.Option(help="Honest ones whose noise is counted on: the minimum cohort without colluders.", min=1)
+        int,
+        typer.Option(
+            help="Honest ones whose noise is counted on: the minimum cohort without colluders, and without one at least.",
+            min=1,
+        ),
     ],
     json: Json = False,
 ) -> None:
@@ -202,7 +213,12 @@ def budget_compose(
     delta: Annotated[
         float | None, typer.Option(help="By default the smallest delta of the studies.", min=1e-15, max=0.5)
     ] = None,
-    authority: Authority = None,
+    authority: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The authority's fingerprint, from a source you trust; once, or once for each folder, in their order."
+        ),
+    ] = None,
     at: At = None,
     json: Json = False,
 ) -> None:
@@ -217,17 +233,20 @@ def budget_compose(
     from audit.ledgers import compose
 
     now = (at or datetime.now(UTC)).replace(tzinfo=UTC)
-    pinned = ungroup_digits(authority) if authority else None
     named = [_ledger_of(name) for name in ledgers]
-    single, composed, unit = compose(named, delta, authority_fingerprint=pinned, now=now)
-    alone = {name: answer.to_json() for name, answer in zip(ledgers, single, strict=True)}
-    if emit(json, patients_of_one=alone, patients_of_all=composed.to_json(), unit=unit):
+    composition = compose(named, delta, authorities=_authorities(named, authority or []), now=now)
+    composed, unit, warnings = composition.composed, composition.unit, composition.warnings
+    alone = dict(zip(ledgers, composition.alone, strict=True))
+    patients_of_one = {name: answer.to_json() for name, answer in alone.items()}
+    if emit(json, patients_of_one=patients_of_one, patients_of_all=composed.to_json(), unit=unit, warnings=warnings):
         return
-    for name, answer in zip(ledgers, single, strict=True):
+    for name, answer in alone.items():
         show(f"a {unit} in {name} only, at delta {answer.delta:g}")
         _show_epsilons(answer, unit, indent="  ")
     show(f"a {unit} in all of them, at delta {composed.delta:g}")
     _show_epsilons(composed, unit, indent="  ")
+    for warning in warnings:
+        show(f"note    {warning}")
 
 
 @contextmanager
@@ -250,6 +269,15 @@ def _show_epsilons(answer: Epsilons, unit: str, indent: str = "") -> None:
         value = answer.epsilon[name]
         show(f"{indent}{title}  " + (f"no answer: {answer.refused[name]}" if value is None else f"epsilon {value:.4f}"))
     show(f"{indent}delta {answer.delta:g}, neighbouring relation: add or remove one {unit}")
+
+
+def _authorities(ledgers: list[tuple[Path, str]], fingerprints: list[str]) -> dict[Path, str | None]:
+    """By folder the fingerprint that its authority must have."""
+    folders = list(dict.fromkeys(folder for folder, _ in ledgers))
+    if len(fingerprints) not in (0, 1, len(folders)):
+        raise ConfigError(f"--authority is given once, or once for each of the {len(folders)} folders, in their order")
+    pinned: list[str | None] = [ungroup_digits(fingerprint) for fingerprint in fingerprints] or [None]
+    return dict(zip(folders, pinned if len(pinned) == len(folders) else pinned * len(folders), strict=True))
 
 
 def _ledger_of(name: str) -> tuple[Path, str]:

@@ -7,7 +7,7 @@ and PLD; here every claim must reach Opacus' RDP, by which nodes claim, and ledg
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -84,12 +84,31 @@ def _history(events: Sequence[DpSgdEvent], steps: int) -> tuple[Steps, ...]:
     return (Steps(events[0].sample_rate, events[0].noise_multiplier, steps),) if events else ()
 
 
-def compose(
-    ledgers: Sequence[tuple[Path, str]], delta: float | None, *, authority_fingerprint: str | None, now: datetime
-) -> tuple[list[Epsilons], Epsilons, str]:
-    """Epsilon of each (folder, hospital) alone, and of a unit that is in all of them, at `delta` or the smallest of the studies'.
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Epsilon of a `unit` (a record or a patient) that is in one of several ledgers only, and of one that is in all of them.
 
-    Gives the unit too. A patient has several records, so what was counted for each record is not what was spent on a patient.
+    `warnings` are what the folders' verification has to say, each with its folder.
+    """
+
+    alone: list[Epsilons]
+    composed: Epsilons
+    unit: str
+    warnings: tuple[str, ...]
+
+
+def compose(
+    ledgers: Sequence[tuple[Path, str]], delta: float | None, *, authorities: Mapping[Path, str | None], now: datetime
+) -> Composition:
+    """Compose the ledgers of (folder, hospital) at `delta`, or the smallest of the studies'.
+
+    A patient has several records, so what was counted for each record is not what was spent on a patient.
+
+    Args:
+        ledgers: two or more, each once.
+        delta: by default the smallest of the studies'.
+        authorities: by folder the pinned fingerprint of its authority.
+        now: when certificates must be valid.
 
     Raises:
         ConfigError: fewer than two, one named twice, a hospital without a ledger, another unit, or a delta out of range.
@@ -104,7 +123,7 @@ def compose(
     deltas = []
     for folder, node in ledgers:
         if folder not in reports:
-            reports[folder] = verify_folder(folder, authority_fingerprint=authority_fingerprint, now=now)
+            reports[folder] = verify_folder(folder, authority_fingerprint=authorities.get(folder), now=now)
             for check in reports[folder].checks:
                 if not check.ok:
                     raise VerificationFailed(f"{folder}: {check.name}: {check.detail}")
@@ -118,5 +137,9 @@ def compose(
         told = ", ".join(f"{folder}: {unit}" for unit, folder in sorted(units.items()))
         raise ConfigError(f"ledgers that count for each record and for each patient cannot be composed ({told})")
     chosen = delta if delta is not None else min(deltas, default=math.nan)
-    alone = [epsilons(events, chosen) for events in histories]
-    return alone, epsilons([event for events in histories for event in events], chosen), next(iter(units))
+    return Composition(
+        [epsilons(events, chosen) for events in histories],
+        epsilons([event for events in histories for event in events], chosen),
+        next(iter(units)),
+        tuple(f"{folder}: {warning}" for folder, report in reports.items() for warning in report.warnings),
+    )

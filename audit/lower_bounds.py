@@ -29,8 +29,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from audit.budget import NOISE_RANGE, Steps, epsilon_pld, epsilon_rdp
+from audit.budget import Steps, epsilon_pld, epsilon_rdp
 from keys.errors import ConfigError, VerificationFailed
+from protocols.agreement import NOISE_RANGE
 
 Array = NDArray[np.float64]
 Curve = Callable[[ArrayLike], Array]

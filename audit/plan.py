@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 
 from audit.accountants import Epsilons, epsilons, opacus_rdp
-from audit.budget import NOISE_RANGE, Steps
+from audit.budget import Steps
 from keys.errors import ConfigError, KeyFileError
 from keys.files import write_public
+from protocols.agreement import NOISE_RANGE
 from secgeo.accountant import hospital_epsilon
 
 NOISE_DIGITS = 4

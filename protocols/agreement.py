@@ -37,6 +37,10 @@ CHUNK_BLOCKS = 32
 COMPLETE_GRAPH_LIMIT = 16
 """Up to so many members every pair shares a seed; above, a sparse graph may be agreed."""
 
+NOISE_RANGE = (0.3, 1e4)
+MAXIMUM_STEPS = 10_000_000
+"""Noise multipliers of DP-SGD (or 0), and steps of a study: outside, accountants have no answer, and no claim could be verified."""
+
 Name = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9-]{0,62}\Z")]
 Sha256Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Protocol = Literal["masked", "layered", "homomorphic"]
@@ -262,7 +266,7 @@ class Agreement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
         """What each hospital adds to its update, if hospitals share out noise."""
         if self.hospital_privacy is None:
             return None
-        counted = self.secure_sum.minimum_cohort - self.colluders_tolerated
+        counted = self.secure_sum.minimum_cohort - max(1, self.colluders_tolerated)  # every member knows its own share
         step = 2.0**-self.secure_sum.fraction_bits
         return noise_share(self.hospital_privacy.noise_multiplier, self.hospital_privacy.max_update_norm, counted, step)
 
@@ -361,6 +365,15 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
         (
             "records_per_patient must be 1 or more if the privacy unit is a patient, and 0 if it is a record",
             (agreement.privacy.unit == "patient") == (agreement.privacy.records_per_patient > 0),
+        ),
+        (
+            f"noise_multiplier must be from {NOISE_RANGE[0]:g} to {NOISE_RANGE[1]:g} (or 0: no privacy): no accountant verifies others",
+            agreement.privacy.noise_multiplier == 0.0
+            or NOISE_RANGE[0] <= agreement.privacy.noise_multiplier <= NOISE_RANGE[1],
+        ),
+        (
+            f"rounds times steps_per_round must not exceed {MAXIMUM_STEPS:,} steps: no accountant verifies more",
+            agreement.total_steps <= MAXIMUM_STEPS,
         ),
         *_hospital_rules(agreement),
         ("all numbers must be finite", all(_finite(section) for section in msgspec.structs.astuple(agreement))),

@@ -5,7 +5,8 @@ its update, brings it to the grid of the fixed-point encoding, and adds discrete
 Nobody sees a share alone; the sum has them all. Here are the numbers; `secgeo.hospital_noise` draws the noise. No randomness, no I/O.
 
 Privacy is counted for the fewest shares that an agreement leaves: of the smallest cohort that may be summed, without the colluders it
-tolerates, who know their own shares and can subtract them. More survivors only add noise.
+tolerates, who know their own shares and can subtract them, and without one at least, for every member knows its own and sees the sum.
+More survivors only add noise.
 """
 
 from __future__ import annotations

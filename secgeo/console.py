@@ -14,6 +14,6 @@ def show(text: str) -> None:
 def emit(as_json: bool, **fields: object) -> bool:
     """Print `fields` as one JSON line if asked for; gives back whether it did."""
     if as_json:
-        sys.stdout.write(json.dumps(fields) + "\n")
+        sys.stdout.write(json.dumps(fields, allow_nan=False) + "\n")
         sys.stdout.flush()
     return as_json

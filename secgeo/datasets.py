@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,8 +39,6 @@ _NOBODY = frozenset(
     ("", "#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "none", "null")
 )
 """What spreadsheets, pandas and Arrow write for a value that is missing: all such rows would become one patient."""
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def _array_digest(label: Label, *arrays: NDArray[Any]) -> str:
@@ -142,8 +141,9 @@ def _checked(
 def _names(patients: Any, shape: tuple[int, ...], source: str) -> NDArray[np.str_] | None:
     """Patients as text, one for each record: names stay as they are, whole numbers are written out in decimal.
 
-    Nothing is mended. A row of nobody is refused, for all such rows would become one patient; so are white space around a name
-    and control characters, for one patient could then have two names. In an array of text NUL at the end cannot be seen.
+    Nothing is mended. A row of nobody is refused, for all such rows would become one patient; so are white space around a name,
+    characters that are not seen, and letters with accents in two parts (Unicode's NFC has them in one), for one
+    patient could then have two names. Capitals count. In an array of text NUL at the end cannot be seen.
     """
     if patients is None:
         return None
@@ -166,13 +166,18 @@ def _names(patients: Any, shape: tuple[int, ...], source: str) -> NDArray[np.str
     )
     _refuse_rows(
         source,
-        [_CONTROL.search(name) is not None for name in names],
-        "have a control character in the name of the patient; take it away, so that every patient has one name",
+        [name != name.strip() for name in names],
+        "have white space around the name of the patient; take it away, so that every patient has one name",
     )
     _refuse_rows(
         source,
-        [name != name.strip() for name in names],
-        "have white space around the name of the patient; take it away, so that every patient has one name",
+        [not name.isprintable() for name in names],
+        "have a control character or an invisible one in the name of the patient; take it away, so that every patient has one name",
+    )
+    _refuse_rows(
+        source,
+        [not unicodedata.is_normalized("NFC", name) for name in names],
+        "have a name of the patient that is not in Unicode's form NFC; normalise it, so that every patient has one name",
     )
     return found.astype(np.str_)
 

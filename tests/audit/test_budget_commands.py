@@ -22,6 +22,7 @@ from keys.errors import ConfigError, VerificationFailed
 from protocols.agreement import HospitalPrivacy
 from secgeo import cli
 from secgeo.accountant import hospital_epsilon
+from secgeo.console import emit
 from tests.audit.factory import NOW, Study, make_study
 from tests.secgeo.site import make_spec
 
@@ -68,6 +69,9 @@ def test_the_answers_are_the_known_ones(rate: float, noise: float, steps: int, d
         ((0.01, 50.0, 1000, 1e-5), {"rdp": "at most 0.1041"}),
         ((0.5, 0.3, 100, 1e-5), {"rdp": "at most 40", "prv": "above 300", "pld": "above 300"}),
         ((0.01, 1.0, 10, 0.5), {"prv": "does not hold here"}),
+        ((1.0, 5.0, 30, 1e-15), {"prv": "PLD, which PRV is compared with", "pld": "which 1e-15 is below"}),
+        ((1.0, 316.22776601683796, 100_000, 1e-12), {"prv": "has no answer", "pld": "which 1e-12 is below"}),
+        ((0.001, 1.0, 2_000_000, 1e-5), {"prv": "too much memory"}),
     ],
 )
 def test_outside_its_range_an_accountant_says_why_it_has_no_number(settings: tuple, refused: dict[str, str]) -> None:
@@ -132,6 +136,21 @@ def test_a_numerical_accountant_that_is_off_is_not_believed(monkeypatch: pytest.
             opacus_prv(history, 1e-5)
 
 
+def test_an_accountant_that_runs_out_of_memory_has_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_kwargs: object) -> float:
+        raise MemoryError
+
+    monkeypatch.setattr("opacus.accountants.PRVAccountant.get_epsilon", full)
+    answer = ask(0.01, 1.0, 1000, 1e-5)
+    assert answer["epsilon"]["prv"] is None
+    assert "memory" in answer["refused"]["prv"]
+
+
+def test_what_is_no_number_is_never_printed() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        emit(True, epsilon=math.inf)
+
+
 # --- plan
 
 
@@ -164,7 +183,8 @@ def test_and_back(tmp_path: Path) -> None:
     files = ["--study", tmp_path / "study.toml", "--out", tmp_path / "new.toml", "--plot", tmp_path / "plan.png"]
     result = run("plan", *options, *files, "--json")
     assert result.exit_code == 0, result.output
-    plan = json.loads(result.stdout)["plan"]
+    plan, warnings = (json.loads(result.stdout)[part] for part in ("plan", "warnings"))
+    assert not warnings
     written = tomllib.loads((tmp_path / "new.toml").read_text())
     assert written["study"] == {"id": "test-study", "rounds": 12, "classes": 2}
     assert written["training"]["steps_per_round"] == 3
@@ -216,6 +236,11 @@ def test_a_plan_that_cannot_be_written_is_a_setting_to_mend(tmp_path: Path, opti
     result = run(*PLAN, *(option.format(folder=tmp_path) for option in options))
     assert isinstance(result.exception, ConfigError)
     assert "plan" in str(result.exception) or "toml" in str(result.exception)
+
+
+def test_a_plan_with_a_delta_that_gives_somebody_away_says_so() -> None:
+    options = ["plan", "--epsilon", 4, "--patients", 400, "--rounds", 2, "--batch", 40]
+    assert "gives one unit away" in run(*options, "--delta", 0.0025).output
 
 
 def test_a_plan_names_the_unit_of_its_study(tmp_path: Path) -> None:
@@ -325,6 +350,34 @@ def test_a_patient_in_two_ledgers_has_the_composition_and_one_in_one_has_that(st
     assert answer["unit"] == "record"
     one, both = answer["patients_of_one"][ledgers[0]]["epsilon"]["pld"], answer["patients_of_all"]["epsilon"]["pld"]
     assert one < both < 2 * one
+
+
+def test_studies_are_composed_at_the_smallest_delta_of_theirs(study: Study, honest: Path, tmp_path: Path) -> None:
+    other = study.with_sections(privacy={"delta": study.agreement.privacy.delta / 100})
+    second, name = other.write(tmp_path / "second"), study.names[0]
+    at = NOW.replace(tzinfo=None).isoformat(timespec="seconds")
+    for ledgers in ([f"{honest}:{name}", f"{second}:{name}"], [f"{second}:{name}", f"{honest}:{name}"]):
+        result = run("compose", *ledgers, "--at", at, "--json")
+        assert json.loads(result.stdout)["patients_of_all"]["delta"] == other.agreement.privacy.delta
+
+
+def test_each_folder_is_pinned_to_its_own_authority(study: Study, honest: Path, tmp_path: Path) -> None:
+    other = make_study(count=4, rounds=3)  # of another authority
+    second, name = other.write(tmp_path / "second"), study.names[0]
+    ledgers = [f"{honest}:{name}", f"{second}:{name}", f"{honest}:{study.names[1]}"]
+    first_authority, second_authority = (s.consortium.authority.fingerprint for s in (study, other))
+    at = ["--at", NOW.replace(tzinfo=None).isoformat(timespec="seconds")]
+    pinned = run("compose", *ledgers, "--authority", first_authority, "--authority", second_authority, *at)
+    assert pinned.exit_code == 0, pinned.output
+    assert "note    " not in pinned.output
+    exchanged = run("compose", *ledgers, "--authority", second_authority, "--authority", first_authority, *at)
+    assert isinstance(exchanged.exception, VerificationFailed)
+    assert isinstance(run("compose", *ledgers, "--authority", first_authority, *at).exception, VerificationFailed)
+    assert isinstance(run("compose", *ledgers, *["--authority", first_authority] * 3, *at).exception, ConfigError)
+    unpinned = run("compose", *ledgers, *at, "--json")
+    warnings = json.loads(unpinned.stdout)["warnings"]
+    assert all(any(str(folder) in warning for warning in warnings) for folder in (honest, second))
+    assert "note    " in run("compose", *ledgers, *at).output
 
 
 def test_records_and_patients_are_not_composed(study: Study, honest: Path, tmp_path: Path) -> None:

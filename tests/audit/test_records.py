@@ -13,10 +13,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from scipy import optimize, special
 
 from audit import budget, records
 from audit.records import VerificationReport, verify_folder
-from keys.errors import VerificationFailed
+from keys.errors import ConfigError, VerificationFailed
 from keys.labels import Label
 from keys.roster import revoke
 from keys.signed import sign_document
@@ -451,6 +452,47 @@ def test_a_claim_is_compared_with_the_smaller_bound(
     assert "(RDP)" in lie_in_ledger(study, folder, claim(1 - 2e-3))
 
 
+def exact_epsilon(noise: float, steps: int, delta: float) -> float:
+    """Of the Gaussian mechanism itself (Balle and Wang 2018, theorem 8)."""
+    shift = math.sqrt(steps) / noise
+
+    def excess(epsilon: float) -> float:
+        above = special.log_ndtr(shift / 2 - epsilon / shift)
+        below = epsilon + special.log_ndtr(-shift / 2 - epsilon / shift)
+        return float(above + math.log(-math.expm1(min(below - above, -1e-300))) - math.log(delta))
+
+    return float(optimize.brentq(excess, 1e-9, 100.0, xtol=1e-12))
+
+
+def test_a_claim_that_pld_would_accept_at_a_tiny_delta_fails(study: Study, tmp_path: Path) -> None:
+    """Rounding makes PLD 7.382 there, below the true 7.869."""
+    strange = study.with_sections(
+        training={"steps_per_round": 50_000},
+        privacy={"sample_rate": 1.0, "noise_multiplier": 316.22776601683796, "delta": 1e-14, "epsilon_budget": 9.0},
+    )
+    assert exact_epsilon(316.22776601683796, 100_000, 1e-14) == pytest.approx(7.8687, abs=1e-3)
+    folder = strange.write(tmp_path / "strange")
+    assert failed(verify(strange, folder)) == {}
+
+    def lie(bodies: list) -> None:
+        bodies[-2] = msgspec.structs.replace(bodies[-2], epsilon=7.40)
+
+    assert "RDP" in lie_in_ledger(strange, folder, lie)
+
+
+@pytest.mark.parametrize("steps", [1, 30, 1000, 30_000])
+def test_pld_is_never_below_the_truth_where_it_gives_a_number(steps: int) -> None:
+    for target in (0.1, 1.0, 3.0):
+        for delta in (budget.least_delta(steps), 1e-8, 1e-5):
+            noise = math.sqrt(steps) / target
+            if not 0.3 <= noise <= 1e4:
+                continue
+            found = budget.epsilon_pld([budget.Steps(1.0, noise, steps)], delta)
+            assert found >= exact_epsilon(noise, steps, delta) * (1 - 1e-6)
+    with pytest.raises(VerificationFailed, match="is below"):
+        budget.epsilon_pld([budget.Steps(1.0, math.sqrt(steps), steps)], 0.9 * budget.least_delta(steps))
+
+
 def test_honest_claims_hold_where_pld_is_looser_than_rdp() -> None:
     """Values of opacus.accountants.RDPAccountant 1.6."""
     history = [budget.Steps(0.001, 16.0, 1_000_000)]
@@ -594,13 +636,12 @@ def test_a_manifest_that_somebody_else_signed_is_refused(study: Study, folder: P
 
 @pytest.mark.parametrize("noise", [1e-300, 0.2, 1e7])
 def test_parameters_out_of_range_cost_no_time(study: Study, tmp_path: Path, noise: float) -> None:
-    strange = study.with_sections(privacy={"noise_multiplier": noise})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.audit.factory.epsilon_of", lambda history, delta: 1.0)
-        folder = strange.write(tmp_path / "strange")
-    report = verify(strange, folder)
-    assert len(failed(report)) == len(strange.names)
-    assert all("not recomputed" in detail for detail in failed(report).values())
+    """They are not agreed on, nor computed with."""
+    with pytest.raises(ConfigError, match="no accountant verifies others"):
+        study.with_sections(privacy={"noise_multiplier": noise}).write(tmp_path / "strange")
+    for accountant in (budget.epsilon_rdp, budget.epsilon_pld):
+        with pytest.raises(VerificationFailed, match="not recomputed"):
+            accountant([budget.Steps(0.1, noise, 10)], 1e-5)
 
 
 # --- epsilon

@@ -60,13 +60,23 @@ def test_coarse_noise_costs_more() -> None:
     assert coarse > 2 * fine
 
 
+def test_an_encoding_has_room_for_twelve_standard_deviations() -> None:
+    """As docs/privacy.md says: beyond, noise is cut off with probability below 2 exp(-72) a value."""
+    share = NoiseShare(1.0, 0.5, 0.01, 3)
+    assert share.fits(1.0 + 12 * 0.5)
+    assert not share.fits(1.0 + 12 * 0.5 - 1e-9)
+
+
 @pytest.mark.parametrize(
     ("secure_sum", "counted"),
     [
         ({"protocol": "masked"}, 4 - 1),  # 6 members, threshold 4: 2 * 4 - 6 - 1 = 1 colluder
         ({"protocol": "masked", "threshold": 5, "minimum_cohort": 5}, 5 - 3),
         ({"protocol": "layered", "minimum_cohort": 6}, 6 - 1),
-        ({"protocol": "homomorphic"}, 4),
+        (
+            {"protocol": "homomorphic"},
+            4 - 1,
+        ),  # no colluder is tolerated, but every member sees the sum and knows its own share
     ],
 )
 def test_only_the_fewest_honest_contributors_are_counted_on(secure_sum: dict[str, object], counted: int) -> None:
@@ -75,7 +85,7 @@ def test_only_the_fewest_honest_contributors_are_counted_on(secure_sum: dict[str
     check_rules(agreed)
     assert agreed.noise_share is not None
     assert agreed.noise_share.contributors == counted
-    fewest = agreed.secure_sum.minimum_cohort - agreed.colluders_tolerated
+    fewest = agreed.secure_sum.minimum_cohort - max(1, agreed.colluders_tolerated)
     assert agreed.noise_share.std**2 * fewest >= (HOSPITAL.noise_multiplier * HOSPITAL.max_update_norm) ** 2 * (
         1 - 1e-9
     )

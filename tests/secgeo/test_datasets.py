@@ -205,6 +205,10 @@ BAD_NAMES = {
     "white space before": (["Ann", " Ann", "Bob"], "1 of 3 rows .* white space"),
     "white space after": (["Ann", "Ann ", "Ann\u00a0"], "2 of 3 rows .* white space"),
     "a control character": (["Ann", "A\x07nn", "Bob"], "1 of 3 rows .* control character"),
+    "a space of no width": (["Ann", "A\u200bnn", "Ann\u2060"], "2 of 3 rows .* invisible"),
+    "a byte order mark": (["Ann", "\ufeffAnn", "Bob"], "1 of 3 rows .* invisible"),
+    "another space": (["Ann Lee", "Ann\u00a0Lee", "Bob"], "1 of 3 rows .* invisible"),
+    "an accent of its own": (["Andr\u00e9", "Andre\u0301", "Bob"], "1 of 3 rows .* NFC"),
 }
 
 
