@@ -1,7 +1,7 @@
 """What can be seen of a deployment without its secrets: key files, certificates, pins, folders, records, and the aggregator's door.
 
 `collect_records` reads a study's folder of records; `collect_deployment` what a node's or an aggregator's configuration names, and
-with a node's it knocks at the aggregator as a stranger (`secgeo.probe`). Files may be hostile: what is wrong with them is evidence.
+with a node's it knocks at the aggregator as a stranger (`audit.door`). Files may be hostile: what is wrong with them is evidence.
 `judge_records` and `judge_deployment` are pure functions of that evidence.
 
 Passphrases are not asked for, so that the secret part of a key file is not seen: whether it belongs to the certificate is checked
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import stat
-import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -22,14 +21,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from msgspec import Meta, Struct
 
 from audit.budget import Steps, epsilon_rdp
+from audit.door import Probe, judge_knocks, knock
 from audit.findings import Finding, Status
 from keys import certificates
-from keys.errors import ConfigError, SecGeoError, TransportError, VerificationFailed
+from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import KEY_FILE_LIMIT_BYTES, SCRYPT_LOG2_N, read_public
 from keys.identity import CERTIFICATE_FILE, KEY_FILE
 from keys.labels import Label
@@ -38,18 +36,13 @@ from protocols.agreement import Agreement
 from protocols.policy import LocalPolicy, check_policy
 from protocols.transcript import RoundRecord, read_line, read_transcript
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
-from secgeo.probe import GREETING_BYTES, Reply, greeting, say
 from secgeo.records import RECEIPTS, TRANSCRIPT, list_files
 from secgeo.study import DOCUMENTS, ROOT, ROSTER, OpenStudy, check_documents, open_study
-from secgeo.transport import NodeEndpoint, TransportLimits
 
 FILE_LIMIT_BYTES = 1 << 28
 FILES_LOOKED_AT = 1000
 SOON_DAYS = 30
 """A certificate that ends within so many days should have been renewed."""
-PROBE_SECONDS = 1.0
-STRANGER_SECONDS = 8.0
-
 
 Moment = Annotated[datetime, Meta(tz=True)]
 
@@ -95,18 +88,6 @@ class FileFacts(Struct, frozen=True, forbid_unknown_fields=True):
     own: bool
     form: str = ""
     scrypt_log2_n: int = 0
-
-
-class Probe(Struct, frozen=True, forbid_unknown_fields=True):
-    """One knock of a stranger. `served`: it got more than a greeting and a refusal."""
-
-    kind: str
-    reached: bool
-    served: bool
-    closed: bool
-    received_bytes: int
-    answer: str
-    seconds: float
 
 
 class DeploymentEvidence(Struct, frozen=True, forbid_unknown_fields=True):
@@ -356,87 +337,6 @@ def _policy(agreement: Agreement, policy: LocalPolicy) -> str:
     return ""
 
 
-# --- the door
-
-
-def knock(address: str, server_key: bytes) -> tuple[Probe, ...]:
-    """Knock at an aggregator as a stranger: nine short connections, one after the other, a few seconds in all.
-
-    Raises:
-        ConfigError: the address is none.
-    """
-    ready = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
-    oversized = greeting(b"CURVE") + b"\x06" + (1 << 62).to_bytes(8)
-    first = _greet("a greeting, before", address)
-    if not first.reached:
-        return (first,)
-    knocks = {
-        "no encryption (NULL)": greeting(b"NULL") + ready,
-        "a password (PLAIN)": greeting(b"PLAIN") + b"\x04\x0a\x05HELLO\x01a\x01b",
-        "garbage": bytes(range(1, 255)) * 20,
-        "another protocol (HTTP)": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
-        "a frame of 2^62 bytes": oversized,
-        "a broken handshake": greeting(b"CURVE") + b"\x04\xc8\x05HELLO" + bytes(194),
-    }
-    probes = [_probe(kind, say(address, data, seconds=PROBE_SECONDS)) for kind, data in knocks.items()]
-    return (
-        first,
-        *probes,
-        stranger(address, server_key),
-        _greet("a greeting, after", address),
-    )
-
-
-def _greet(kind: str, address: str) -> Probe:
-    """Say no more than every peer does first: who answers with another mechanism than CURVE would serve strangers."""
-    reply = say(address, greeting(b"CURVE"), seconds=STRANGER_SECONDS, enough=GREETING_BYTES)
-    return msgspec.structs.replace(_probe(kind, reply), served=reply.mechanism in ("NULL", "PLAIN"))
-
-
-def _probe(kind: str, reply: Reply) -> Probe:
-    """More than a greeting is service: a READY, a WELCOME, or anything else that is not said to everybody."""
-    answer = reply.mechanism or ("no whole greeting" if reply.data else "nothing")
-    served = len(reply.data) > GREETING_BYTES
-    return Probe(kind, reply.connected, served, reply.closed, len(reply.data), answer, round(reply.seconds, 3))
-
-
-def stranger(address: str, server_key: bytes) -> Probe:
-    """A whole CURVE handshake with a fresh key, which no roster has, over the real transport; the key of the server is right."""
-    key = X25519PrivateKey.generate()
-    limits = TransportLimits(
-        handshake_seconds=STRANGER_SECONDS,
-        connect_seconds=STRANGER_SECONDS,
-        reconnect_min_seconds=60.0,
-        reconnect_max_seconds=120.0,
-        linger_seconds=0.01,
-    )
-    started, text = time.monotonic(), "connected"
-    with NodeEndpoint(
-        address,
-        curve_secret=key.private_bytes_raw(),
-        curve_public=key.public_key().public_bytes_raw(),
-        server_curve_public=server_key,
-        limits=limits,
-    ) as endpoint:
-        while endpoint.state == "connecting" and time.monotonic() < started + STRANGER_SECONDS:
-            time.sleep(0.02)
-        state = endpoint.state
-        try:
-            endpoint.wait_connected(0.0)
-        except TransportError as error:
-            text = str(error)
-    served = state == "connected"
-    return Probe(
-        "a key that no roster has",
-        state in ("connected", "refused", "slow"),
-        served,
-        not served,
-        0,
-        text,
-        round(time.monotonic() - started, 3),
-    )
-
-
 # --- judging
 
 
@@ -548,35 +448,15 @@ def _judge_certificates(name: str, certs: Iterable[Certificate], now: datetime) 
 
 
 def judge_strangers(evidence: DeploymentEvidence | None) -> tuple[Status, str]:
-    """Whether a stranger was kept out, and the aggregator is still there."""
+    """Whether a stranger was kept out of the running aggregator, and it is still there."""
     if evidence is None:
         return (
             "not testable",
-            "no configuration of a node was given; the test suite plays strangers (adversary/test_sockets.py)",
+            "no configuration of a node was given, so that the door of no running aggregator was tried",
         )
     if not evidence.probes:
         return "not testable", "; ".join(evidence.not_seen[1:]) or "nothing was tried"
-    first, *others = evidence.probes
-    if not first.reached:
-        return "not testable", f"{evidence.address} cannot be reached"
-    served = [probe.kind for probe in evidence.probes if probe.served]
-    if served:
-        return "broken", f"served: {', '.join(served)}"
-    if not others or not others[-1].reached:
-        return "broken", "the aggregator cannot be reached any more after the probes"
-    if first.answer != "CURVE":
-        return (
-            "not testable",
-            f"what listens at {evidence.address} does not greet as an aggregator does: {first.answer}",
-        )
-    known = [probe for probe in others if probe.kind == "a key that no roster has"]
-    if not any("not in the aggregator's roster" in probe.answer for probe in known):
-        return (
-            "not testable",
-            f"what listens at {evidence.address} is not the aggregator of the roster: {known[0].answer if known else ''}",
-        )
-    kinds = ", ".join(probe.kind for probe in others[:-1])
-    return "held", f"turned away: {kinds}; the aggregator holds the roster's CURVE key and answers as before"
+    return judge_knocks(evidence.address, evidence.probes)
 
 
 def _judge_text(name: str, promise: str, problem: str, note: str = "") -> Finding:

@@ -57,6 +57,8 @@ Progress = Callable[[str, float], None]
 
 MEMBERS_PLAYED = {"fast": 6, "full": 12}
 SPARSE_MEMBERS_PLAYED = 32
+MEMBERS_OVER_SOCKETS = {"fast": 0, "full": 6}
+"""What sockets add to an attack does not depend on how many hospitals there are. In profile "fast" nothing is played over them."""
 UPLOAD_ROUNDS = {"fast": 4, "full": 16}
 UPLOAD_VALUES = 8192
 UPLOADED = ("zeros", "the whole range")
@@ -105,6 +107,7 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     minimum_cohort_played: int
     chunk_values_played: int
     values_played: int
+    members_over_sockets: int
 
 
 class Series(Struct, frozen=True, forbid_unknown_fields=True):
@@ -177,7 +180,7 @@ def collect(
 
     Args:
         agreement: the study's; large ones are played with fewer members and shorter vectors, as the evidence says.
-        profile: "fast" takes some seconds, at most 30; "full" plays with more members and measures more.
+        profile: "fast" takes some seconds, at most 30; "full" plays with more members, and everything over sockets too, and measures more.
         folder: a study's folder of records, if there is one.
         config: the configuration of a running node or aggregator, if there is one.
         progress: is told what is tried, and how much of the whole is done (0 to 1).
@@ -197,28 +200,29 @@ def collect(
         progress("looks at the records", 0.02)
         records = collect_records(folder, datetime.now(UTC))
     rule = _broken_rule(agreement)
-    small = agreement if rule else reduced(agreement, _members_played(agreement, profile))
-    size = Layout.from_agreement(agreement).size
-    world = World(small, vector_values(small, size))
+    worlds = _worlds(agreement, profile)
+    world = worlds[0]
     played: list[Played] = []
-    skipped = [Skipped(attack.name, attack.row, f"the agreement breaks a rule: {rule}") for attack in CATALOGUE if rule]
-    for done, attack in enumerate(() if rule else CATALOGUE):
-        progress(attack.name, 0.05 + 0.7 * done / len(CATALOGUE))
-        if why := attack.missing(world):
-            skipped.append(Skipped(attack.name, attack.row, why))
-            continue
+    skipped = [
+        Skipped(attack.name, attack.row, f"the agreement breaks a rule: {rule}" if rule else why[0])
+        for attack in CATALOGUE
+        if all(why := [attack.missing(place) for place in worlds]) or rule
+    ]
+    tries = [(a, place) for place in worlds for a in CATALOGUE if not rule and not a.missing(place)]
+    for done, (attack, place) in enumerate(tries):
+        over = "" if place.over == "memory" else f"over {place.over}: "
+        progress(f"{over}{attack.name}", 0.05 + 0.7 * done / len(tries))
         try:
-            played.append(attack.play(world))
+            played.append(attack.play(place))
         except Exception as error:  # one attack that fails by itself must not hide the others
-            skipped.append(
-                Skipped(attack.name, attack.row, f"the attack itself failed: {type(error).__name__}: {error}"[:300])
-            )
+            failed = f"{over}the attack itself failed: {type(error).__name__}: {error}"[:300]
+            skipped.append(Skipped(attack.name, attack.row, failed))
     reads = None if rule else control(world)
     uploads = _Uploads() if rule else _measure(world, UPLOAD_ROUNDS[profile], progress)
     progress("done", 1.0)
     return ProtocolEvidence(
         profile=profile,
-        parameters=_parameters(agreement, size, world, rule),
+        parameters=_parameters(agreement, profile),
         played=tuple(played),
         skipped=tuple(skipped),
         control=reads,
@@ -236,6 +240,19 @@ def collect(
     )
 
 
+def _worlds(agreement: Agreement, profile: Profile) -> list[World]:
+    """Where attacks are played: in memory, and in profile "full" over sockets too. An agreement that breaks a rule is left as it is."""
+    size = Layout.from_agreement(agreement).size
+    if _broken_rule(agreement):
+        return [World(agreement, vector_values(agreement, size))]
+    small = reduced(agreement, _members_played(agreement, profile))
+    worlds = [World(small, vector_values(small, size))]
+    if members := MEMBERS_OVER_SOCKETS[profile]:
+        few = reduced(agreement, members)
+        worlds.append(World(few, vector_values(few, size), worlds[0].fresh, "sockets"))
+    return worlds
+
+
 def _members_played(agreement: Agreement, profile: Profile) -> int:
     """A sparse graph is played as it is, if there is time for it: with fewer members it would be complete."""
     members = len(agreement.members)
@@ -251,7 +268,9 @@ def _broken_rule(agreement: Agreement) -> str:
     return ""
 
 
-def _parameters(agreement: Agreement, size: int, world: World, rule: str) -> Parameters:
+def _parameters(agreement: Agreement, profile: Profile) -> Parameters:
+    """What the agreement says, and what follows from it: the same for whoever looks."""
+    rule, (world, *others) = _broken_rule(agreement), _worlds(agreement, profile)
     ring, played, members = agreement.secure_sum, world.agreement, len(agreement.members)
     security, failure = 0, 0.0
     if ring.encrypted and not rule:
@@ -270,7 +289,7 @@ def _parameters(agreement: Agreement, size: int, world: World, rule: str) -> Par
         fraction_bits=ring.fraction_bits,
         chunk_values=ring.chunk_values,
         max_attempts=ring.max_attempts,
-        values=size,
+        values=Layout.from_agreement(agreement).size,
         security_bits=security,
         failure_bits=failure,
         rule=rule,
@@ -279,6 +298,7 @@ def _parameters(agreement: Agreement, size: int, world: World, rule: str) -> Par
         minimum_cohort_played=played.secure_sum.minimum_cohort,
         chunk_values_played=played.secure_sum.chunk_values,
         values_played=world.size,
+        members_over_sockets=len(others[0].names) if others else 0,
     )
 
 
@@ -669,17 +689,20 @@ def not_tried(evidence: ProtocolEvidence, agreement: Agreement) -> list[str]:
     """What the catalogue has for this agreement and profile, and what is measured of uploads, that did not take place."""
     if _broken_rule(agreement):
         return []
-    small = reduced(agreement, _members_played(agreement, evidence.profile))
-    world = World(small, vector_values(small, Layout.from_agreement(agreement).size))
-    played = {(attack.name, attack.row, attack.tried) for attack in evidence.played if attack.took_place}
-    due = [attack for attack in CATALOGUE if not attack.missing(world)]
-    lacking = [attack.name for attack in due if (attack.name, attack.row, attack.tried) not in played]
+    worlds = _worlds(agreement, evidence.profile)
+    played = {(attack.name, attack.row, attack.tried, attack.over) for attack in evidence.played if attack.took_place}
+    due = [(attack, world.over) for world in worlds for attack in CATALOGUE if not attack.missing(world)]
+    lacking = [
+        attack.name if over == "memory" else f"{attack.name} (over {over})"
+        for attack, over in due
+        if (attack.name, attack.row, attack.tried, over) not in played
+    ]
     values = {series.name: min(sum(series.top), sum(series.low)) for series in evidence.series}
     names = [f"{kind}, {what}" for kind in _kinds_of(agreement) for what in UPLOADED]
     lacking += [name for name in names if values.get(name, 0) < UPLOAD_ROUNDS[evidence.profile] * UPLOAD_VALUES]
     if not evidence.repeats:
         lacking.append("freshness")
-    if evidence.control is None and has_control(world):
+    if evidence.control is None and has_control(worlds[0]):
         lacking.append("control")
     return lacking
 
@@ -694,7 +717,7 @@ def _verdict(promise: Promise, evidence: ProtocolEvidence) -> tuple[Status, str]
         "curious-masked": _judge_masked,
         "curious-encrypted": _judge_encrypted,
         "key-holder": _judge_key_holder,
-        "strangers": lambda seen: judge_strangers(seen.deployment),
+        "strangers": _judge_strangers,
         "secrets": _judge_secrets,
         "sparse": _judge_sparse,
         "no-colluders": _judge_no_colluders,
@@ -710,24 +733,37 @@ def _verdict(promise: Promise, evidence: ProtocolEvidence) -> tuple[Status, str]
 def _judge_attacks(row: str, evidence: ProtocolEvidence) -> tuple[Status, str]:
     """Broken if one attack was, held if all that took place were not."""
     played = [attack for attack in evidence.played if attack.row == row]
-    harms = [f"{attack.name} ({attack.tried}): {harm}" for attack in played for harm in harms_of(attack)]
+    harms = [f"{_told(attack)}: {harm}" for attack in played for harm in harms_of(attack)]
     if harms:
         return "broken", "; ".join(harms)
     took_place = [attack for attack in played if attack.took_place]
-    failed = [f"{attack.name}: the attack never took place" for attack in played if not attack.took_place]
+    failed = [f"{_told(attack)}: the attack never took place" for attack in played if not attack.took_place]
     why = sorted({skipped.why for skipped in evidence.skipped if skipped.row == row})
     if not took_place:
         return "not testable", "; ".join([*failed, *why]) or "nothing of the catalogue tries it"
     if evidence.control is False and row in ("colluders", "both-shares", "deviating-colluders"):
         return "not testable", "the attacker reads nothing even where the protocol gives in: its silence says nothing"
-    times = Counter(attack.name for attack in took_place)
-    names = [name if count == 1 else f"{name} ({count} kinds)" for name, count in times.items()]
+    kinds = dict.fromkeys((attack.name, attack.tried) for attack in took_place)
+    names = [name if count == 1 else f"{name} ({count} kinds)" for name, count in Counter(n for n, _ in kinds).items()]
+    over = len({(attack.name, attack.tried) for attack in took_place if attack.over == "sockets"})
+    memory = any(attack.over == "memory" for attack in took_place)
+    where = (
+        "in memory"
+        if not over
+        else f"in memory and over sockets ({over} of {len(kinds)})"
+        if memory
+        else "over sockets"
+    )
     note = f"; not played: {'; '.join([*failed, *why])}" if failed or why else ""
     if row == "documents":
         note += "; wrong anchors are refused by the test suite (secgeo/test_node.py)"
     if row == "decoders":
         note += "; key files, configurations, ledgers and data files are fuzzed by tests/fuzz only"
-    return "held", f"nothing of what was tried succeeded: {', '.join(names)}{note}"
+    return "held", f"nothing of what was tried succeeded, {where}: {', '.join(names)}{note}"
+
+
+def _told(attack: Played) -> str:
+    return f"{attack.name} ({attack.tried})" + (", over sockets" if attack.over == "sockets" else "")
 
 
 def harms_of(attack: Played) -> list[str]:
@@ -831,6 +867,15 @@ def _judge_key_holder(evidence: ProtocolEvidence) -> tuple[Status, str]:
 # --- ... what is seen of parameters, secrets and documents
 
 
+def _judge_strangers(evidence: ProtocolEvidence) -> tuple[Status, str]:
+    """The door of the running aggregator, where a node's configuration says where it is; and that of a study of this audit's own."""
+    running, own = judge_strangers(evidence.deployment), _judge_attacks("strangers", evidence)
+    for status, detail in (running, own):
+        if status == "broken":
+            return status, detail
+    return (own if evidence.deployment is None else running)[0], f"{running[1]}; a study of the audit's own: {own[1]}"
+
+
 def _judge_secrets(evidence: ProtocolEvidence) -> tuple[Status, str]:
     if evidence.secrets_found:
         return "broken", f"{evidence.secrets_found} of {evidence.secrets_searched} secrets stand in clear on the wire"
@@ -906,7 +951,7 @@ def _judge_parameters(evidence: ProtocolEvidence) -> Finding:
         f"{agreed.protocol}: n = {agreed.members}, t = {agreed.threshold}, minimum cohort {agreed.minimum_cohort}, "
         f"{agreed.colluders_tolerated} colluders tolerated, {agreed.value_bits} bits in a ring of {agreed.ring_bits}{bfv}; played with "
         f"{agreed.members_played} members and {agreed.values_played} of {agreed.values} values"
-    )
+    ) + (f", over sockets with {agreed.members_over_sockets} members" if agreed.members_over_sockets else "")
     promise = (
         "sums cannot overflow, two survivor sets cannot both be signed, ciphertexts have the security that is claimed"
     )

@@ -858,6 +858,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "decoders",
     f"hospitals get broken messages: {', '.join(BROKEN)}",
     "a hospital crashes, hangs or obeys",
+    carried=False,
 )
 def _broken_messages_of_the_aggregator(world: World) -> Play:
     """Every kind to a fresh machine of one hospital."""
@@ -884,6 +885,7 @@ def _broken_messages_of_the_aggregator(world: World) -> Play:
     "decoders",
     "an agreement, a roster, a certificate, an enrolment request and a transcript line are broken in the same ways",
     "one of them is taken, or its decoder raises anything but a typed error",
+    carried=False,
 )
 def _broken_documents(world: World) -> Play:
     play, network = Play(world.network()), world.network()
@@ -925,6 +927,7 @@ def _broken_documents(world: World) -> Play:
     "a site gets wrong documents: signed by another authority, of weaker rules, an old roster, one in which a member is revoked or has "
     "another certificate, another root; and an agreement below its policy",
     "one of them is taken",
+    carried=False,
 )
 def _wrong_documents(world: World) -> Play:
     play = Play(world.network())

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from audit.attacks.knowledge import Address, Knowledge, peek
-from audit.attacks.network import Network
+from audit.attacks.network import Network, NotPlayed
 from keys.errors import SecGeoError
 from protocols import messages as m
 from protocols import study_aggregator as agg
@@ -162,9 +162,15 @@ class Play:
         return m.encode(self.network.identities[name], AttemptId(self.network.digest, *address), body, tail)
 
     def run(self, absent: Collection[str] = ()) -> Play:
-        """Play it to the end. A study that hangs, or crashes, is noted."""
+        """Play it to the end. A study that hangs, or crashes, is noted.
+
+        Raises:
+            NotPlayed: it could not begin.
+        """
         try:
             self.network.run(absent)
+        except NotPlayed:
+            raise
         except SecGeoError as error:
             self.crashes.append(f"{AGGREGATOR}: {type(error).__name__}: {error}"[:300])
         except Exception as error:  # whatever an attack provokes is evidence

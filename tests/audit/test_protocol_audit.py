@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 
 from audit import deployment, protocol
-from audit.attacks import CATALOGUE, by_aggregator, stage
+from audit import door as door_of
+from audit.attacks import CATALOGUE, by_aggregator, stage, wire
 from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
 from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, not_tried, to_json
-from keys.errors import ConfigError, SecGeoError
+from keys.errors import ConfigError, SecGeoError, TransportError
+from protocols import messages as m
 from protocols.agreement import Agreement
 from protocols.attempt_aggregator import AttemptAggregator
 from protocols.prg import MaskSet
@@ -57,6 +59,12 @@ def run(agreement: Agreement, **options: Any) -> ProtocolEvidence:
 @pytest.fixture(scope="module")
 def honest() -> ProtocolEvidence:
     return run(agreed())
+
+
+@pytest.fixture(scope="module")
+def thorough() -> ProtocolEvidence:
+    """Over sockets too."""
+    return run(agreed(), profile="full")
 
 
 def finding(findings: list[Finding], name: str) -> Finding:
@@ -249,6 +257,94 @@ def test_each_harm_counts(change: dict[str, Any], honest: ProtocolEvidence) -> N
     attack = next(attack for attack in honest.played if attack.name == "a second upload with another digest")
     changed = msgspec.structs.replace(honest, played=(msgspec.structs.replace(attack, **change),))
     assert status_of(changed, "messages") == "broken"
+
+
+# --- over sockets
+
+
+def test_profile_full_plays_everything_over_sockets_too(thorough: ProtocolEvidence, honest: ProtocolEvidence) -> None:
+    findings = judge(thorough)
+    assert not [f for f in findings if f.status == "broken"]
+    assert not_tried(thorough, agreed()) == []
+    over = {"memory": set[tuple[str, str]](), "sockets": set[tuple[str, str]]()}
+    for attack in thorough.played:
+        over[attack.over].add((attack.name, attack.tried))
+    alone = {attack.name for attack in CATALOGUE if not attack.carried}
+    assert {name for name, _ in over["memory"] - over["sockets"]} == alone
+    assert {name for name, _ in over["sockets"] - over["memory"]} == {"a stranger at the door"}
+    assert len(over["sockets"]) > 65
+    assert "in memory and over sockets (" in finding(findings, "... silence in any phase").detail
+    assert status_of(thorough, "strangers") == "held"
+    assert status_of(honest, "strangers") == "not testable"
+    assert {attack.over for attack in honest.played} == {"memory"}
+    assert honest.parameters.members_over_sockets == 0 < thorough.parameters.members_over_sockets
+
+
+def test_what_was_not_played_over_sockets_is_missed(thorough: ProtocolEvidence) -> None:
+    lost = thorough.played[-2]
+    assert lost.over == "sockets"
+    kept = tuple(attack for attack in thorough.played if attack is not lost)
+    assert not_tried(msgspec.structs.replace(thorough, played=kept), agreed()) == [f"{lost.name} (over sockets)"]
+    again = msgspec.structs.replace(lost, over="memory")
+    assert not_tried(msgspec.structs.replace(thorough, played=(*kept, again)), agreed()) == [
+        f"{lost.name} (over sockets)"
+    ]
+
+
+def no_name_but_the_claimed() -> AbstractContextManager[None]:
+    """The aggregator believes who a message says that it is from, and not who the door has let in."""
+    genuine = AggregatorEndpoint.receive
+
+    def receive(self: AggregatorEndpoint, timeout_seconds: float) -> tuple[str, bytes] | None:
+        received = genuine(self, timeout_seconds)
+        return received and (m.claimed_sender(received[1]), received[1])
+
+    return weaken.replaced(AggregatorEndpoint, "receive", receive)
+
+
+def open_door() -> AbstractContextManager[None]:
+    """The doorkeeper lets in whoever has any key."""
+    genuine = zap.Doorkeeper._answer
+
+    def let_in(self: zap.Doorkeeper, question: list[bytes]) -> list[bytes]:
+        self.allowed = {**self.allowed, question[-1]: self.allowed.get(question[-1], "anybody")}
+        return genuine(self, question)
+
+    return weaken.replaced(zap.Doorkeeper, "_answer", let_in)
+
+
+@pytest.mark.parametrize(
+    ("name", "guard"),
+    [
+        ("a message in the name of another", no_name_but_the_claimed),
+        ("a stranger at the door", open_door),
+        ("self seed and pair shares of one node", weaken.one_vote_one_revelation),
+        ("a changed sum", weaken.sum_tags),
+        ("a silent member", weaken.deadlines),
+    ],
+)
+def test_a_weakened_copy_is_broken_over_sockets(
+    name: str, guard: Guard, thorough: ProtocolEvidence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "PATIENCE_SECONDS", 3.0)
+    world = World(reduced(agreed(), 5), 1500, over="sockets")
+    weak = play(name, guard(), world)
+    assert weak.over == "sockets"
+    assert [harm for harm in protocol.harms_of(weak) if harm not in weak.crashed]
+    assert status_of(msgspec.structs.replace(thorough, played=(weak,)), weak.row) == "broken", weak
+    sound = play(name, nullcontext(), world)
+    assert status_of(msgspec.structs.replace(thorough, played=(sound,)), weak.row) == "held", sound
+
+
+def test_sockets_that_cannot_be_opened_leave_the_audit_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise TransportError("cannot listen")
+
+    monkeypatch.setattr(protocol, "CATALOGUE", CATALOGUE[:2])
+    monkeypatch.setattr(AggregatorEndpoint, "__init__", refuse)
+    evidence = run(agreed(), profile="full")
+    assert [attack.over for attack in evidence.played] == ["memory", "memory"]
+    assert not_tried(evidence, agreed()) == [f"{attack.name} (over sockets)" for attack in CATALOGUE[:2]]
 
 
 # --- uniform, fresh, secret
@@ -475,15 +571,9 @@ def door(site: Site, endpoint_address: str) -> tuple[str, str]:
 
 
 def test_an_open_door_is_broken(site: Site) -> None:
-    """The doorkeeper lets in whoever has any key."""
-
-    def let_in(self: zap.Doorkeeper, question: list[bytes]) -> list[bytes]:
-        self.allowed = {**self.allowed, question[-1]: "anybody"}
-        return genuine(self, question)
-
-    genuine, identity = zap.Doorkeeper._answer, site.consortium.identities[AGGREGATOR]
+    identity = site.consortium.identities[AGGREGATOR]
     with (
-        weaken.replaced(zap.Doorkeeper, "_answer", let_in),
+        open_door(),
         AggregatorEndpoint(
             "tcp://127.0.0.1:*", curve_secret=identity.curve_secret, curve_public=identity.curve_public, allowed={}
         ) as endpoint,
@@ -524,7 +614,7 @@ def test_a_door_without_encryption_is_broken() -> None:
 
         threading.Thread(target=serve, daemon=True).start()
         reply = say(f"tcp://127.0.0.1:{server.getsockname()[1]}", greeting(b"NULL"), seconds=2.0)
-    assert deployment._probe("no encryption (NULL)", reply).served
+    assert door_of._probe("no encryption (NULL)", reply).served
     assert reply.mechanism == "NULL"
     for address in ("tcp://127.0.0.1:0", "tcp://*:1", "127.0.0.1:80", "tcp://host:99999"):
         with pytest.raises(SecGeoError):
