@@ -34,11 +34,13 @@ from keys.labels import Label
 from keys.roster import Roster, load_root, read_roster
 from protocols.agreement import Agreement
 from protocols.policy import LocalPolicy, check_policy
-from protocols.transcript import RoundRecord, read_line, read_transcript
+from protocols.transcript import RoundRecord, read_line, read_transcript, verify_round
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
 from secgeo.records import RECEIPTS, TRANSCRIPT, list_files
 from secgeo.study import DOCUMENTS, ROOT, ROSTER, OpenStudy, check_documents, open_study
 
+RECEIPTS_FILE = "receipts.jsonl"
+"""In a node's state: see `secgeo.journal`."""
 FILE_LIMIT_BYTES = 1 << 28
 FILES_LOOKED_AT = 1000
 SOON_DAYS = 30
@@ -90,6 +92,15 @@ class FileFacts(Struct, frozen=True, forbid_unknown_fields=True):
     scrypt_log2_n: int = 0
 
 
+class RunningStudy(Struct, frozen=True, forbid_unknown_fields=True):
+    """The records of rounds that the running aggregator has signed, as this site has kept them: how many, and what is wrong with them."""
+
+    records: Annotated[int, Meta(ge=0)]
+    repeats: tuple[Repeats, ...]
+    study_keys: Annotated[int, Meta(ge=0)]
+    problems: tuple[str, ...]
+
+
 class DeploymentEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     """What a configuration names, as far as it can be seen without secrets. Empty texts are good."""
 
@@ -104,6 +115,7 @@ class DeploymentEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     certificate_problem: str
     study_problem: str
     policy_problem: str
+    study: RunningStudy | None
     probes: tuple[Probe, ...]
     not_seen: tuple[str, ...]
 
@@ -155,11 +167,14 @@ def collect_records(folder: Path, now: datetime) -> RecordsEvidence:
                         raise VerificationFailed(f"a {type(shown).__name__} is no receipt")
                     receipts += 1
                     _note_record(seen, shown)
-    repeats = tuple(
+    return RecordsEvidence(now, rounds, receipts, len(keys - {""}), _repeats(seen), certs, tuple(problems))
+
+
+def _repeats(seen: dict[str, dict[bytes, set[object]]]) -> tuple[Repeats, ...]:
+    return tuple(
         Repeats(kind, sum(len(places) for places in values.values()), len(values))
         for kind, values in sorted(seen.items())
     )
-    return RecordsEvidence(now, rounds, receipts, len(keys - {""}), repeats, certs, tuple(problems))
 
 
 def _note_record(seen: dict[str, dict[bytes, set[object]]], record: RoundRecord) -> None:
@@ -197,6 +212,27 @@ def judge_records(evidence: RecordsEvidence) -> list[Finding]:
 # --- a deployment
 
 
+def collect_rounds(path: Path, study: OpenStudy) -> RunningStudy:
+    """Look at the lines that the aggregator of a running study has signed. It may be writing: what is no whole line yet is left out."""
+    problems: list[str] = []
+    seen: dict[str, dict[bytes, set[object]]] = defaultdict(lambda: defaultdict(set))
+    lines: dict[int, bytes] = {}
+    keys, count = set[str](), 0
+    with _noting(problems, path.name):
+        written = read_public(path, FILE_LIMIT_BYTES) if path.exists() else b""
+        for line in written[: written.rfind(b"\n") + 1].splitlines(keepends=True):
+            body = read_line(line, study.roster.aggregator.public_key).body
+            if not isinstance(body, RoundRecord):
+                continue
+            verify_round(body, study.agreement, study.agreement_digest, study.public_keys)
+            if lines.setdefault(body.round, line) != line:
+                raise VerificationFailed(f"EQUIVOCATION: the aggregator has signed two records of round {body.round}")
+            keys.add(body.study_key)
+            _note_record(seen, body)
+            count += 1
+    return RunningStudy(count, _repeats(seen), len(keys - {""}), tuple(problems))
+
+
 def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> DeploymentEvidence:
     """Look at what a configuration names, and knock at the aggregator's door if it is a node's.
 
@@ -224,6 +260,11 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
         for path in (state, *sorted(state.glob("*"))[:FILES_LOOKED_AT])
         if not path.name.endswith(("-shm", "-wal"))
     ]
+    running = None
+    if study is not None:
+        own = state / f"{study.agreement.study.id}-{study.agreement_digest.hex()[:16]}" / RECEIPTS_FILE
+        written = own if isinstance(settings, NodeConfig) else base / settings.records / TRANSCRIPT
+        running = collect_rounds(written, study)
     probes: tuple[Probe, ...] = ()
     if node is None or not probe:
         not_seen.append("the door of the aggregator: only a node's configuration says where it is")
@@ -243,6 +284,7 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
         certificate_problem=problems["certificate"],
         study_problem=problems["study"],
         policy_problem=problems["policy"],
+        study=running,
         probes=probes,
         not_seen=tuple(not_seen),
     )
@@ -371,8 +413,27 @@ def judge_deployment(evidence: DeploymentEvidence) -> list[Finding]:
             "not testable",
             "the study does not open",
         ),
+        _judge_rounds(evidence.study),
         *_judge_certificates("certificates of the study", evidence.certificates, evidence.taken_at),
     ]
+
+
+def _judge_rounds(study: RunningStudy | None) -> Finding:
+    """What the running aggregator has signed so far."""
+    name, promise = (
+        "rounds of the running study",
+        "what the aggregator has signed is of this agreement, with enough contributors and votes; a round has one record, and nothing "
+        "that must be fresh comes twice",
+    )
+    if study is None or not (study.records or study.problems):
+        return _finding(
+            name, promise, "not testable", "no round is finished yet" if study else "the study does not open"
+        )
+    repeated = [f"{r.seen} {r.kind}, {r.distinct} different" for r in study.repeats if r.distinct < r.seen]
+    several = [f"{study.study_keys} study keys"] if study.study_keys > 1 else []
+    faults = [*study.problems, *repeated, *several]
+    shown = f"{study.records} records: " + ", ".join(f"{r.seen} {r.kind}" for r in study.repeats) + ", all different"
+    return _finding(name, promise, "broken" if faults else "held", "; ".join(faults) or shown)
 
 
 def _judge_key_files(evidence: DeploymentEvidence) -> list[Finding]:

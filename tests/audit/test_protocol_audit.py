@@ -27,7 +27,7 @@ from audit.findings import Finding
 from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, not_tried, to_json
 from keys.errors import ConfigError, SecGeoError, TransportError
 from protocols import messages as m
-from protocols.agreement import Agreement
+from protocols.agreement import Agreement, read_agreement
 from protocols.attempt_aggregator import AttemptAggregator
 from protocols.prg import MaskSet
 from protocols.sealing import AttemptSecrets
@@ -36,7 +36,7 @@ from secgeo.records import RECEIPTS, TRANSCRIPT
 from secgeo.transport import AggregatorEndpoint
 from secgeo.update import Layout
 from tests.adversary import weaken
-from tests.audit.factory import make_study
+from tests.audit.factory import Study, make_study
 from tests.keys.factory import AGGREGATOR
 from tests.secgeo.site import HOSPITALS, Site, make_site
 
@@ -471,6 +471,7 @@ def test_a_site_with_keys_in_clear_is_told_so_and_of_nothing_else(site: Site) ->
         found = statuses(look(site, name))
         assert found.pop("key files are encrypted") == "broken"
         assert found.pop("local policy") == ("held" if name != AGGREGATOR else "not testable")
+        assert found.pop("rounds of the running study") == "not testable"
         assert set(found.values()) == {"held"}, found
 
 
@@ -479,7 +480,9 @@ def test_encrypted_keys_are_seen_without_the_passphrase(site: Site) -> None:
     keys = site.base / name / "keys"
     shutil.rmtree(keys)
     site.consortium.identities[name].save(keys, b"correct horse")
-    assert set(statuses(look(site, name)).values()) == {"held"}
+    found = statuses(look(site, name))
+    assert found.pop("rounds of the running study") == "not testable"
+    assert set(found.values()) == {"held"}
 
 
 def spoil(site: Site, name: str, how: str) -> None:
@@ -531,6 +534,54 @@ def test_a_certificate_that_ends_soon_is_found(site: Site) -> None:
     findings = deployment.judge_deployment(deployment.collect_deployment(site.config(HOSPITALS[0]), late, probe=False))
     assert statuses(findings)["certificates of the study last"] == "broken"
     assert statuses(findings)["certificates of the study"] == "held"
+
+
+# --- the rounds of a running study
+
+
+def twice(study: Study, lines: list[bytes]) -> list[bytes]:
+    other = study.sign_transcript([study.round_record(1, upload_bytes=1, builds_on="11" * 32)])
+    return [*lines, *other]
+
+
+def few_votes(study: Study, _lines: list[bytes]) -> list[bytes]:
+    return study.sign_transcript([study.round_record(1, voters=study.names[:2])])
+
+
+def small_cohort(study: Study, _lines: list[bytes]) -> list[bytes]:
+    return study.sign_transcript([study.round_record(1, survivors=study.names[:2], cohort=study.names[:2])])
+
+
+ROUNDS: dict[str, tuple[Callable[[Study, list[bytes]], list[bytes]], str, str]] = {
+    "honest": (lambda _, lines: lines, "held", "2 records"),
+    "torn": (lambda _, lines: [lines[0], lines[1][:-20]], "held", "1 records"),
+    "none yet": (lambda _, lines: [lines[0][:-1]], "not testable", "no round is finished"),
+    "two records of one round": (twice, "broken", "EQUIVOCATION"),
+    "few votes": (few_votes, "broken", "2 votes"),
+    "small cohort": (small_cohort, "broken", "fewer than 3 survivors"),
+    "a changed byte": (lambda _, lines: [lines[0].replace(b"seconds", b"sekonds", 1)], "broken", "receipts.jsonl"),
+}
+
+
+@pytest.mark.parametrize("how", ROUNDS)
+def test_rounds_that_the_running_aggregator_has_signed(how: str, site: Site, tmp_path: Path) -> None:
+    change, status, says = ROUNDS[how]
+    copy = Site(tmp_path / "site", site.consortium, site.digest)
+    shutil.copytree(site.base, copy.base)
+    study = Study(site.consortium, read_agreement((site.base / "study" / "agreement.toml").read_bytes()))
+    state = copy.base / HOSPITALS[1] / "state" / f"test-study-{site.digest[:16]}"
+    state.mkdir(parents=True, mode=0o700)
+    (state / "receipts.jsonl").write_bytes(b"".join(change(study, study.shown(study.transcript()))))
+    (state / "receipts.jsonl").chmod(0o600)
+    found = finding(look(copy, HOSPITALS[1]), "rounds of the running study")
+    assert found.status == status, found
+    assert says in found.detail
+
+
+def test_uploads_that_come_again_in_a_running_study_are_found() -> None:
+    study = deployment.RunningStudy(2, (deployment.Repeats("digests of uploads", 8, 7),), 0, ())
+    assert deployment._judge_rounds(study).status == "broken"
+    assert deployment._judge_rounds(msgspec.structs.replace(study, repeats=(), study_keys=2)).status == "broken"
 
 
 # --- the door
