@@ -35,6 +35,7 @@ from audit.ledgers import BudgetReport, verify_budgets
 from audit.plants import PLANTS
 from audit.target import SPLIT, study_of_folder
 from audit.threads import one_thread
+from audit.whole import check_leakage, check_protocol
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import read_public, write_public
 from keys.labels import Label
@@ -281,8 +282,10 @@ def _findings(evidence: Evidence) -> list[Finding]:
         training.check_whole(evidence.training, evidence.study.agreement, evidence.about.profile)
         findings += training.judge(evidence.training)
     if evidence.leakage is not None:
+        check_leakage(evidence.leakage, evidence.study.agreement)
         findings += leakage.judge(evidence.leakage, evidence.study.agreement)
     if evidence.protocol is not None:
+        check_protocol(evidence.protocol, evidence.study, evidence.about.started)
         findings += protocol.judge(evidence.protocol)
         if lacking := protocol.not_tried(evidence.protocol, evidence.study.agreement):
             promise = "everything is tried that the catalogue has for this agreement"

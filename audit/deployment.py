@@ -146,9 +146,9 @@ def collect_records(folder: Path, now: datetime) -> RecordsEvidence:
         pem = documents[ROOT]
         root = load_root(pem, certificates.fingerprint(certificates.from_pem(pem)))
         roster = read_roster(documents[ROSTER], documents[f"{ROSTER}.sig"], root, now=now)
-        certs = _certificates(roster, set())
+        certs = certificates_of(roster, set())
         study = check_documents(documents, root, now=now)
-        certs = _certificates(roster, {member.node_id for member in study.agreement.members})
+        certs = certificates_of(roster, {member.node_id for member in study.agreement.members})
     seen: dict[str, dict[bytes, set[object]]] = defaultdict(lambda: defaultdict(set))
     rounds, receipts, keys = 0, 0, set[str]()
     if study is not None:
@@ -246,7 +246,7 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
     certs: tuple[Certificate, ...] = ()
     try:
         study = open_study(settings.study, base, now=now)
-        certs = _certificates(study.roster, {member.node_id for member in study.agreement.members})
+        certs = certificates_of(study.roster, {member.node_id for member in study.agreement.members})
     except SecGeoError as error:
         problems["study"] = str(error)
     node = settings if isinstance(settings, NodeConfig) else None
@@ -332,7 +332,8 @@ def _facts(path: Path, *, key_file: bool = False) -> FileFacts:
     return FileFacts(path.name, "file", mode, own, form, log2_n)
 
 
-def _certificates(roster: Roster, members: set[str]) -> tuple[Certificate, ...]:
+def certificates_of(roster: Roster, members: set[str]) -> tuple[Certificate, ...]:
+    """All certificates of a roster; which are those of a study's parties."""
     return tuple(
         Certificate(
             entry.node_id,

@@ -21,6 +21,18 @@ from secgeo.transport import NodeEndpoint, TransportLimits
 PROBE_SECONDS = 1.0
 STRANGER_SECONDS = 8.0
 
+_SAID = {
+    "no encryption (NULL)": greeting(b"NULL") + b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER",
+    "a password (PLAIN)": greeting(b"PLAIN") + b"\x04\x0a\x05HELLO\x01a\x01b",
+    "garbage": bytes(range(1, 255)) * 20,
+    "another protocol (HTTP)": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a frame of 2^62 bytes": greeting(b"CURVE") + b"\x06" + (1 << 62).to_bytes(8),
+    "a broken handshake": greeting(b"CURVE") + b"\x04\xc8\x05HELLO" + bytes(194),
+}
+STRANGERS_KEY = "a key that no roster has"
+KNOCKS = ("a greeting, before", *_SAID, STRANGERS_KEY, "a greeting, after")
+"""In their order. If nobody answers the first, it stays the only one."""
+
 
 class Probe(Struct, frozen=True, forbid_unknown_fields=True):
     """One knock of a stranger. `served`: it got more than a greeting and a refusal."""
@@ -40,26 +52,11 @@ def knock(address: str, server_key: bytes) -> tuple[Probe, ...]:
     Raises:
         ConfigError: the address is none.
     """
-    ready = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
-    oversized = greeting(b"CURVE") + b"\x06" + (1 << 62).to_bytes(8)
-    first = _greet("a greeting, before", address)
+    first = _greet(KNOCKS[0], address)
     if not first.reached:
         return (first,)
-    knocks = {
-        "no encryption (NULL)": greeting(b"NULL") + ready,
-        "a password (PLAIN)": greeting(b"PLAIN") + b"\x04\x0a\x05HELLO\x01a\x01b",
-        "garbage": bytes(range(1, 255)) * 20,
-        "another protocol (HTTP)": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
-        "a frame of 2^62 bytes": oversized,
-        "a broken handshake": greeting(b"CURVE") + b"\x04\xc8\x05HELLO" + bytes(194),
-    }
-    probes = [_probe(kind, say(address, data, seconds=PROBE_SECONDS)) for kind, data in knocks.items()]
-    return (
-        first,
-        *probes,
-        stranger(address, server_key),
-        _greet("a greeting, after", address),
-    )
+    probes = [_probe(kind, say(address, data, seconds=PROBE_SECONDS)) for kind, data in _SAID.items()]
+    return (first, *probes, stranger(address, server_key), _greet(KNOCKS[-1], address))
 
 
 def _greet(kind: str, address: str) -> Probe:
@@ -102,7 +99,7 @@ def stranger(address: str, server_key: bytes) -> Probe:
             text = str(error)
     served = state == "connected"
     return Probe(
-        "a key that no roster has",
+        STRANGERS_KEY,
         state in ("connected", "refused", "slow"),
         served,
         not served,
@@ -127,7 +124,7 @@ def judge_knocks(address: str, probes: Sequence[Probe]) -> tuple[Status, str]:
             "not testable",
             f"what listens at {address} does not greet as an aggregator does: {first.answer}",
         )
-    known = [probe for probe in others if probe.kind == "a key that no roster has"]
+    known = [probe for probe in others if probe.kind == STRANGERS_KEY]
     if not any("not in the aggregator's roster" in probe.answer for probe in known):
         return (
             "not testable",

@@ -62,10 +62,14 @@ MEMBERS_OVER_SOCKETS = {"fast": 0, "full": 6}
 UPLOAD_ROUNDS = {"fast": 4, "full": 16}
 UPLOAD_VALUES = 8192
 UPLOADED = ("zeros", "the whole range")
+SEEDS_DRAWN = 20_000
+"""So many secrets of attempts are drawn beside those of the studies: a source of 24 bits repeats itself then, but for once in 100,000."""
 MASKED, WORDS, COEFFICIENTS = "masked values", "words of ciphertexts", "masked coefficients, decrypted"
 """What uploads are measured as, by who looks."""
 
 BINS = 256
+CERTAINTY = 7.0
+"""So many repetitions are expected where it is said that there would have been one: none at all comes once in 1,000."""
 P_VALUE = 1e-7
 """A fair coin is called unfair so seldom, for each series."""
 DEVIATIONS = 6.0
@@ -218,6 +222,8 @@ def collect(
             failed = f"{over}the attack itself failed: {type(error).__name__}: {error}"[:300]
             skipped.append(Skipped(attack.name, attack.row, failed))
     reads = None if rule else control(world)
+    if not rule and agreement.secure_sum.masked:
+        world.fresh.draw(SEEDS_DRAWN)
     uploads = _Uploads() if rule else _measure(world, UPLOAD_ROUNDS[profile], progress)
     progress("done", 1.0)
     return ProtocolEvidence(
@@ -384,12 +390,14 @@ def _kinds(network: Network, wire: dict[Key, bytes]) -> list[tuple[str, int, dic
     return kinds
 
 
-def _kinds_of(agreement: Agreement) -> list[str]:
-    """What `_kinds` gives for this agreement."""
+def bits_of(agreement: Agreement) -> dict[str, int]:
+    """What is measured of uploads under this agreement, made small, and how many bits each value has."""
     ring = agreement.secure_sum
     if not ring.encrypted:
-        return [MASKED]
-    return [WORDS, COEFFICIENTS] if ring.masked else [WORDS]
+        return {MASKED: ring.ring_bits}
+    parameters = packing_of(agreement).parameters
+    bits = {WORDS: parameters.prime_bits}
+    return bits | {COEFFICIENTS: parameters.plain_bits} if ring.masked else bits
 
 
 def _packed(network: Network, vector: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -698,7 +706,7 @@ def not_tried(evidence: ProtocolEvidence, agreement: Agreement) -> list[str]:
         if (attack.name, attack.row, attack.tried, over) not in played
     ]
     values = {series.name: min(sum(series.top), sum(series.low)) for series in evidence.series}
-    names = [f"{kind}, {what}" for kind in _kinds_of(agreement) for what in UPLOADED]
+    names = [f"{kind}, {what}" for kind in bits_of(worlds[0].agreement) for what in UPLOADED]
     lacking += [name for name in names if values.get(name, 0) < UPLOAD_ROUNDS[evidence.profile] * UPLOAD_VALUES]
     if not evidence.repeats:
         lacking.append("freshness")
@@ -965,6 +973,9 @@ def _judge_repeats(evidence: ProtocolEvidence) -> Finding:
     shown = repeated or evidence.repeats
     detail = "; ".join(f"{item.seen} {item.kind}, {item.distinct} different" for item in shown)
     status: Status = "broken" if repeated else "held" if evidence.repeats else "not testable"
+    if (seeds := [item.seen for item in evidence.repeats if item.kind == "self seeds"]) and not repeated:
+        bits = math.floor(math.log2(seeds[0] * (seeds[0] - 1) / 2 / CERTAINTY))
+        detail += f"; a source of {bits} bits or less would have repeated itself among so many seeds"
     promise = "seeds, keys, commitments, seals and uploads are fresh in every attempt of every round"
     return Finding("protocol", "freshness of seeds and keys", promise, status, detail or "nothing was played")
 

@@ -54,10 +54,10 @@ LIMITS = {
         "Small data sets give few scores, and rates of false positives below one in their number cannot be seen.",
     ),
     "protocol": (
-        "Attacks are played against a study of the audit's own: the installed code under the agreement's parameters, with keys made for it and "
-        "few members, in memory and, in profile full, over CURVE sockets on this machine; each finding says which.",
-        "A running deployment is not attacked, since whoever plays false there is put out and the study with it. What is looked at of it: "
-        "its door (nine knocks of a stranger), certificates, key files, agreement and policy, and what its aggregator has signed so far.",
+        "Attacks are played against a study of the audit's own: the installed code under the agreement's parameters, with keys made for it "
+        "and few members, in memory and, in profile full, over CURVE sockets on this machine; each finding says which.",
+        "A running deployment is not attacked: whoever plays false there is put out, and a round is lost with it. What is looked at of it: "
+        "its door (nine knocks of a stranger), certificates, key files, agreement, policy, and what its aggregator has signed so far.",
         "What is not testable here names the tests of the code that play it.",
     ),
 }

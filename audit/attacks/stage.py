@@ -7,6 +7,7 @@ An attack is a function of a `World` that gives a finished `Play`. It says what 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ ENCAPSULATED_BYTES = 1088 + 32
 Needs = Literal["", "masks", "ciphertexts", "sparse", "sockets"]
 Adversary = Literal["aggregator", "node", "loss", "stranger"]
 
+
+SECRETS = ("self_seed", "share_master", "pair_master", "tag_seed")
+"""What a node draws for an attempt."""
 
 # --- what an attack leaves behind
 
@@ -134,6 +138,7 @@ class Freshness:
                     if place not in noted:
                         noted.add(place)
                         self._note_secrets(attempt._secrets)
+                        self.secrets += [getattr(attempt._secrets, kind) for kind in SECRETS]
             return [data]
 
         return listen
@@ -168,11 +173,14 @@ class Freshness:
             case m.SealedKey() as key:
                 self.note("sealed study keys", key.sealed)
 
+    def draw(self, count: int) -> None:
+        """Take more secrets, as a node draws them: a source with little entropy repeats itself only among many."""
+        for _ in range(count):
+            self._note_secrets(AttemptSecrets.fresh(os.urandom))
+
     def _note_secrets(self, secrets: AttemptSecrets) -> None:
-        for kind in ("self_seed", "share_master", "pair_master", "tag_seed"):
-            secret = getattr(secrets, kind)
-            self.secrets.append(secret)
-            self.note(f"{kind.replace('_', ' ')}s", secret)
+        for kind in SECRETS:
+            self.note(f"{kind.replace('_', ' ')}s", getattr(secrets, kind))
 
 
 @dataclass(frozen=True)
