@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta, Struct
 
 from audit import conformance, leakage, protocol, training
+from audit.deployment import collect_records
 from audit.findings import Finding
 from audit.ledgers import BudgetReport, verify_budgets
 from audit.plants import PLANTS
@@ -182,8 +183,22 @@ def read_evidence(folder: Path) -> Evidence:
         records = verify_budgets(folder / RECORDS, authority_fingerprint=about.authority, now=about.started)
         if read_public(folder / RECORDS / AGREEMENT) != study.documents[AGREEMENT]:
             raise VerificationFailed(f"{RECORDS} and {STUDY} are of different agreements")
+        _check_repeats(folder / RECORDS, about, found.get("protocol"))
     split = (folder / RECORDS / SPLIT).exists()
     return Evidence(about, study, split, records=records, **{name: found.get(name) for name in PARTS})  # type: ignore[arg-type]
+
+
+def _check_repeats(folder: Path, about: About, seen: Struct | None) -> None:
+    """What was counted in the records is what is counted in the copy, if that is all of them and all could be read."""
+    if (
+        not isinstance(seen, protocol.ProtocolEvidence)
+        or seen.records is None
+        or seen.records.problems
+        or about.left_out
+    ):
+        return
+    if collect_records(folder, seen.records.taken_at) != seen.records:
+        raise VerificationFailed(f"what was counted in the records is not what is in {RECORDS}")
 
 
 # --- from evidence to verdict
