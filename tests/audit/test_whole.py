@@ -14,11 +14,12 @@ import pytest
 from audit import deployment, leakage, protocol
 from audit.attacks import CATALOGUE
 from audit.door import KNOCKS, Probe
-from audit.leakage import Inversion, LeakageEvidence, Membership
+from audit.leakage import LeakageEvidence
 from audit.protocol import ProtocolEvidence
 from audit.whole import check_leakage, check_protocol
 from keys.errors import VerificationFailed
 from secgeo.study import OpenStudy, open_study
+from tests.audit.evidence import leaked, played
 from tests.audit.factory import make_study
 from tests.secgeo.site import HOSPITALS, Site, make_site
 
@@ -34,12 +35,6 @@ def opened(folder: Path, protocol_name: str = "masked") -> OpenStudy:
 NOW = datetime(2026, 6, 2, tzinfo=UTC)
 
 
-def collect(study: OpenStudy, profile: str = "fast", attacks: int = 3) -> ProtocolEvidence:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "CATALOGUE", CATALOGUE[:attacks])
-        return protocol.collect(study.agreement, profile=profile, folder=None, config=None, progress=lambda *_: None)  # type: ignore[arg-type]
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> OpenStudy:
     return opened(tmp_path_factory.mktemp("study") / "records")
@@ -47,7 +42,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> OpenStudy:
 
 @pytest.fixture(scope="module")
 def whole(study: OpenStudy) -> ProtocolEvidence:
-    return collect(study)
+    return played(study.agreement)
 
 
 # --- the secure sum
@@ -57,12 +52,12 @@ def whole(study: OpenStudy) -> ProtocolEvidence:
 def test_real_evidence_is_whole(name: str, tmp_path: Path) -> None:
     study = opened(tmp_path / "records", name)
     for profile in ("fast", "full"):
-        evidence = protocol.from_json(protocol.to_json(collect(study, profile)))
+        evidence = protocol.from_json(protocol.to_json(played(study.agreement, profile)))
         check_protocol(evidence, study, NOW)
 
 
 def test_all_of_the_catalogue_is_whole(study: OpenStudy) -> None:
-    check_protocol(collect(study, "full", len(CATALOGUE)), study, NOW)
+    check_protocol(played(study.agreement, "full", len(CATALOGUE)), study, NOW)
 
 
 def first(name: str, /, **fields: Any) -> Callable[[ProtocolEvidence], ProtocolEvidence]:
@@ -141,7 +136,7 @@ def test_hollow_evidence_of_the_secure_sum_is_refused(how: str, study: OpenStudy
 
 
 def test_a_member_of_the_catalogue_is_played_false_by_few_members(study: OpenStudy, whole: ProtocolEvidence) -> None:
-    attack = next(a for a in collect(study, attacks=len(CATALOGUE)).played if a.adversary == "node")
+    attack = next(a for a in played(study.agreement, attacks=len(CATALOGUE)).played if a.adversary == "node")
     for culprits in ((), tuple(study.public_keys), ("aggregator",), ("hospital-77",)):
         hollow = msgspec.structs.replace(whole, played=(msgspec.structs.replace(attack, culprits=culprits),))
         with pytest.raises(VerificationFailed, match="catalogue"):
@@ -180,7 +175,7 @@ def test_hollow_evidence_of_a_deployment_is_refused(how: str, site: Site) -> Non
     study = open_study(read_config(config, NodeConfig).study, config.parent, now=now)
     seen = deployment.collect_deployment(config, now, probe=False)
     whole = msgspec.structs.replace(
-        collect(study, attacks=0), deployment=msgspec.structs.replace(seen, probes=answered())
+        played(study.agreement, attacks=0), deployment=msgspec.structs.replace(seen, probes=answered())
     )
     check_protocol(whole, study, now)
     change = dict(DEPLOYED[how])
@@ -201,38 +196,10 @@ def test_who_is_not_there_was_knocked_at_once(site: Site) -> None:
     config, now = site.config(HOSPITALS[0]), datetime.now(UTC)
     study = open_study(read_config(config, NodeConfig).study, config.parent, now=now)
     seen = deployment.collect_deployment(config, now)  # nobody listens at port 9
-    check_protocol(msgspec.structs.replace(collect(study, attacks=0), deployment=seen), study, now)
+    check_protocol(msgspec.structs.replace(played(study.agreement, attacks=0), deployment=seen), study, now)
 
 
 # --- leakage
-
-
-def leaked(study: OpenStudy) -> LeakageEvidence:
-    """Evidence of the right form and size, with nothing to say."""
-    size, agreement = leakage._SIZES["fast"], study.agreement
-    rounds = min(size.rounds, max(1, agreement.study.rounds - 1))
-    counts = {"records": size.records, "canaries": size.canaries}
-    told = {
-        "trainings": size.trainings["ours"],
-        "trainings_unprotected": size.trainings["unprotected"],
-        "candidate_records": size.records,
-        "canaries": size.canaries,
-        "base_records": 40,
-        "records_of_others": 100,
-        "inverted_records": size.inverted,
-        "rounds_of_adapter": rounds,
-        "steps_per_round": agreement.training.steps_per_round,
-    }
-    membership, inversion = [], []
-    for group, rows in leakage._WHAT_IS_SEEN.items():
-        for _, observation, of in rows:
-            inversion.append(Inversion(observation, of, [[0.0] * size.inverted] * size.inverted, 0))
-            for kind, count in counts.items():
-                scores = size.trainings[group] * count
-                steps = agreement.training.steps_per_round * (rounds if observation == "adapter" else 1)
-                halves = [0.0] * (scores // 2), [0.0] * (scores - scores // 2)
-                membership.append(Membership(observation, of, kind, steps, *halves))  # type: ignore[arg-type]
-    return LeakageEvidence("hospital-00", "fast", "made", "masked", 1, told, 1.0, membership, inversion)
 
 
 def settings(**fields: float) -> Callable[[LeakageEvidence], LeakageEvidence]:
@@ -286,7 +253,7 @@ SHALLOW: dict[str, Callable[[LeakageEvidence], LeakageEvidence]] = {
 
 @pytest.mark.parametrize("how", SHALLOW)
 def test_shallow_evidence_of_leakage_is_refused(how: str, study: OpenStudy) -> None:
-    whole = leaked(study)
+    whole = leaked(study.agreement)
     check_leakage(whole, study.agreement)
     with pytest.raises(VerificationFailed):
         check_leakage(SHALLOW[how](whole), study.agreement)
@@ -298,7 +265,7 @@ def test_a_hospital_with_few_records_is_audited_on_few(study: OpenStudy) -> None
     told = {"candidate_records": 4, "canaries": 4, "base_records": 4, "records_of_others": 5, "inverted_records": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(leakage._SIZES, "fast", small)
-        few = settings(**told)(leaked(study))
+        few = settings(**told)(leaked(study.agreement))
     check_leakage(few, study.agreement)
     with pytest.raises(VerificationFailed):
         check_leakage(settings(base_records=3, inverted_records=3)(few), study.agreement)
