@@ -25,7 +25,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from audit.attacks import CATALOGUE
-from audit.attacks.by_members import control, has_control
+from audit.attacks.by_colluders import control, has_control
 from audit.attacks.knowledge import decrypted, packing_of, study_key
 from audit.attacks.network import Network
 from audit.attacks.play import Play

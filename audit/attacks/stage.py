@@ -337,6 +337,13 @@ class Attack:
         )
 
 
+def member(world: World, rounds: int = 1, liar: int = 0) -> Play:
+    """One member plays false; all others must go on without it where the agreement allows one to be lost."""
+    play = Play(world.network(rounds), world.names[liar])
+    play.must_sum = play.honest if world.spare else ()
+    return play
+
+
 def is_right(network: Network, summed: Summed) -> bool:
     """Whether a sum is that of its contributors, within the rounding of the encoding."""
     expected = np.sum([network.vectors(name, summed.round) for name in summed.contributors], axis=0)

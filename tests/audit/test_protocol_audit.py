@@ -21,7 +21,7 @@ import pytest
 
 from audit import deployment, protocol
 from audit import door as door_of
-from audit.attacks import CATALOGUE, by_aggregator, stage, wire
+from audit.attacks import CATALOGUE, by_aggregator_documents, stage, wire
 from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
 from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, not_tried, to_json
@@ -193,7 +193,7 @@ WEAKENED: dict[str, tuple[str, Guard]] = {
     "a round lost for one only": ("fork", weaken.last_records),
     "sums out of order": ("order", weaken.sequence_of_sums),
     "broken messages of the aggregator": ("decoders", weaken.decoding_errors),
-    "wrong documents": ("documents", lambda: weaken.replaced(by_aggregator, "check_policy", weaken.accept)),
+    "wrong documents": ("documents", lambda: weaken.replaced(by_aggregator_documents, "check_policy", weaken.accept)),
     "a second upload with another digest": ("messages", weaken.digest_of_an_upload),
     "wrong shares revealed": ("shares", lambda: weaken.replaced(AttemptAggregator, "_check_dealt", weaken.accept)),
     "two tag seeds of one dealer": ("tag-seeds", weaken.dealt_tag_seeds),
