@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from audit import leakage, protocol
+from audit import leakage, protocol, uploads
 from audit.attacks import CATALOGUE
 from audit.attacks.stage import Played
 from audit.deployment import Certificate, DeploymentEvidence, certificates_of
@@ -121,14 +121,14 @@ def check_protocol(evidence: ProtocolEvidence, study: OpenStudy, started: dateti
 
 def _check_measured(evidence: ProtocolEvidence, agreement: Agreement) -> None:
     """Uploads, and what must be fresh and secret: at least that of the honest studies in which uploads are measured."""
-    rounds, members = protocol.UPLOAD_ROUNDS[evidence.profile], evidence.parameters.members_played
-    values, ring = protocol.UPLOAD_VALUES, agreement.secure_sum
+    rounds, members = uploads.UPLOAD_ROUNDS[evidence.profile], evidence.parameters.members_played
+    values, ring = uploads.UPLOAD_VALUES, agreement.secure_sum
     compared = {
         "two rounds of one hospital": members * (rounds - 1) * values,
         "two hospitals in one round": rounds * (members - 1) * values,
     }
-    bits = protocol.bits_of(protocol._worlds(agreement, evidence.profile)[0].agreement)
-    series = {f"{kind}, {what}": kind for kind in bits for what in protocol.UPLOADED}
+    bits = uploads.bits_of(protocol._worlds(agreement, evidence.profile)[0].agreement)
+    series = {f"{kind}, {what}": kind for kind in bits for what in uploads.UPLOADED}
     _refuse(
         "uploads that were measured are not those of the profile",
         any(sum(counts) != members * rounds * values for s in evidence.series for counts in (s.top, s.low)),
@@ -139,22 +139,22 @@ def _check_measured(evidence: ProtocolEvidence, agreement: Agreement) -> None:
         != {(f"{name}, {how}", count, bits[series[name]]) for name in series for how, count in compared.items()},
         bool(evidence.series)
         and {(one.name, one.count) for one in evidence.correlations}
-        != {(f"{kind}, {protocol.UPLOADED[-1]}", members * rounds * values) for kind in bits},
+        != {(f"{kind}, {uploads.UPLOADED[-1]}", members * rounds * values) for kind in bits},
         any(pair.equal > pair.compared for pair in evidence.pairs),
     )
-    uploads = len(protocol.UPLOADED) * rounds * members
-    secrets = (4 * uploads if ring.masked else 0) + (len(protocol.UPLOADED) if ring.encrypted else 0)
+    made = len(uploads.UPLOADED) * rounds * members
+    secrets = (4 * made if ring.masked else 0) + (len(uploads.UPLOADED) if ring.encrypted else 0)
     _refuse(
         f"{evidence.secrets_searched} secrets were looked for on the wire; the profile {evidence.profile} calls for {secrets}",
         evidence.secrets_searched < secrets,
         evidence.secrets_found not in range(evidence.secrets_searched + 1),
     )
     seen = {item.kind: item.seen for item in evidence.repeats}
-    least = dict.fromkeys(("digests of chunks", "digests of uploads", "masked tags"), uploads)
+    least = dict.fromkeys(("digests of chunks", "digests of uploads", "masked tags"), made)
     if ring.masked:
-        least |= dict.fromkeys(PER_UPLOAD, uploads) | dict.fromkeys(DRAWN, uploads + protocol.SEEDS_DRAWN)
+        least |= dict.fromkeys(PER_UPLOAD, made) | dict.fromkeys(DRAWN, made + protocol.SEEDS_DRAWN)
     if ring.encrypted:
-        least |= {"seeds of ciphertexts": uploads, "sealed study keys": members - 1}
+        least |= {"seeds of ciphertexts": made, "sealed study keys": members - 1}
     short = [kind for kind, count in least.items() if seen.get(kind, 0) < count]
     _refuse(
         f"too few {', '.join(short) or 'values'} were compared",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -24,7 +26,9 @@ from audit import door as door_of
 from audit.attacks import CATALOGUE, by_aggregator_documents, stage, wire
 from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
-from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, not_tried, to_json
+from audit.promises import COLLUSION, PROMISES
+from audit.protocol import ProtocolEvidence, collect, from_json, judge, not_tried, to_json
+from audit.uploads import Series
 from keys.errors import ConfigError, SecGeoError, TransportError
 from protocols import messages as m
 from protocols.agreement import Agreement, read_agreement
@@ -73,7 +77,7 @@ def finding(findings: list[Finding], name: str) -> Finding:
 
 
 def status_of(evidence: ProtocolEvidence, row: str) -> str:
-    promise = next(p for p in (*PROMISES, *protocol.COLLUSION) if p.row == row)
+    promise = next(p for p in (*PROMISES, *COLLUSION) if p.row == row)
     return finding(judge(evidence), promise.adversary).status
 
 
@@ -142,7 +146,20 @@ def test_every_row_of_the_threat_model_has_its_finding() -> None:
         rows.append(line.split("|")[1].strip().replace("`", ""))
     assert [p.adversary for p in PROMISES] == rows
     collusion = text.split("## Collusion, precisely")[1].split("\n## ")[0]
-    assert collusion.count("\n- ") == len(protocol.COLLUSION)
+    assert collusion.count("\n- ") == len(COLLUSION)
+
+
+def test_every_theme_is_in_the_catalogue_and_has_its_place() -> None:
+    themes = list(dict.fromkeys(attack.perform.__module__.rpartition(".")[2] for attack in CATALOGUE))
+    assert sorted(themes) == sorted(path.stem for path in (ROOT / "audit" / "attacks").glob("by_*.py"))
+    assert [theme.split("_")[1] for theme in themes] == ["aggregator"] * 6 + ["members"] * 3 + [
+        "losses",
+        "colluders",
+        "strangers",
+    ]
+    assert CATALOGUE[0].name == "substituted round keys"
+    assert CATALOGUE[-1].name == "a stranger at the door"
+    assert len({(attack.name, attack.tried) for attack in CATALOGUE}) == len(CATALOGUE) == 82
 
 
 def test_large_agreements_are_played_small_and_say_so() -> None:
@@ -364,19 +381,41 @@ def test_uploads_without_masks_are_not_uniform(monkeypatch: pytest.MonkeyPatch) 
 def test_seeds_that_come_again_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A generator that gives every hospital the same in every round: masks repeat, and seeds."""
     monkeypatch.setattr(protocol, "CATALOGUE", [])
-    secrets = AttemptSecrets(*(bytes([index]) * 32 for index in range(4)))
-    with weaken.replaced(AttemptSecrets, "fresh", staticmethod(lambda _coins: secrets)):
+    same = AttemptSecrets(*(bytes([index]) * 32 for index in range(4)))
+    with weaken.replaced(AttemptSecrets, "fresh", staticmethod(lambda _coins: same)):
         evidence = run(agreed())
     assert finding(judge(evidence), "freshness of seeds and keys").status == "broken"
+
+
+@pytest.mark.parametrize("bits", [8, 16, 24])
+def test_seeds_of_little_entropy_are_found(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every seed is stretched from so few bits that it rarely comes twice in the few studies that are played."""
+
+    def stretched(count: int) -> bytes:
+        seed = secrets.randbits(bits).to_bytes(4)
+        return hashlib.shake_256(seed).digest(count)
+
+    monkeypatch.setattr(protocol, "CATALOGUE", [])
+    monkeypatch.setattr(os, "urandom", stretched)
+    evidence = run(agreed(count=3))
+    found = finding(judge(evidence), "freshness of seeds and keys")
+    assert found.status == "broken"
+    assert "self seeds" in found.detail
+
+
+def test_how_little_entropy_would_have_been_found(honest: ProtocolEvidence) -> None:
+    found = finding(judge(honest), "freshness of seeds and keys")
+    assert found.status == "held"
+    assert "a source of 24 bits or less would have repeated itself" in found.detail
 
 
 def test_a_slight_bias_is_found_and_chance_is_not(honest: ProtocolEvidence) -> None:
     fair = np.random.default_rng(1).multinomial(200_000, [1 / 256] * 256)
     biased = fair + np.where(np.arange(256) < 128, 30, -30)
     for counts, status in ((fair, "held"), (biased, "broken")):
-        series = protocol.Series("masked values, zeros", tuple(counts.tolist()), tuple(fair.tolist()))
+        series = Series("masked values, zeros", tuple(counts.tolist()), tuple(fair.tolist()))
         assert status_of(msgspec.structs.replace(honest, series=(series,)), "curious-masked") == status
-    few = protocol.Series("masked values, zeros", (1,) * 256, (1,) * 256)
+    few = Series("masked values, zeros", (1,) * 256, (1,) * 256)
     assert status_of(msgspec.structs.replace(honest, series=(few,)), "curious-masked") == "not testable"
 
 
