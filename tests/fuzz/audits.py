@@ -106,8 +106,12 @@ def verdict_on(evidence: msgspec.Struct) -> Verdict:
     """What comes of evidence of one part; of training without its attacks, whose bounds take seconds each."""
     if isinstance(evidence, TrainingEvidence):
         evidence = msgspec.structs.replace(evidence, attacks=())
-    parts = {name: evidence if isinstance(evidence, part) else None for name, part in PARTS.items()}
-    return bundle.judge(Evidence(_about(), _opened(), False, records=None, **parts))  # type: ignore[arg-type]
+    return bundle.judge(alone(**{name: evidence for name, part in PARTS.items() if isinstance(evidence, part)}))
+
+
+def alone(**parts: object) -> Evidence:
+    """The evidence in a bundle that has nothing but these parts."""
+    return Evidence(_about(), _opened(), False, **(dict.fromkeys((*PARTS, "records")) | parts))  # type: ignore[arg-type]
 
 
 def _protocol(data: bytes) -> None:
