@@ -18,11 +18,10 @@ def played(agreement: Agreement, profile: str = "fast", attacks: int = 3) -> Pro
         return protocol.collect(agreement, profile=profile, folder=None, config=None, progress=lambda *_: None)  # type: ignore[arg-type]
 
 
-def leaked(agreement: Agreement) -> LeakageEvidence:
-    """Evidence of the right size, with nothing to say."""
+def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvidence:
+    """Evidence of the right size, or of others that go together, with nothing to say; this share of the scores is of members."""
     size, per_round = leakage._SIZES["fast"], agreement.training.steps_per_round
     rounds = min(size.rounds, max(1, agreement.study.rounds - 1))
-    counts = {"records": size.records, "canaries": size.canaries}
     told = {
         "trainings": size.trainings["ours"],
         "trainings_unprotected": size.trainings["unprotected"],
@@ -33,15 +32,19 @@ def leaked(agreement: Agreement) -> LeakageEvidence:
         "inverted_records": size.inverted,
         "rounds_of_adapter": rounds,
         "steps_per_round": per_round,
-    }
+    } | sizes
+    counts = {"records": told["candidate_records"], "canaries": told["canaries"]}
     membership, inversion = [], []
     for group, rows in leakage._WHAT_IS_SEEN.items():
         for _, observation, of in rows:
-            inversion.append(Inversion(observation, of, [[0.0] * size.inverted] * size.inverted, 0))
+            count = told["inverted_records"]
+            inversion.append(Inversion(observation, of, [[0.0] * count] * count, 0))
             for kind, count in counts.items():
                 scores = size.trainings[group] * count
-                halves = [0.0] * (scores // 2), [0.0] * (scores - scores // 2)
+                inside = int(share * scores)
+                parts = [0.0] * inside, [0.0] * (scores - inside)
                 steps = per_round * (rounds if observation == "adapter" else 1)
-                membership.append(Membership(observation, of, kind, steps, *halves))  # type: ignore[arg-type]
+                membership.append(Membership(observation, of, kind, steps, *parts))  # type: ignore[arg-type]
     member, protocol_name = agreement.members[0].node_id, agreement.secure_sum.protocol
-    return LeakageEvidence(member, "fast", "made", protocol_name, 1, told, 1.0, membership, inversion)
+    settings = {name: float(value) for name, value in told.items()}
+    return LeakageEvidence(member, "fast", "made", protocol_name, 1, settings, 1.0, membership, inversion)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from audit import deployment, leakage, protocol
+from audit import deployment, protocol
 from audit.attacks import CATALOGUE
 from audit.door import KNOCKS, Probe
 from audit.leakage import LeakageEvidence
@@ -102,6 +101,7 @@ HOLLOW: dict[str, Callable[[ProtocolEvidence], ProtocolEvidence]] = {
     "few values": first("series", top=(5,) * 256),
     "one series twice": lambda e: msgspec.structs.replace(e, series=(e.series[0],) * 2),
     "one series": less("series"),
+    "a series twice": lambda e: msgspec.structs.replace(e, series=(*e.series, e.series[0])),
     "no pairs": same(pairs=()),
     "a pair left out": less("pairs"),
     "few places compared": first("pairs", compared=10),
@@ -141,6 +141,13 @@ def test_a_member_of_the_catalogue_is_played_false_by_few_members(study: OpenStu
         hollow = msgspec.structs.replace(whole, played=(msgspec.structs.replace(attack, culprits=culprits),))
         with pytest.raises(VerificationFailed, match="catalogue"):
             check_protocol(hollow, study, NOW)
+
+
+def test_ciphertexts_fail_as_seldom_as_the_agreement_makes_them(tmp_path: Path) -> None:
+    study = opened(tmp_path / "records", "homomorphic")
+    evidence = played(study.agreement, attacks=0)
+    with pytest.raises(VerificationFailed, match="parameters"):
+        check_protocol(parameters(failure_bits=evidence.parameters.failure_bits + 1.0)(evidence), study, NOW)
 
 
 # --- a deployment
@@ -259,13 +266,24 @@ def test_shallow_evidence_of_leakage_is_refused(how: str, study: OpenStudy) -> N
         check_leakage(SHALLOW[how](whole), study.agreement)
 
 
+SMALLER: dict[str, dict[str, Any]] = {
+    "few candidates": {"candidate_records": 4},
+    "few canaries": {"canaries": 4},
+    "few reconstructions": {"inverted_records": 2},
+    "few records": {"candidate_records": 3, "base_records": 4, "inverted_records": 4},
+    "few records of others": {"canaries": 3, "records_of_others": 4},
+    "other steps": {"steps_per_round": 9},
+    "a coin that favours one side": {"share": 0.9},
+}
+
+
+@pytest.mark.parametrize("how", SMALLER)
+def test_a_smaller_audit_of_leakage_that_goes_together_is_refused(how: str, study: OpenStudy) -> None:
+    with pytest.raises(VerificationFailed):
+        check_leakage(leaked(study.agreement, **SMALLER[how]), study.agreement)
+
+
 def test_a_hospital_with_few_records_is_audited_on_few(study: OpenStudy) -> None:
     """Half of eight records, at least, are candidates; fewer nobody audits."""
-    small = replace(leakage._SIZES["fast"], records=4, canaries=4, inverted=4)
-    told = {"candidate_records": 4, "canaries": 4, "base_records": 4, "records_of_others": 5, "inverted_records": 4}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(leakage._SIZES, "fast", small)
-        few = settings(**told)(leaked(study.agreement))
-    check_leakage(few, study.agreement)
-    with pytest.raises(VerificationFailed):
-        check_leakage(settings(base_records=3, inverted_records=3)(few), study.agreement)
+    few = {"candidate_records": 4, "canaries": 4, "base_records": 4, "records_of_others": 5, "inverted_records": 4}
+    check_leakage(leaked(study.agreement, **few), study.agreement)
