@@ -30,10 +30,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta, Struct
 
 from audit import conformance, leakage, protocol, training
-from audit.deployment import collect_records
 from audit.findings import Finding
 from audit.ledgers import BudgetReport, verify_budgets
 from audit.plants import PLANTS
+from audit.rounds import collect_records
 from audit.target import SPLIT, study_of_folder
 from audit.threads import one_thread
 from audit.whole import check_leakage, check_protocol

@@ -25,18 +25,10 @@ from audit.attacks import CATALOGUE
 from audit.attacks.by_colluders import control, has_control
 from audit.attacks.knowledge import packing_of
 from audit.attacks.stage import Played, World, reduced, vector_values
-from audit.deployment import (
-    DeploymentEvidence,
-    RecordsEvidence,
-    Repeats,
-    collect_deployment,
-    collect_records,
-    judge_deployment,
-    judge_records,
-    judge_strangers,
-)
+from audit.deployment import DeploymentEvidence, collect_deployment, judge_deployment, judge_strangers
 from audit.findings import Finding, Status
 from audit.promises import COLLUSION, PROMISES, Promise
+from audit.rounds import RecordsEvidence, Repeats, collect_records, judge_records
 from audit.uploads import (
     COEFFICIENTS,
     MASKED,

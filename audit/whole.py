@@ -17,10 +17,11 @@ import msgspec
 from audit import leakage, protocol, uploads
 from audit.attacks import CATALOGUE
 from audit.attacks.stage import Played
-from audit.deployment import Certificate, DeploymentEvidence, certificates_of
+from audit.deployment import DeploymentEvidence
 from audit.door import KNOCKS
 from audit.leakage import LeakageEvidence
 from audit.protocol import ProtocolEvidence
+from audit.rounds import Certificate, certificates_of
 from keys.errors import VerificationFailed
 from protocols.agreement import Agreement
 from protocols.messages import AGGREGATOR

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from audit import deployment, protocol
+from audit import deployment, protocol, rounds
 from audit import door as door_of
 from audit.attacks import CATALOGUE, by_aggregator_documents, stage, wire
 from audit.attacks.stage import Played, World, reduced, vector_values
@@ -437,16 +437,16 @@ NOW = datetime(2026, 6, 2, tzinfo=UTC)
 
 
 def test_honest_records_repeat_nothing(study_folder: Path) -> None:
-    evidence = deployment.collect_records(study_folder, NOW)
-    findings = deployment.judge_records(evidence)
+    evidence = rounds.collect_records(study_folder, NOW)
+    findings = rounds.judge_records(evidence)
     assert [f.status for f in findings if f.name != "records repeat nothing"] == ["held"] * 3, findings
     assert evidence.rounds == 2
     assert len(evidence.certificates) == 4
     assert all("Ed25519" in certificate.key for certificate in evidence.certificates)
-    repeat = msgspec.structs.replace(evidence, repeats=(deployment.Repeats("digests of uploads", 6, 5),))
-    assert finding(deployment.judge_records(repeat), "records repeat nothing").status == "broken"
+    repeat = msgspec.structs.replace(evidence, repeats=(rounds.Repeats("digests of uploads", 6, 5),))
+    assert finding(rounds.judge_records(repeat), "records repeat nothing").status == "broken"
     soon = msgspec.structs.replace(evidence, taken_at=NOW + timedelta(days=350))
-    assert finding(deployment.judge_records(soon), "certificates of the records last").status == "broken"
+    assert finding(rounds.judge_records(soon), "certificates of the records last").status == "broken"
 
 
 def hostile(folder: Path, how: str) -> None:
@@ -473,7 +473,7 @@ def test_hostile_folders_give_findings(how: str, study_folder: Path, tmp_path: P
     folder = tmp_path / "records"
     shutil.copytree(study_folder, folder)
     hostile(folder, how)
-    findings = deployment.judge_records(deployment.collect_records(folder, NOW))
+    findings = rounds.judge_records(rounds.collect_records(folder, NOW))
     assert finding(findings, "records can be read").status == "broken"
 
 
@@ -618,9 +618,9 @@ def test_rounds_that_the_running_aggregator_has_signed(how: str, site: Site, tmp
 
 
 def test_uploads_that_come_again_in_a_running_study_are_found() -> None:
-    study = deployment.RunningStudy(2, (deployment.Repeats("digests of uploads", 8, 7),), 0, ())
-    assert deployment._judge_rounds(study).status == "broken"
-    assert deployment._judge_rounds(msgspec.structs.replace(study, repeats=(), study_keys=2)).status == "broken"
+    study = rounds.RunningStudy(2, (rounds.Repeats("digests of uploads", 8, 7),), 0, ())
+    assert rounds.judge_rounds(study).status == "broken"
+    assert rounds.judge_rounds(msgspec.structs.replace(study, repeats=(), study_keys=2)).status == "broken"
 
 
 # --- the door

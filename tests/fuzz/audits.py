@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from audit import bundle, conformance, protocol
 from audit.bundle import PARTS, About, Auditor, Evidence, Verdict
-from audit.deployment import collect_records
 from audit.findings import Finding
+from audit.rounds import collect_records
 from audit.target import SPLIT, study_of_folder, target_of_folder
 from audit.training import TrainingEvidence
 from keys.errors import ConfigError, KeyFileError, SecGeoError, VerificationFailed
