@@ -109,11 +109,21 @@ def _contributions_of_no_pair_master(world: World) -> Play:
     needs="masks",
 )
 def _a_false_complaint(world: World) -> Play:
-    play, accused = member(world, 2), world.names[-1]
+    play, accused = member(world, 2), set[str]()
     liar = play.culprits[0]
-    instead(play, "UploadChunk", lambda message, _data: replaced(play, message, m.Complaint(accused)), (1, 2))
-    play.must_sum = [name for name in play.honest if name != accused] if world.spare >= 2 else ()
+
+    def complain(message: m.Message, data: bytes) -> Sequence[bytes]:
+        """Of the last one that sealed something to it: in a sparse graph not everybody does."""
+        attempt = play.network.nodes[liar]._attempt
+        if attempt is None:
+            return [data]
+        last = max(attempt._graph.neighbours(liar))
+        accused.add(last)
+        return replaced(play, message, m.Complaint(last))
+
+    instead(play, "UploadChunk", complain, (1, 2))
     play.run()
+    play.must_sum = [name for name in play.honest if name not in accused] if world.spare >= 2 else ()
     disputes = [entry for entry in record_bodies(play.network.lines) if isinstance(entry, t.Disputed)]
     play.gives(any(entry.accuser != liar for entry in disputes) or not disputes, "the transcript hides who complained")
     return play

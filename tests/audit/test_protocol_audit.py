@@ -240,6 +240,14 @@ def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
     assert "the vector of hospital-00 was read" in harms
 
 
+def test_complaints_in_a_sparse_graph_are_of_who_sealed_something() -> None:
+    """Who does follows from a hash over fresh keys: half of the members, each time others."""
+    sparse = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+    world = World(reduced(sparse, 17), 1100)
+    for _ in range(5):
+        assert protocol.harms_of(play("a false complaint", nullcontext(), world)) == []
+
+
 def test_everything_that_this_agreement_allows_is_tried(honest: ProtocolEvidence) -> None:
     assert not_tried(honest, agreed()) == []
     idle = (msgspec.structs.replace(honest.played[0], took_place=False), *honest.played[1:])
