@@ -33,8 +33,10 @@ from audit import conformance, leakage, protocol, training
 from audit.findings import Finding
 from audit.ledgers import BudgetReport, verify_budgets
 from audit.plants import PLANTS
+from audit.rounds import collect_records
 from audit.target import SPLIT, study_of_folder
 from audit.threads import one_thread
+from audit.whole import check_leakage, check_protocol
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import read_public, write_public
 from keys.labels import Label
@@ -181,8 +183,22 @@ def read_evidence(folder: Path) -> Evidence:
         records = verify_budgets(folder / RECORDS, authority_fingerprint=about.authority, now=about.started)
         if read_public(folder / RECORDS / AGREEMENT) != study.documents[AGREEMENT]:
             raise VerificationFailed(f"{RECORDS} and {STUDY} are of different agreements")
+        _check_repeats(folder / RECORDS, about, found.get("protocol"))
     split = (folder / RECORDS / SPLIT).exists()
     return Evidence(about, study, split, records=records, **{name: found.get(name) for name in PARTS})  # type: ignore[arg-type]
+
+
+def _check_repeats(folder: Path, about: About, seen: Struct | None) -> None:
+    """What was counted in the records is what is counted in the copy, if that is all of them and all could be read."""
+    if (
+        not isinstance(seen, protocol.ProtocolEvidence)
+        or seen.records is None
+        or seen.records.problems
+        or about.left_out
+    ):
+        return
+    if collect_records(folder, seen.records.taken_at) != seen.records:
+        raise VerificationFailed(f"what was counted in the records is not what is in {RECORDS}")
 
 
 # --- from evidence to verdict
@@ -281,8 +297,10 @@ def _findings(evidence: Evidence) -> list[Finding]:
         training.check_whole(evidence.training, evidence.study.agreement, evidence.about.profile)
         findings += training.judge(evidence.training)
     if evidence.leakage is not None:
+        check_leakage(evidence.leakage, evidence.study.agreement)
         findings += leakage.judge(evidence.leakage, evidence.study.agreement)
     if evidence.protocol is not None:
+        check_protocol(evidence.protocol, evidence.study, evidence.about.started)
         findings += protocol.judge(evidence.protocol)
         if lacking := protocol.not_tried(evidence.protocol, evidence.study.agreement):
             promise = "everything is tried that the catalogue has for this agreement"

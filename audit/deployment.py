@@ -1,11 +1,10 @@
-"""What can be seen of a deployment without its secrets: key files, certificates, pins, folders, records, and the aggregator's door.
+"""What can be seen of a deployment without its secrets: key files, certificates, pins, folders, what its aggregator has signed, its door.
 
-`collect_records` reads a study's folder of records; `collect_deployment` what a node's or an aggregator's configuration names, and
-with a node's it knocks at the aggregator as a stranger (`secgeo.probe`). Files may be hostile: what is wrong with them is evidence.
-`judge_records` and `judge_deployment` are pure functions of that evidence.
+`collect_deployment` looks at what a node's or an aggregator's configuration names, and with a node's it knocks at the aggregator as a
+stranger (`audit.door`). Files may be hostile: what is wrong with them is evidence. `judge_deployment` is a pure function of it.
 
 Passphrases are not asked for, so that the secret part of a key file is not seen: whether it belongs to the certificate is checked
-by the node itself when it starts. What `secgeo verify` checks of records (`audit.records`) is not repeated here.
+by the node itself when it starts.
 """
 
 from __future__ import annotations
@@ -13,77 +12,40 @@ from __future__ import annotations
 import math
 import os
 import stat
-import time
 import tomllib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from msgspec import Meta, Struct
 
 from audit.budget import Steps, epsilon_rdp
+from audit.door import Probe, judge_knocks, knock
 from audit.findings import Finding, Status
+from audit.rounds import (
+    Certificate,
+    Moment,
+    RunningStudy,
+    certificates_of,
+    collect_rounds,
+    finding,
+    judge_certificates,
+    judge_rounds,
+)
 from keys import certificates
-from keys.errors import ConfigError, SecGeoError, TransportError, VerificationFailed
+from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import KEY_FILE_LIMIT_BYTES, SCRYPT_LOG2_N, read_public
 from keys.identity import CERTIFICATE_FILE, KEY_FILE
 from keys.labels import Label
-from keys.roster import Roster, load_root, read_roster
 from protocols.agreement import Agreement
 from protocols.policy import LocalPolicy, check_policy
-from protocols.transcript import RoundRecord, read_line, read_transcript
 from secgeo.config import AggregatorConfig, NodeConfig, read_config
-from secgeo.probe import GREETING_BYTES, Reply, greeting, say
-from secgeo.records import RECEIPTS, TRANSCRIPT, list_files
-from secgeo.study import DOCUMENTS, ROOT, ROSTER, OpenStudy, check_documents, open_study
-from secgeo.transport import NodeEndpoint, TransportLimits
+from secgeo.records import TRANSCRIPT
+from secgeo.study import OpenStudy, open_study
 
-FILE_LIMIT_BYTES = 1 << 28
+RECEIPTS_FILE = "receipts.jsonl"
+"""In a node's state: see `secgeo.journal`."""
 FILES_LOOKED_AT = 1000
-SOON_DAYS = 30
-"""A certificate that ends within so many days should have been renewed."""
-PROBE_SECONDS = 1.0
-STRANGER_SECONDS = 8.0
-
-
-Moment = Annotated[datetime, Meta(tz=True)]
-
-
-class Certificate(Struct, frozen=True, forbid_unknown_fields=True):
-    """One certificate: whose, until when, and why it cannot be used (empty: it can)."""
-
-    node_id: str
-    role: str
-    not_before: Moment
-    not_after: Moment
-    key: str
-    member: bool
-    problem: str
-
-
-class Repeats(Struct, frozen=True, forbid_unknown_fields=True):
-    """How many values of a kind there were, in different places, and how many different ones."""
-
-    kind: str
-    seen: int
-    distinct: int
-
-
-class RecordsEvidence(Struct, frozen=True, forbid_unknown_fields=True):
-    """A folder of records. `problems` are what could not be read or does not fit, with the file's name."""
-
-    taken_at: Moment
-    rounds: int
-    receipts: int
-    study_keys: int
-    repeats: tuple[Repeats, ...]
-    certificates: tuple[Certificate, ...]
-    problems: tuple[str, ...]
 
 
 class FileFacts(Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,18 +57,6 @@ class FileFacts(Struct, frozen=True, forbid_unknown_fields=True):
     own: bool
     form: str = ""
     scrypt_log2_n: int = 0
-
-
-class Probe(Struct, frozen=True, forbid_unknown_fields=True):
-    """One knock of a stranger. `served`: it got more than a greeting and a refusal."""
-
-    kind: str
-    reached: bool
-    served: bool
-    closed: bool
-    received_bytes: int
-    answer: str
-    seconds: float
 
 
 class DeploymentEvidence(Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,97 +73,9 @@ class DeploymentEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     certificate_problem: str
     study_problem: str
     policy_problem: str
+    study: RunningStudy | None
     probes: tuple[Probe, ...]
     not_seen: tuple[str, ...]
-
-
-# --- records
-
-
-def collect_records(folder: Path, now: datetime) -> RecordsEvidence:
-    """Look for repetitions in a study's folder of records, and at its certificates.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder of records")
-    problems: list[str] = []
-    certs: tuple[Certificate, ...] = ()
-    study: OpenStudy | None = None
-    with _noting(problems, "folder"):
-        list_files(folder)
-    if problems:
-        return RecordsEvidence(now, 0, 0, 0, (), (), tuple(problems))  # Nothing in it is opened.
-    documents: dict[str, bytes] = {}
-    for name in DOCUMENTS:
-        with _noting(problems, name):
-            documents[name] = read_public(folder / name)
-    with _noting(problems, "agreement and roster"):
-        pem = documents[ROOT]
-        root = load_root(pem, certificates.fingerprint(certificates.from_pem(pem)))
-        roster = read_roster(documents[ROSTER], documents[f"{ROSTER}.sig"], root, now=now)
-        certs = _certificates(roster, set())
-        study = check_documents(documents, root, now=now)
-        certs = _certificates(roster, {member.node_id for member in study.agreement.members})
-    seen: dict[str, dict[bytes, set[object]]] = defaultdict(lambda: defaultdict(set))
-    rounds, receipts, keys = 0, 0, set[str]()
-    if study is not None:
-        key = study.roster.aggregator.public_key
-        with _noting(problems, TRANSCRIPT):
-            for body, _ in read_transcript(read_public(folder / TRANSCRIPT, FILE_LIMIT_BYTES), key):
-                if isinstance(body, RoundRecord):
-                    rounds += 1
-                    keys.add(body.study_key)
-                    _note_record(seen, body)
-        for path in sorted((folder / RECEIPTS).glob("*.jsonl")):
-            with _noting(problems, f"{RECEIPTS}/{path.name}"):
-                for line in read_public(path, FILE_LIMIT_BYTES).splitlines(keepends=True):
-                    shown = read_line(line, key).body
-                    if not isinstance(shown, RoundRecord):
-                        raise VerificationFailed(f"a {type(shown).__name__} is no receipt")
-                    receipts += 1
-                    _note_record(seen, shown)
-    repeats = tuple(
-        Repeats(kind, sum(len(places) for places in values.values()), len(values))
-        for kind, values in sorted(seen.items())
-    )
-    return RecordsEvidence(now, rounds, receipts, len(keys - {""}), repeats, certs, tuple(problems))
-
-
-def _note_record(seen: dict[str, dict[bytes, set[object]]], record: RoundRecord) -> None:
-    """What must be another one in every round and attempt; the same record, told again, is in the same place."""
-    place = record.round, record.attempt
-    seen["views (digests of all round keys, and who dealt)"][bytes.fromhex(record.senders_view)].add(place)
-    seen["digests of sums"][bytes.fromhex(record.aggregate_digest)].add(record.round)
-    seen["records that a sum builds on"][bytes.fromhex(record.builds_on)].add(record.round)
-    for survivor in record.survivors:
-        seen["digests of uploads"][bytes.fromhex(survivor.upload_digest)].add((*place, survivor.node_id))
-        if survivor.signature:
-            seen["votes"][bytes.fromhex(survivor.signature)].add((*place, survivor.node_id))
-
-
-def judge_records(evidence: RecordsEvidence) -> list[Finding]:
-    """The findings on a folder of records."""
-    problems = "; ".join(evidence.problems)
-    readable = "everything in the folder that is looked at can be read, and documents belong together"
-    findings = [_finding("records can be read", readable, "broken" if problems else "held", problems or "they can")]
-    repeated = [item for item in evidence.repeats if item.distinct < item.seen]
-    shown = "; ".join(f"{item.seen} {item.kind}, {item.distinct} different" for item in evidence.repeats)
-    status: Status = "broken" if repeated or evidence.study_keys > 1 else "held" if evidence.rounds else "not testable"
-    several = f"; {evidence.study_keys} study keys" if evidence.study_keys > 1 else ""
-    detail = (
-        f"{evidence.rounds} rounds, {evidence.receipts} receipts: {shown}{several}" if shown else "no round is recorded"
-    )
-    promise = "no round keys, upload, vote or sum of a round or attempt come twice in transcript and receipts; one study has one key"
-    return [
-        *findings,
-        _finding("records repeat nothing", promise, status, detail),
-        *_judge_certificates("certificates of the records", evidence.certificates, evidence.taken_at),
-    ]
-
-
-# --- a deployment
 
 
 def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> DeploymentEvidence:
@@ -229,7 +91,7 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
     certs: tuple[Certificate, ...] = ()
     try:
         study = open_study(settings.study, base, now=now)
-        certs = _certificates(study.roster, {member.node_id for member in study.agreement.members})
+        certs = certificates_of(study.roster, {member.node_id for member in study.agreement.members})
     except SecGeoError as error:
         problems["study"] = str(error)
     node = settings if isinstance(settings, NodeConfig) else None
@@ -243,6 +105,11 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
         for path in (state, *sorted(state.glob("*"))[:FILES_LOOKED_AT])
         if not path.name.endswith(("-shm", "-wal"))
     ]
+    running = None
+    if study is not None:
+        own = state / f"{study.agreement.study.id}-{study.agreement_digest.hex()[:16]}" / RECEIPTS_FILE
+        written = own if isinstance(settings, NodeConfig) else base / settings.records / TRANSCRIPT
+        running = collect_rounds(written, study)
     probes: tuple[Probe, ...] = ()
     if node is None or not probe:
         not_seen.append("the door of the aggregator: only a node's configuration says where it is")
@@ -262,6 +129,7 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
         certificate_problem=problems["certificate"],
         study_problem=problems["study"],
         policy_problem=problems["policy"],
+        study=running,
         probes=probes,
         not_seen=tuple(not_seen),
     )
@@ -309,21 +177,6 @@ def _facts(path: Path, *, key_file: bool = False) -> FileFacts:
     return FileFacts(path.name, "file", mode, own, form, log2_n)
 
 
-def _certificates(roster: Roster, members: set[str]) -> tuple[Certificate, ...]:
-    return tuple(
-        Certificate(
-            entry.node_id,
-            entry.role,
-            entry.certificate.not_valid_before_utc,
-            entry.certificate.not_valid_after_utc,
-            type(entry.public_key).__name__,
-            entry.node_id in members or entry.role == "aggregator",
-            roster.unusable.get(entry.node_id, ""),
-        )
-        for entry in roster.listed
-    )
-
-
 def _own_certificate(path: Path, study: OpenStudy | None, role: str) -> str:
     """Why the certificate in the key folder is not that of a party of this study in this role; empty if it is."""
     if study is None:
@@ -356,87 +209,6 @@ def _policy(agreement: Agreement, policy: LocalPolicy) -> str:
     return ""
 
 
-# --- the door
-
-
-def knock(address: str, server_key: bytes) -> tuple[Probe, ...]:
-    """Knock at an aggregator as a stranger: nine short connections, one after the other, a few seconds in all.
-
-    Raises:
-        ConfigError: the address is none.
-    """
-    ready = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
-    oversized = greeting(b"CURVE") + b"\x06" + (1 << 62).to_bytes(8)
-    first = _greet("a greeting, before", address)
-    if not first.reached:
-        return (first,)
-    knocks = {
-        "no encryption (NULL)": greeting(b"NULL") + ready,
-        "a password (PLAIN)": greeting(b"PLAIN") + b"\x04\x0a\x05HELLO\x01a\x01b",
-        "garbage": bytes(range(1, 255)) * 20,
-        "another protocol (HTTP)": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
-        "a frame of 2^62 bytes": oversized,
-        "a broken handshake": greeting(b"CURVE") + b"\x04\xc8\x05HELLO" + bytes(194),
-    }
-    probes = [_probe(kind, say(address, data, seconds=PROBE_SECONDS)) for kind, data in knocks.items()]
-    return (
-        first,
-        *probes,
-        stranger(address, server_key),
-        _greet("a greeting, after", address),
-    )
-
-
-def _greet(kind: str, address: str) -> Probe:
-    """Say no more than every peer does first: who answers with another mechanism than CURVE would serve strangers."""
-    reply = say(address, greeting(b"CURVE"), seconds=STRANGER_SECONDS, enough=GREETING_BYTES)
-    return msgspec.structs.replace(_probe(kind, reply), served=reply.mechanism in ("NULL", "PLAIN"))
-
-
-def _probe(kind: str, reply: Reply) -> Probe:
-    """More than a greeting is service: a READY, a WELCOME, or anything else that is not said to everybody."""
-    answer = reply.mechanism or ("no whole greeting" if reply.data else "nothing")
-    served = len(reply.data) > GREETING_BYTES
-    return Probe(kind, reply.connected, served, reply.closed, len(reply.data), answer, round(reply.seconds, 3))
-
-
-def stranger(address: str, server_key: bytes) -> Probe:
-    """A whole CURVE handshake with a fresh key, which no roster has, over the real transport; the key of the server is right."""
-    key = X25519PrivateKey.generate()
-    limits = TransportLimits(
-        handshake_seconds=STRANGER_SECONDS,
-        connect_seconds=STRANGER_SECONDS,
-        reconnect_min_seconds=60.0,
-        reconnect_max_seconds=120.0,
-        linger_seconds=0.01,
-    )
-    started, text = time.monotonic(), "connected"
-    with NodeEndpoint(
-        address,
-        curve_secret=key.private_bytes_raw(),
-        curve_public=key.public_key().public_bytes_raw(),
-        server_curve_public=server_key,
-        limits=limits,
-    ) as endpoint:
-        while endpoint.state == "connecting" and time.monotonic() < started + STRANGER_SECONDS:
-            time.sleep(0.02)
-        state = endpoint.state
-        try:
-            endpoint.wait_connected(0.0)
-        except TransportError as error:
-            text = str(error)
-    served = state == "connected"
-    return Probe(
-        "a key that no roster has",
-        state in ("connected", "refused", "slow"),
-        served,
-        not served,
-        0,
-        text,
-        round(time.monotonic() - started, 3),
-    )
-
-
 # --- judging
 
 
@@ -456,7 +228,7 @@ def judge_deployment(evidence: DeploymentEvidence) -> list[Finding]:
             evidence.certificate_problem,
             "; ".join(evidence.not_seen[:1]),
         ),
-        _finding(
+        finding(
             "local policy",
             "the agreement is not weaker than the site's policy",
             "not testable",
@@ -465,13 +237,14 @@ def judge_deployment(evidence: DeploymentEvidence) -> list[Finding]:
         if evidence.role == "aggregator"
         else _judge_text("local policy", "the agreement is not weaker than the site's policy", evidence.policy_problem)
         if not evidence.study_problem
-        else _finding(
+        else finding(
             "local policy",
             "the agreement is not weaker than the site's policy",
             "not testable",
             "the study does not open",
         ),
-        *_judge_certificates("certificates of the study", evidence.certificates, evidence.taken_at),
+        judge_rounds(evidence.study),
+        *judge_certificates("certificates of the study", evidence.certificates, evidence.taken_at),
     ]
 
 
@@ -482,9 +255,9 @@ def _judge_key_files(evidence: DeploymentEvidence) -> list[Finding]:
         faults += _not_private(evidence.passphrase_file, 0o600)
     detail = "; ".join(faults) or f"mode {evidence.key_file.mode:04o}, own"
     missing = evidence.key_file.kind == "missing"
-    private = _finding("key files are private", promise, "broken" if faults else "held", detail)
+    private = finding("key files are private", promise, "broken" if faults else "held", detail)
     if missing:
-        private = _finding("key files are private", promise, "not testable", "there is no key file")
+        private = finding("key files are private", promise, "not testable", "there is no key file")
     form, log2_n = evidence.key_file.form, evidence.key_file.scrypt_log2_n
     strong = form == "encrypted" and log2_n >= SCRYPT_LOG2_N
     status: Status = "not testable" if missing else "held" if strong else "broken"
@@ -494,7 +267,7 @@ def _judge_key_files(evidence: DeploymentEvidence) -> list[Finding]:
         "other": "this is no key file of SecGeo",
     }.get(form, "there is no key file to look at")
     encrypted = f"key files are encrypted under a passphrase, by scrypt with N = 2^{SCRYPT_LOG2_N} at least"
-    return [private, _finding("key files are encrypted", encrypted, status, said)]
+    return [private, finding("key files are encrypted", encrypted, status, said)]
 
 
 def _judge_folders(evidence: DeploymentEvidence) -> Finding:
@@ -509,7 +282,7 @@ def _judge_folders(evidence: DeploymentEvidence) -> Finding:
     seen = [facts for facts in rest if facts.kind != "missing"]
     detail = "; ".join(faults) or (f"{1 + len(seen)} files and folders" if seen else "there is no state folder yet")
     promise = "key folder and what lies in the state folder can be read by their owner only"
-    return _finding("folders are private", promise, "broken" if faults else "held", detail)
+    return finding("folders are private", promise, "broken" if faults else "held", detail)
 
 
 def _not_private(facts: FileFacts, mode: int) -> list[str]:
@@ -521,79 +294,18 @@ def _not_private(facts: FileFacts, mode: int) -> list[str]:
     return faults + ([f"{facts.name} has mode {facts.mode:04o}, looser than {mode:04o}"] if loose else [])
 
 
-def _judge_certificates(name: str, certs: Iterable[Certificate], now: datetime) -> list[Finding]:
-    certs = list(certs)
-    sound_promise = "every certificate of the study is valid, of an Ed25519 key, and signed by the authority"
-    last_promise = f"no certificate of the study ends within {SOON_DAYS} days"
-    if not certs:
-        why = "no roster could be read"
-        return [
-            _finding(name, sound_promise, "not testable", why),
-            _finding(f"{name} last", last_promise, "not testable", why),
-        ]
-    party = [c for c in certs if c.member]
-    bad = [f"{c.node_id}: {c.problem or c.key}" for c in party if c.problem or "Ed25519" not in c.key]
-    idle = [c.node_id for c in certs if not c.member and c.problem]
-    left = {c.node_id: (c.not_after - now) / timedelta(days=1) for c in party}
-    first = min(left, key=lambda node_id: left[node_id], default="")
-    detail = "; ".join(bad) or f"{len(party)} certificates" + (
-        f"; not of this study and out of use: {', '.join(idle)}" if idle else ""
-    )
-    soon = f"{first} has {left[first]:.0f} days left" if first else "no certificate of the study was seen"
-    ends: Status = "not testable" if not first else "broken" if left[first] < SOON_DAYS else "held"
-    return [
-        _finding(name, sound_promise, "broken" if bad or not party else "held", detail),
-        _finding(f"{name} last", last_promise, ends, soon),
-    ]
-
-
 def judge_strangers(evidence: DeploymentEvidence | None) -> tuple[Status, str]:
-    """Whether a stranger was kept out, and the aggregator is still there."""
+    """Whether a stranger was kept out of the running aggregator, and it is still there."""
     if evidence is None:
         return (
             "not testable",
-            "no configuration of a node was given; the test suite plays strangers (adversary/test_sockets.py)",
+            "no configuration of a node was given, so that the door of no running aggregator was tried",
         )
     if not evidence.probes:
         return "not testable", "; ".join(evidence.not_seen[1:]) or "nothing was tried"
-    first, *others = evidence.probes
-    if not first.reached:
-        return "not testable", f"{evidence.address} cannot be reached"
-    served = [probe.kind for probe in evidence.probes if probe.served]
-    if served:
-        return "broken", f"served: {', '.join(served)}"
-    if not others or not others[-1].reached:
-        return "broken", "the aggregator cannot be reached any more after the probes"
-    if first.answer != "CURVE":
-        return (
-            "not testable",
-            f"what listens at {evidence.address} does not greet as an aggregator does: {first.answer}",
-        )
-    known = [probe for probe in others if probe.kind == "a key that no roster has"]
-    if not any("not in the aggregator's roster" in probe.answer for probe in known):
-        return (
-            "not testable",
-            f"what listens at {evidence.address} is not the aggregator of the roster: {known[0].answer if known else ''}",
-        )
-    kinds = ", ".join(probe.kind for probe in others[:-1])
-    return "held", f"turned away: {kinds}; the aggregator holds the roster's CURVE key and answers as before"
+    return judge_knocks(evidence.address, evidence.probes)
 
 
 def _judge_text(name: str, promise: str, problem: str, note: str = "") -> Finding:
     status: Status = "not testable" if problem.startswith("not compared") else "broken" if problem else "held"
-    return _finding(name, promise, status, problem or note or "it does")
-
-
-def _finding(name: str, promise: str, status: Status, detail: str) -> Finding:
-    return Finding("protocol", name, promise, status, detail)
-
-
-@contextmanager
-def _noting(problems: list[str], name: str) -> Iterator[None]:
-    """Whatever a hostile file provokes is a problem of that file, also what nobody thought of."""
-    try:
-        yield
-    except SecGeoError as error:
-        problems.append(f"{name}: {error}"[:400])
-    except Exception as error:
-        problems.append(f"{name}: {type(error).__name__}: {error}"[:400])
+    return finding(name, promise, status, problem or note or "it does")

@@ -82,15 +82,17 @@ def figures(evidence: Evidence) -> dict[str, list[Figure]]:
 def _budgets(report: BudgetReport) -> Figure:
     def draw(axes: Sequence[Axes]) -> None:
         names = list(report.budgets)
+        places = np.arange(len(names))[::-1]
         for index, (label, colour) in enumerate((("claimed", GREY), ("rdp", BLUE), ("prv", GREEN), ("pld", ORANGE))):
-            heights = [
+            widths = [
                 (claimed if label == "claimed" else answer.epsilon[label]) or 0.0
                 for claimed, answer in report.budgets.values()
             ]
             title = label if label == "claimed" else f"recomputed by {label.upper()}"
-            axes[0].bar(np.arange(len(names)) + 0.2 * index, heights, 0.18, color=colour, label=title)
-        axes[0].set_xticks(np.arange(len(names)) + 0.3, names)
-        axes[0].set_ylabel("epsilon")
+            axes[0].barh(places + 0.3 - 0.2 * index, widths, 0.18, color=colour, label=title)
+        axes[0].set_yticks(places, names)
+        axes[0].set_ylim(-0.6, len(names) - 0.4)
+        axes[0].set_xlabel("epsilon")
         axes[0].figure.legend(frameon=False, ncols=4, loc="outside upper center")
 
     return Figure(
@@ -98,6 +100,7 @@ def _budgets(report: BudgetReport) -> Figure:
         "What each hospital claims, beside what its booked events give by three accountants.",
         1,
         draw,
+        1.0 + 0.4 * len(report.budgets),
     )
 
 

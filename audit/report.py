@@ -20,7 +20,7 @@ PARTS = {
     ),
     "training": (
         "Training",
-        "Does the training do what is booked: every patient's gradient clipped, noise of the agreed size, samples drawn by lot, every "
+        "Does the training do what is booked: every {unit}'s gradient clipped, noise of the agreed size, samples drawn by lot, every "
         "step counted? And can an attacker who planted canaries prove more privacy loss than is claimed?",
     ),
     "leakage": (
@@ -30,7 +30,8 @@ PARTS = {
     ),
     "protocol": (
         "Secure sum",
-        "Does the secure sum hold against an aggregator and members that lie? Attacks are played against the real code.",
+        "Does the secure sum hold against an aggregator and members that lie? Attacks are played against the real code, on a study of the "
+        "audit's own.",
     ),
 }
 
@@ -53,19 +54,23 @@ LIMITS = {
         "Small data sets give few scores, and rates of false positives below one in their number cannot be seen.",
     ),
     "protocol": (
-        "Attacks are played in memory, with keys made for the audit and with few members; the parameters of the sum are the agreement's.",
+        "Attacks are played against a study of the audit's own: the installed code under the agreement's parameters, with keys made for it "
+        "and few members, in memory and, in profile full, over CURVE sockets on this machine; each finding says which.",
+        "A running deployment is not attacked: whoever plays false there is put out, and a round is lost with it. What is looked at of it: "
+        "its door (nine knocks of a stranger), certificates, key files, agreement, policy, and what its aggregator has signed so far.",
         "What is not testable here names the tests of the code that play it.",
     ),
 }
 
 WORDS = {
-    "epsilon": "How much more likely any outcome can become through one patient's data: at most e to the epsilon times. Smaller is better.",
-    "delta": "The probability with which epsilon may fail; it should be well below one over the number of patients.",
-    "canary": "A made-up patient who is put into the training by the toss of a coin, to see whether an attacker can tell.",
-    "add or remove one": "What is compared: the same data with and without one patient (or record, as the agreement says).",
+    "epsilon": "How much more likely any outcome can become through one {unit}: at most e to the epsilon times. Smaller is better.",
+    "delta": "The probability with which epsilon may fail; it should be well below one over the number of {unit}s.",
+    "canary": "A made-up {unit} that is put into the training by the toss of a coin, to see whether an attacker can tell.",
+    "add or remove one": "What is compared: the same data with and without one {unit}, which is what this agreement protects.",
     "TPR, FPR": "Of those who were in the data, the share an attacker finds; of those who were not, the share it wrongly accuses.",
     "RDP, PRV, PLD": "Three independent ways to compute epsilon from what was booked.",
 }
+"""`{unit}` is the agreement's: a record, or a patient."""
 
 
 def claim(evidence: Evidence) -> str:
@@ -90,15 +95,16 @@ def render(verdict: Verdict, evidence: Evidence) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    unit = evidence.study.agreement.privacy.unit
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()
     return environment.get_template("report.html.j2").render(
         verdict=verdict,
         about=verdict.about,
         agreement=evidence.study.agreement,
         claim=claim(evidence),
-        parts=PARTS,
+        parts={part: (title, question.format(unit=unit)) for part, (title, question) in PARTS.items()},
         limits=LIMITS,
-        words=WORDS,
+        words={word: meaning.format(unit=unit) for word, meaning in WORDS.items()},
         figures=figures(evidence),
         plant=PLANTS.get(verdict.about.plant or ""),
     )

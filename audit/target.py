@@ -112,7 +112,7 @@ def target_of_folder(folder: Path, study: OpenStudy, node: str | None) -> Target
     try:
         split = msgspec.json.decode(read_public(folder / SPLIT, SPLIT_LIMIT_BYTES), type=dict[str, Any])
         data = datasets.demo_split(split["data"], len(split["nodes"]), split["seed"])
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{SPLIT} cannot be read: {error}") from None
     if msgspec.to_builtins(data.split_record()) != split:
         raise ConfigError(f"{SPLIT} names other rows than the demonstration's data would give")

@@ -14,7 +14,7 @@ import numpy as np
 
 from audit.attacks.knowledge import packing_of, study_key
 from audit.attacks.network import Network
-from audit.attacks.play import Bodies, Play, keep, record_bodies
+from audit.attacks.play import Bodies, Play, keep, listed, record_bodies
 from keys.identity import Identity
 from keys.labels import Label
 from protocols import messages as m
@@ -161,3 +161,18 @@ def announce(
         )
         signed = message.body.receipts if receipts is None else receipts(line)
         return [*_sum_bodies(play.network, total), (m.RoundResult(line, signed), b"")]
+
+
+def one_more(values: Uint32Vector) -> Uint32Vector:
+    """The values, one of them changed by one."""
+    values[7] += 1
+    return values
+
+
+def nobody_takes_it(play: Play) -> Play:
+    """Play it to the end: whoever countersigns the sum has taken it."""
+    play.must_refuse = play.network.names
+    play.run()
+    taken = [name for name in play.honest if play.has_sent(name, m.Receipt)]
+    play.gives(bool(taken), f"{listed(taken)} countersigned it")
+    return play

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import ClassVar, Literal
 
 from keys.errors import SecGeoError
 from keys.identity import Identity
@@ -28,10 +29,16 @@ MESSAGES_AT_MOST = 200_000
 """A study that has carried so many messages and is not over hangs."""
 
 Tap = Callable[[str, str, bytes], Sequence[bytes]]
+Over = Literal["memory", "sockets"]
+"""What carries messages: the queue of this file, or the sockets of `audit.attacks.wire`."""
 
 
 class Hangs(Exception):
     """A study neither ends nor makes progress."""
+
+
+class NotPlayed(Exception):
+    """A study cannot even begin here, which says nothing of its code."""
 
 
 class SharedCiphers(InProcess):
@@ -120,6 +127,8 @@ class Network:
         lines: the transcript.
         progress: what the aggregator told its operator.
     """
+
+    over: ClassVar[Over] = "memory"
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from audit.attacks.knowledge import Address, Knowledge, peek
-from audit.attacks.network import Network
+from audit.attacks.network import Network, NotPlayed
 from keys.errors import SecGeoError
 from protocols import messages as m
 from protocols import study_aggregator as agg
@@ -162,9 +162,15 @@ class Play:
         return m.encode(self.network.identities[name], AttemptId(self.network.digest, *address), body, tail)
 
     def run(self, absent: Collection[str] = ()) -> Play:
-        """Play it to the end. A study that hangs, or crashes, is noted."""
+        """Play it to the end. A study that hangs, or crashes, is noted.
+
+        Raises:
+            NotPlayed: it could not begin.
+        """
         try:
             self.network.run(absent)
+        except NotPlayed:
+            raise
         except SecGeoError as error:
             self.crashes.append(f"{AGGREGATOR}: {type(error).__name__}: {error}"[:300])
         except Exception as error:  # whatever an attack provokes is evidence
@@ -224,3 +230,24 @@ def keep(message: m.Message) -> Bodies:
 def record_bodies(lines: Iterable[bytes]) -> list[t.Body]:
     """What stands in the lines of a transcript."""
     return [msgspec.json.decode(line, type=Entry[t.Body]).body for line in lines]
+
+
+def instead(play: Play, kind: str, change: Hearing, rounds: Collection[int] = (1,)) -> None:
+    """The liar sends something else instead of a kind of message."""
+
+    @play.hear(kind)
+    def lie(message: m.Message, data: bytes) -> Sequence[bytes]:
+        if message.sender not in play.culprits or message.round not in rounds:
+            return [data]
+        play.took_place = True
+        return change(message, data)
+
+
+def replaced(play: Play, message: m.Message, body: m.AnyBody, tail: bytes = b"") -> list[bytes]:
+    """Another message in the place of this one, under its sender's real key."""
+    return [play.sign(message.sender, (message.round, message.attempt), body, tail)]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in one line."""
+    return ", ".join(names)

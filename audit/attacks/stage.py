@@ -7,6 +7,7 @@ An attack is a function of a `World` that gives a finished `Play`. It says what 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ import numpy as np
 from msgspec import Struct
 
 from audit.attacks.knowledge import peek
-from audit.attacks.network import Network, SharedCiphers, Tap
+from audit.attacks.network import Network, Over, SharedCiphers, Tap
 from audit.attacks.play import Play, record_bodies
+from audit.attacks.wire import WireNetwork
 from keys.identity import Identity
 from protocols import messages as m
 from protocols import transcript as t
@@ -33,8 +35,12 @@ from protocols.study_node import Summed
 ENCAPSULATED_BYTES = 1088 + 32
 """What HPKE puts before a ciphertext: ML-KEM-768's, and an X25519 public key."""
 
-Needs = Literal["", "masks", "ciphertexts", "sparse"]
+Needs = Literal["", "masks", "ciphertexts", "sparse", "sockets"]
+Adversary = Literal["aggregator", "node", "loss", "stranger"]
 
+
+SECRETS = ("self_seed", "share_master", "pair_master", "tag_seed")
+"""What a node draws for an attempt."""
 
 # --- what an attack leaves behind
 
@@ -52,6 +58,7 @@ class Played(Struct, frozen=True, forbid_unknown_fields=True):
     """One attack, and what honest parties did.
 
     Attributes:
+        over: what carried the messages.
         row: the promise of the threat model that it tries.
         success: what would be success for the attacker.
         culprits: who plays false.
@@ -72,7 +79,8 @@ class Played(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     name: str
-    adversary: Literal["aggregator", "node", "loss"]
+    adversary: Adversary
+    over: Over
     row: str
     tried: str
     success: str
@@ -130,6 +138,7 @@ class Freshness:
                     if place not in noted:
                         noted.add(place)
                         self._note_secrets(attempt._secrets)
+                        self.secrets += [getattr(attempt._secrets, kind) for kind in SECRETS]
             return [data]
 
         return listen
@@ -164,20 +173,24 @@ class Freshness:
             case m.SealedKey() as key:
                 self.note("sealed study keys", key.sealed)
 
+    def draw(self, count: int) -> None:
+        """Take more secrets, as a node draws them: a source with little entropy repeats itself only among many."""
+        for _ in range(count):
+            self._note_secrets(AttemptSecrets.fresh(os.urandom))
+
     def _note_secrets(self, secrets: AttemptSecrets) -> None:
-        for kind in ("self_seed", "share_master", "pair_master", "tag_seed"):
-            secret = getattr(secrets, kind)
-            self.secrets.append(secret)
-            self.note(f"{kind.replace('_', ' ')}s", secret)
+        for kind in SECRETS:
+            self.note(f"{kind.replace('_', ' ')}s", getattr(secrets, kind))
 
 
 @dataclass(frozen=True)
 class World:
-    """What attacks are played in. `reduced` and `vector_values` say how the agreement was made small."""
+    """What attacks are played in, and over. `reduced` and `vector_values` say how the agreement was made small."""
 
     agreement: Agreement
     size: int
     fresh: Freshness = field(default_factory=Freshness)
+    over: Over = "memory"
 
     @property
     def names(self) -> list[str]:
@@ -201,7 +214,8 @@ class World:
         agreement = msgspec.structs.replace(self.agreement, study=study)
         identities = {name: Identity.generate(name, "hospital") for name in self.names}
         identities[AGGREGATOR] = Identity.generate(AGGREGATOR, "aggregator")
-        network = Network(identities, agreement, self.vector, self.size, SharedCiphers())
+        kind = WireNetwork if self.over == "sockets" else Network
+        network = kind(identities, agreement, self.vector, self.size, SharedCiphers())
         network.tap = self.fresh.tap(network)
         return network
 
@@ -254,22 +268,28 @@ def vector_values(agreement: Agreement, size: int) -> int:
 class Attack:
     """One attack of the catalogue.
 
-    `needs` is "masks", "ciphertexts", "sparse" (a graph), or nothing; an attack on what is not agreed is not played.
+    `needs` is "masks", "ciphertexts", "sparse" (a graph), "sockets", or nothing; an attack on what is not there is not played.
     """
 
     name: str
-    adversary: Literal["aggregator", "node", "loss"]
+    adversary: Adversary
     row: str
     tried: str
     success: str
     needs: Needs
     spare: int
     """So many members must be left to lose, or there is no round in which to play."""
+    carried: bool
+    """Whether messages pass between parties. An attack on one decoder is the same over everything, and is played once."""
     perform: Callable[[World], Play]
 
     def missing(self, world: World) -> str:
         """What the agreement lacks for this attack; empty if it can be played."""
         ring = world.agreement.secure_sum
+        if world.over == "sockets" and not self.carried:
+            return "nothing passes between parties"
+        if self.needs == "sockets" and world.over != "sockets":
+            return "a study in memory has no door; profile full plays one over sockets"
         if self.needs == "sparse" and not ring.neighbours:
             return "the graph is complete: every pair shares masks"
         if self.needs == "masks" and not ring.masked:
@@ -293,6 +313,7 @@ class Attack:
         return Played(
             name=self.name,
             adversary=self.adversary,
+            over=network.over,
             row=self.row,
             tried=self.tried,
             success=self.success,
@@ -316,6 +337,13 @@ class Attack:
         )
 
 
+def member(world: World, rounds: int = 1, liar: int = 0) -> Play:
+    """One member plays false; all others must go on without it where the agreement allows one to be lost."""
+    play = Play(world.network(rounds), world.names[liar])
+    play.must_sum = play.honest if world.spare else ()
+    return play
+
+
 def is_right(network: Network, summed: Summed) -> bool:
     """Whether a sum is that of its contributors, within the rounding of the encoding."""
     expected = np.sum([network.vectors(name, summed.round) for name in summed.contributors], axis=0)
@@ -327,19 +355,20 @@ CATALOGUE: list[Attack] = []
 
 
 def attack(
-    adversary: Literal["aggregator", "node", "loss"],
+    adversary: Adversary,
     row: str,
     tried: str,
     success: str,
     *,
     needs: Needs = "",
     spare: int = 0,
+    carried: bool = True,
 ) -> Callable[[Callable[[World], Play]], Callable[[World], Play]]:
     """Put a function into the catalogue; its name is the attack's."""
 
     def put(perform: Callable[[World], Play]) -> Callable[[World], Play]:
         name = perform.__name__.strip("_").replace("_", " ")
-        CATALOGUE.append(Attack(name, adversary, row, tried, success, needs, spare, perform))
+        CATALOGUE.append(Attack(name, adversary, row, tried, success, needs, spare, carried, perform))
         return perform
 
     return put

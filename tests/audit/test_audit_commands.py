@@ -216,6 +216,15 @@ CAREFUL: dict[str, Callable[[Path], None]] = {
     "attacks on the sum that were skipped": edit("evidence/protocol.json", all_skipped),
     "attacks that never took place": edit("evidence/protocol.json", nothing_took_place),
     "no look at uploads": edit("evidence/protocol.json", lambda v: v.update(series=[], pairs=[], correlations=[])),
+    "no secrets looked for": edit("evidence/protocol.json", lambda v: v.update(secrets_searched=0)),
+    "no rounds looked at": edit("evidence/protocol.json", lambda v: v["records"].update(rounds=0, receipts=0, repeats=[])),
+    "few scores of leakage": edit(
+        "evidence/leakage.json",
+        lambda v: [row.update(members=row["members"][:9], others=row["others"][:9]) for row in v["membership"]],
+    ),
+    "few reconstructions": edit(
+        "evidence/leakage.json", lambda v: [row.update(similarity=[s[:3] for s in row["similarity"][:3]]) for row in v["inversion"]]
+    ),
     "no control": edit("evidence/protocol.json", lambda v: v.update(control=None)),
     "a larger cohort": edit("evidence/protocol.json", lambda v: v["parameters"].update(minimum_cohort=9)),
     "records of a configuration": edit("evidence/about.json", lambda v: v.update(kind="configuration")),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -19,13 +21,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from audit import deployment, protocol
-from audit.attacks import CATALOGUE, by_aggregator, stage
+from audit import deployment, protocol, rounds
+from audit import door as door_of
+from audit.attacks import CATALOGUE, by_aggregator_documents, stage, wire
 from audit.attacks.stage import Played, World, reduced, vector_values
 from audit.findings import Finding
-from audit.protocol import PROMISES, ProtocolEvidence, collect, from_json, judge, not_tried, to_json
-from keys.errors import ConfigError, SecGeoError
-from protocols.agreement import Agreement
+from audit.promises import COLLUSION, PROMISES
+from audit.protocol import ProtocolEvidence, collect, from_json, judge, not_tried, to_json
+from audit.uploads import Series
+from keys.errors import ConfigError, SecGeoError, TransportError
+from protocols import messages as m
+from protocols.agreement import Agreement, read_agreement
 from protocols.attempt_aggregator import AttemptAggregator
 from protocols.prg import MaskSet
 from protocols.sealing import AttemptSecrets
@@ -34,7 +40,7 @@ from secgeo.records import RECEIPTS, TRANSCRIPT
 from secgeo.transport import AggregatorEndpoint
 from secgeo.update import Layout
 from tests.adversary import weaken
-from tests.audit.factory import make_study
+from tests.audit.factory import Study, make_study
 from tests.keys.factory import AGGREGATOR
 from tests.secgeo.site import HOSPITALS, Site, make_site
 
@@ -59,13 +65,19 @@ def honest() -> ProtocolEvidence:
     return run(agreed())
 
 
+@pytest.fixture(scope="module")
+def thorough() -> ProtocolEvidence:
+    """Over sockets too."""
+    return run(agreed(), profile="full")
+
+
 def finding(findings: list[Finding], name: str) -> Finding:
     (found,) = [f for f in findings if f.name == name]
     return found
 
 
 def status_of(evidence: ProtocolEvidence, row: str) -> str:
-    promise = next(p for p in (*PROMISES, *protocol.COLLUSION) if p.row == row)
+    promise = next(p for p in (*PROMISES, *COLLUSION) if p.row == row)
     return finding(judge(evidence), promise.adversary).status
 
 
@@ -134,7 +146,20 @@ def test_every_row_of_the_threat_model_has_its_finding() -> None:
         rows.append(line.split("|")[1].strip().replace("`", ""))
     assert [p.adversary for p in PROMISES] == rows
     collusion = text.split("## Collusion, precisely")[1].split("\n## ")[0]
-    assert collusion.count("\n- ") == len(protocol.COLLUSION)
+    assert collusion.count("\n- ") == len(COLLUSION)
+
+
+def test_every_theme_is_in_the_catalogue_and_has_its_place() -> None:
+    themes = list(dict.fromkeys(attack.perform.__module__.rpartition(".")[2] for attack in CATALOGUE))
+    assert sorted(themes) == sorted(path.stem for path in (ROOT / "audit" / "attacks").glob("by_*.py"))
+    assert [theme.split("_")[1] for theme in themes] == ["aggregator"] * 6 + ["members"] * 3 + [
+        "losses",
+        "colluders",
+        "strangers",
+    ]
+    assert CATALOGUE[0].name == "substituted round keys"
+    assert CATALOGUE[-1].name == "a stranger at the door"
+    assert len({(attack.name, attack.tried) for attack in CATALOGUE}) == len(CATALOGUE) == 82
 
 
 def test_large_agreements_are_played_small_and_say_so() -> None:
@@ -185,7 +210,7 @@ WEAKENED: dict[str, tuple[str, Guard]] = {
     "a round lost for one only": ("fork", weaken.last_records),
     "sums out of order": ("order", weaken.sequence_of_sums),
     "broken messages of the aggregator": ("decoders", weaken.decoding_errors),
-    "wrong documents": ("documents", lambda: weaken.replaced(by_aggregator, "check_policy", weaken.accept)),
+    "wrong documents": ("documents", lambda: weaken.replaced(by_aggregator_documents, "check_policy", weaken.accept)),
     "a second upload with another digest": ("messages", weaken.digest_of_an_upload),
     "wrong shares revealed": ("shares", lambda: weaken.replaced(AttemptAggregator, "_check_dealt", weaken.accept)),
     "two tag seeds of one dealer": ("tag-seeds", weaken.dealt_tag_seeds),
@@ -213,6 +238,17 @@ def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
     assert protocol.harms_of(play("a victim cut off", nullcontext(), world)) == []
     harms = protocol.harms_of(play("a victim cut off", weaken.connectivity(), world))
     assert "the vector of hospital-00 was read" in harms
+
+
+@pytest.mark.parametrize("name", ["a false complaint", "withheld round keys"])
+def test_in_a_sparse_graph_attacks_are_on_who_shares_masks(name: str) -> None:
+    """Who does follows from a hash over fresh keys: half of the members, each time others."""
+    sparse = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+    world = World(reduced(sparse, 17), 1100)
+    for _ in range(5):
+        attack = play(name, nullcontext(), world)
+        assert attack.took_place
+        assert protocol.harms_of(attack) == []
 
 
 def test_everything_that_this_agreement_allows_is_tried(honest: ProtocolEvidence) -> None:
@@ -251,6 +287,94 @@ def test_each_harm_counts(change: dict[str, Any], honest: ProtocolEvidence) -> N
     assert status_of(changed, "messages") == "broken"
 
 
+# --- over sockets
+
+
+def test_profile_full_plays_everything_over_sockets_too(thorough: ProtocolEvidence, honest: ProtocolEvidence) -> None:
+    findings = judge(thorough)
+    assert not [f for f in findings if f.status == "broken"]
+    assert not_tried(thorough, agreed()) == []
+    over = {"memory": set[tuple[str, str]](), "sockets": set[tuple[str, str]]()}
+    for attack in thorough.played:
+        over[attack.over].add((attack.name, attack.tried))
+    alone = {attack.name for attack in CATALOGUE if not attack.carried}
+    assert {name for name, _ in over["memory"] - over["sockets"]} == alone
+    assert {name for name, _ in over["sockets"] - over["memory"]} == {"a stranger at the door"}
+    assert len(over["sockets"]) > 65
+    assert "in memory and over sockets (" in finding(findings, "... silence in any phase").detail
+    assert status_of(thorough, "strangers") == "held"
+    assert status_of(honest, "strangers") == "not testable"
+    assert {attack.over for attack in honest.played} == {"memory"}
+    assert honest.parameters.members_over_sockets == 0 < thorough.parameters.members_over_sockets
+
+
+def test_what_was_not_played_over_sockets_is_missed(thorough: ProtocolEvidence) -> None:
+    lost = thorough.played[-2]
+    assert lost.over == "sockets"
+    kept = tuple(attack for attack in thorough.played if attack is not lost)
+    assert not_tried(msgspec.structs.replace(thorough, played=kept), agreed()) == [f"{lost.name} (over sockets)"]
+    again = msgspec.structs.replace(lost, over="memory")
+    assert not_tried(msgspec.structs.replace(thorough, played=(*kept, again)), agreed()) == [
+        f"{lost.name} (over sockets)"
+    ]
+
+
+def no_name_but_the_claimed() -> AbstractContextManager[None]:
+    """The aggregator believes who a message says that it is from, and not who the door has let in."""
+    genuine = AggregatorEndpoint.receive
+
+    def receive(self: AggregatorEndpoint, timeout_seconds: float) -> tuple[str, bytes] | None:
+        received = genuine(self, timeout_seconds)
+        return received and (m.claimed_sender(received[1]), received[1])
+
+    return weaken.replaced(AggregatorEndpoint, "receive", receive)
+
+
+def open_door() -> AbstractContextManager[None]:
+    """The doorkeeper lets in whoever has any key."""
+    genuine = zap.Doorkeeper._answer
+
+    def let_in(self: zap.Doorkeeper, question: list[bytes]) -> list[bytes]:
+        self.allowed = {**self.allowed, question[-1]: self.allowed.get(question[-1], "anybody")}
+        return genuine(self, question)
+
+    return weaken.replaced(zap.Doorkeeper, "_answer", let_in)
+
+
+@pytest.mark.parametrize(
+    ("name", "guard"),
+    [
+        ("a message in the name of another", no_name_but_the_claimed),
+        ("a stranger at the door", open_door),
+        ("self seed and pair shares of one node", weaken.one_vote_one_revelation),
+        ("a changed sum", weaken.sum_tags),
+        ("a silent member", weaken.deadlines),
+    ],
+)
+def test_a_weakened_copy_is_broken_over_sockets(
+    name: str, guard: Guard, thorough: ProtocolEvidence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "PATIENCE_SECONDS", 3.0)
+    world = World(reduced(agreed(), 5), 1500, over="sockets")
+    weak = play(name, guard(), world)
+    assert weak.over == "sockets"
+    assert [harm for harm in protocol.harms_of(weak) if harm not in weak.crashed]
+    assert status_of(msgspec.structs.replace(thorough, played=(weak,)), weak.row) == "broken", weak
+    sound = play(name, nullcontext(), world)
+    assert status_of(msgspec.structs.replace(thorough, played=(sound,)), weak.row) == "held", sound
+
+
+def test_sockets_that_cannot_be_opened_leave_the_audit_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise TransportError("cannot listen")
+
+    monkeypatch.setattr(protocol, "CATALOGUE", CATALOGUE[:2])
+    monkeypatch.setattr(AggregatorEndpoint, "__init__", refuse)
+    evidence = run(agreed(), profile="full")
+    assert [attack.over for attack in evidence.played] == ["memory", "memory"]
+    assert not_tried(evidence, agreed()) == [f"{attack.name} (over sockets)" for attack in CATALOGUE[:2]]
+
+
 # --- uniform, fresh, secret
 
 
@@ -268,19 +392,41 @@ def test_uploads_without_masks_are_not_uniform(monkeypatch: pytest.MonkeyPatch) 
 def test_seeds_that_come_again_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A generator that gives every hospital the same in every round: masks repeat, and seeds."""
     monkeypatch.setattr(protocol, "CATALOGUE", [])
-    secrets = AttemptSecrets(*(bytes([index]) * 32 for index in range(4)))
-    with weaken.replaced(AttemptSecrets, "fresh", staticmethod(lambda _coins: secrets)):
+    same = AttemptSecrets(*(bytes([index]) * 32 for index in range(4)))
+    with weaken.replaced(AttemptSecrets, "fresh", staticmethod(lambda _coins: same)):
         evidence = run(agreed())
     assert finding(judge(evidence), "freshness of seeds and keys").status == "broken"
+
+
+@pytest.mark.parametrize("bits", [8, 16, 24])
+def test_seeds_of_little_entropy_are_found(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every seed is stretched from so few bits that it rarely comes twice in the few studies that are played."""
+
+    def stretched(count: int) -> bytes:
+        seed = secrets.randbits(bits).to_bytes(4)
+        return hashlib.shake_256(seed).digest(count)
+
+    monkeypatch.setattr(protocol, "CATALOGUE", [])
+    monkeypatch.setattr(os, "urandom", stretched)
+    evidence = run(agreed(count=3))
+    found = finding(judge(evidence), "freshness of seeds and keys")
+    assert found.status == "broken"
+    assert "self seeds" in found.detail
+
+
+def test_how_little_entropy_would_have_been_found(honest: ProtocolEvidence) -> None:
+    found = finding(judge(honest), "freshness of seeds and keys")
+    assert found.status == "held"
+    assert "a source of 24 bits or less would have repeated itself" in found.detail
 
 
 def test_a_slight_bias_is_found_and_chance_is_not(honest: ProtocolEvidence) -> None:
     fair = np.random.default_rng(1).multinomial(200_000, [1 / 256] * 256)
     biased = fair + np.where(np.arange(256) < 128, 30, -30)
     for counts, status in ((fair, "held"), (biased, "broken")):
-        series = protocol.Series("masked values, zeros", tuple(counts.tolist()), tuple(fair.tolist()))
+        series = Series("masked values, zeros", tuple(counts.tolist()), tuple(fair.tolist()))
         assert status_of(msgspec.structs.replace(honest, series=(series,)), "curious-masked") == status
-    few = protocol.Series("masked values, zeros", (1,) * 256, (1,) * 256)
+    few = Series("masked values, zeros", (1,) * 256, (1,) * 256)
     assert status_of(msgspec.structs.replace(honest, series=(few,)), "curious-masked") == "not testable"
 
 
@@ -302,16 +448,16 @@ NOW = datetime(2026, 6, 2, tzinfo=UTC)
 
 
 def test_honest_records_repeat_nothing(study_folder: Path) -> None:
-    evidence = deployment.collect_records(study_folder, NOW)
-    findings = deployment.judge_records(evidence)
+    evidence = rounds.collect_records(study_folder, NOW)
+    findings = rounds.judge_records(evidence)
     assert [f.status for f in findings if f.name != "records repeat nothing"] == ["held"] * 3, findings
     assert evidence.rounds == 2
     assert len(evidence.certificates) == 4
     assert all("Ed25519" in certificate.key for certificate in evidence.certificates)
-    repeat = msgspec.structs.replace(evidence, repeats=(deployment.Repeats("digests of uploads", 6, 5),))
-    assert finding(deployment.judge_records(repeat), "records repeat nothing").status == "broken"
+    repeat = msgspec.structs.replace(evidence, repeats=(rounds.Repeats("digests of uploads", 6, 5),))
+    assert finding(rounds.judge_records(repeat), "records repeat nothing").status == "broken"
     soon = msgspec.structs.replace(evidence, taken_at=NOW + timedelta(days=350))
-    assert finding(deployment.judge_records(soon), "certificates of the records last").status == "broken"
+    assert finding(rounds.judge_records(soon), "certificates of the records last").status == "broken"
 
 
 def hostile(folder: Path, how: str) -> None:
@@ -338,7 +484,7 @@ def test_hostile_folders_give_findings(how: str, study_folder: Path, tmp_path: P
     folder = tmp_path / "records"
     shutil.copytree(study_folder, folder)
     hostile(folder, how)
-    findings = deployment.judge_records(deployment.collect_records(folder, NOW))
+    findings = rounds.judge_records(rounds.collect_records(folder, NOW))
     assert finding(findings, "records can be read").status == "broken"
 
 
@@ -375,6 +521,7 @@ def test_a_site_with_keys_in_clear_is_told_so_and_of_nothing_else(site: Site) ->
         found = statuses(look(site, name))
         assert found.pop("key files are encrypted") == "broken"
         assert found.pop("local policy") == ("held" if name != AGGREGATOR else "not testable")
+        assert found.pop("rounds of the running study") == "not testable"
         assert set(found.values()) == {"held"}, found
 
 
@@ -383,7 +530,9 @@ def test_encrypted_keys_are_seen_without_the_passphrase(site: Site) -> None:
     keys = site.base / name / "keys"
     shutil.rmtree(keys)
     site.consortium.identities[name].save(keys, b"correct horse")
-    assert set(statuses(look(site, name)).values()) == {"held"}
+    found = statuses(look(site, name))
+    assert found.pop("rounds of the running study") == "not testable"
+    assert set(found.values()) == {"held"}
 
 
 def spoil(site: Site, name: str, how: str) -> None:
@@ -437,6 +586,54 @@ def test_a_certificate_that_ends_soon_is_found(site: Site) -> None:
     assert statuses(findings)["certificates of the study"] == "held"
 
 
+# --- the rounds of a running study
+
+
+def twice(study: Study, lines: list[bytes]) -> list[bytes]:
+    other = study.sign_transcript([study.round_record(1, upload_bytes=1, builds_on="11" * 32)])
+    return [*lines, *other]
+
+
+def few_votes(study: Study, _lines: list[bytes]) -> list[bytes]:
+    return study.sign_transcript([study.round_record(1, voters=study.names[:2])])
+
+
+def small_cohort(study: Study, _lines: list[bytes]) -> list[bytes]:
+    return study.sign_transcript([study.round_record(1, survivors=study.names[:2], cohort=study.names[:2])])
+
+
+ROUNDS: dict[str, tuple[Callable[[Study, list[bytes]], list[bytes]], str, str]] = {
+    "honest": (lambda _, lines: lines, "held", "2 records"),
+    "torn": (lambda _, lines: [lines[0], lines[1][:-20]], "held", "1 records"),
+    "none yet": (lambda _, lines: [lines[0][:-1]], "not testable", "no round is finished"),
+    "two records of one round": (twice, "broken", "EQUIVOCATION"),
+    "few votes": (few_votes, "broken", "2 votes"),
+    "small cohort": (small_cohort, "broken", "fewer than 3 survivors"),
+    "a changed byte": (lambda _, lines: [lines[0].replace(b"seconds", b"sekonds", 1)], "broken", "receipts.jsonl"),
+}
+
+
+@pytest.mark.parametrize("how", ROUNDS)
+def test_rounds_that_the_running_aggregator_has_signed(how: str, site: Site, tmp_path: Path) -> None:
+    change, status, says = ROUNDS[how]
+    copy = Site(tmp_path / "site", site.consortium, site.digest)
+    shutil.copytree(site.base, copy.base)
+    study = Study(site.consortium, read_agreement((site.base / "study" / "agreement.toml").read_bytes()))
+    state = copy.base / HOSPITALS[1] / "state" / f"test-study-{site.digest[:16]}"
+    state.mkdir(parents=True, mode=0o700)
+    (state / "receipts.jsonl").write_bytes(b"".join(change(study, study.shown(study.transcript()))))
+    (state / "receipts.jsonl").chmod(0o600)
+    found = finding(look(copy, HOSPITALS[1]), "rounds of the running study")
+    assert found.status == status, found
+    assert says in found.detail
+
+
+def test_uploads_that_come_again_in_a_running_study_are_found() -> None:
+    study = rounds.RunningStudy(2, (rounds.Repeats("digests of uploads", 8, 7),), 0, ())
+    assert rounds.judge_rounds(study).status == "broken"
+    assert rounds.judge_rounds(msgspec.structs.replace(study, repeats=(), study_keys=2)).status == "broken"
+
+
 # --- the door
 
 
@@ -475,15 +672,9 @@ def door(site: Site, endpoint_address: str) -> tuple[str, str]:
 
 
 def test_an_open_door_is_broken(site: Site) -> None:
-    """The doorkeeper lets in whoever has any key."""
-
-    def let_in(self: zap.Doorkeeper, question: list[bytes]) -> list[bytes]:
-        self.allowed = {**self.allowed, question[-1]: "anybody"}
-        return genuine(self, question)
-
-    genuine, identity = zap.Doorkeeper._answer, site.consortium.identities[AGGREGATOR]
+    identity = site.consortium.identities[AGGREGATOR]
     with (
-        weaken.replaced(zap.Doorkeeper, "_answer", let_in),
+        open_door(),
         AggregatorEndpoint(
             "tcp://127.0.0.1:*", curve_secret=identity.curve_secret, curve_public=identity.curve_public, allowed={}
         ) as endpoint,
@@ -524,7 +715,7 @@ def test_a_door_without_encryption_is_broken() -> None:
 
         threading.Thread(target=serve, daemon=True).start()
         reply = say(f"tcp://127.0.0.1:{server.getsockname()[1]}", greeting(b"NULL"), seconds=2.0)
-    assert deployment._probe("no encryption (NULL)", reply).served
+    assert door_of._probe("no encryption (NULL)", reply).served
     assert reply.mechanism == "NULL"
     for address in ("tcp://127.0.0.1:0", "tcp://*:1", "127.0.0.1:80", "tcp://host:99999"):
         with pytest.raises(SecGeoError):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.fuzz import ciphertexts, documents, files, messages
+from tests.fuzz import audits, ciphertexts, documents, files, messages
 from tests.fuzz.planted import PLANTED
 from tests.fuzz.property import Target
 
-TARGETS: dict[str, Target] = messages.TARGETS | ciphertexts.TARGETS | documents.TARGETS | files.TARGETS
+TARGETS: dict[str, Target] = messages.TARGETS | ciphertexts.TARGETS | documents.TARGETS | files.TARGETS | audits.TARGETS
 
 FINDINGS = Path(__file__).parent / "findings"
 """Every input that once broke a property, by target: regression tests."""

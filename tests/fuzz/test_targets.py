@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from protocols import messages as m
-from tests.fuzz import mutate, targets
+from tests.fuzz import audits, mutate, targets
 from tests.fuzz.world import again, recordings
 from tests.protocols.network import body_type, head
 
-CHANGES = {"key-file": 15, "records": 10}
+CHANGES = {"key-file": 15, "records": 10, "audit-evidence": 30}
 """How often seeds are changed, for targets that take long."""
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +91,15 @@ def test_a_planted_bug_is_found_kept_and_replayed(tmp_path: Path) -> None:
     again = subprocess.run([*command, "--replay", kept], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert "KeyError: 'planted'" in again.stderr
+
+
+def test_evidence_of_the_seeds_is_judged_and_not_refused_before() -> None:
+    """So that what is changed in it reaches the judges."""
+    kinds = [kind for name, kind in audits.PARTS.items() if name != "training"]
+    seeds = targets.find("audit-evidence").seeds()
+    assert len(seeds) == len(kinds)
+    for data, kind in zip(seeds, kinds, strict=True):
+        assert len(audits.verdict_on(mutate.msgspec.json.decode(data, type=kind)).findings) > 5
 
 
 @pytest.mark.parametrize("size", [0, 1, 40])
