@@ -43,7 +43,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -62,6 +62,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from audit.findings import Finding, Status
 from audit.target import Target
+from audit.watch import projector_inputs
 from keys.errors import ConfigError
 from protocols import sealing
 from protocols.agreement import Agreement
@@ -743,6 +744,8 @@ class _Uploads:
 GRADIENTS = 512
 """Records per pass."""
 
+PROJECTOR_WEIGHT, PROJECTOR_BIAS = "tokeniser.projector.weight", "tokeniser.projector.bias"
+
 
 class _Whitebox:
     """The attacker's copy of the model, in float64. Parameters are flat: B in the order of the update, then the local ones."""
@@ -800,26 +803,58 @@ class _Whitebox:
 
     def gradients(self, features: Tensor, labels: Tensor, *, shared: bool = False) -> Tensor:
         """Clipped gradients [n, P] of records at the parameters that were taken last; of B only [n, D] if `shared`."""
-        wanted = self._names[: self._layers] if shared else self._names
-        fixed = dict(self.model.named_buffers())
-        named = {name: p.detach() for name, p in zip(self._names, self.parameters, strict=True)}
-        if self._limit >= UNCLIPPED:  # then the others' gradients are not needed for a norm
-            fixed |= {name: named.pop(name) for name in self._names if name not in wanted}
+
+        def flat(parts: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            if shared:
+                return torch.cat([parts[name] for name in self._names[: self._layers]], dim=1)
+            weight = (parts[PROJECTOR_BIAS][:, :, None] * inputs[:, None, :]).flatten(1)
+            return torch.cat([weight if name == PROJECTOR_WEIGHT else parts[name] for name in self._names], dim=1)
+
+        return torch.cat([flat(*clipped) for clipped in self._clipped(features, labels, shared)])
+
+    def projected(self, features: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
+        """`gradients` along `directions` [P, k]: [n, k]."""
+        along = dict(zip(self._names, torch.split(directions, self._sizes), strict=True))
+
+        def product(parts: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            bias = parts[PROJECTOR_BIAS]
+            turned = (bias @ along[PROJECTOR_WEIGHT].reshape(bias.shape[1], -1)).reshape(len(bias), inputs.shape[1], -1)
+            found = torch.einsum("ni,nik->nk", inputs, turned)
+            for name, part in parts.items():
+                found += part @ along[name]
+            return found
+
+        return torch.cat([product(*clipped) for clipped in self._clipped(features, labels)])
+
+    def _clipped(
+        self, features: Tensor, labels: Tensor, shared: bool = False
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Of some records at a time the parts of their clipped gradients, each [n, size], and the projector's inputs [n, features].
+
+        The part of the projector's weight is left out: it is (that of its bias) times the inputs. So are all but B if only these
+        are wanted, and nothing is clipped.
+        """
+        unclipped = self._limit >= UNCLIPPED
+        wanted = self._names[: self._layers] if shared and unclipped else self._names
+        fixed, named = dict(self.model.named_buffers()), dict[str, Tensor]()
+        for name, p in zip(self._names, self.parameters, strict=True):
+            (named if name in wanted and name != PROJECTOR_WEIGHT else fixed)[name] = p.detach()
 
         def loss(parameters: dict[str, Tensor], record: Tensor, label: Tensor) -> Tensor:
             logits = functional_call(self.model, (parameters, fixed), (record[None],))
             return functional.cross_entropy(logits, label[None])
 
-        def clipped(some: Tensor, of: Tensor) -> Tensor:
+        for some, of in zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True):
             found = vmap(grad(loss), in_dims=(None, 0, 0))(named, some, of)
             parts = {name: found[name].flatten(1) for name in named}
-            norms = torch.stack([part.norm(dim=1) for part in parts.values()]).norm(dim=0)[:, None]
-            flat = torch.cat([parts[name] for name in wanted], dim=1)
-            flat *= (self._limit / norms.clamp_min(1e-12)).clamp_max(1.0)
-            return flat
-
-        pieces = zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True)
-        return torch.cat([clipped(some, of) for some, of in pieces])
+            inputs = projector_inputs(self.model, some)
+            if not unclipped:
+                squares = sum(part.square().sum(dim=1) for part in parts.values())
+                squares += parts[PROJECTOR_BIAS].square().sum(dim=1) * inputs.square().sum(dim=1)
+                factor = (self._limit / squares.sqrt().clamp_min(1e-12)).clamp_max(1.0)
+                for part in parts.values():
+                    part *= factor[:, None]
+            yield parts, inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -828,7 +863,7 @@ class _Effects:
 
     Attributes:
         shared: per round [steps, records, D], change of B if a record is in the sample of that step.
-        total: [records, P], expected change of all parameters after the first round.
+        total: [base and candidates, P], expected change of all parameters after the first round.
         end: parameters [P] after the first round.
     """
 
@@ -853,7 +888,8 @@ def _effects(scene: _Scene, target: Target, whitebox: _Whitebox, flips: Flips, o
     speed = np.full(sum(whitebox._sizes), agreement.training.local_learning_rate)
     speed[: whitebox.shared] = agreement.training.learning_rate
     shared, state = [], scene.start.state
-    total, end = np.zeros((len(records), len(speed))), torch.empty(0)
+    own = len(scene.base) + len(scene.candidates)
+    total, end = np.zeros((own, len(speed))), torch.empty(0)
     weight = precision_weight(agreement, target.member)
     for round_number in range(scene.rounds):
         trainer.load_shared(state)
@@ -861,12 +897,17 @@ def _effects(scene: _Scene, target: Target, whitebox: _Whitebox, flips: Flips, o
         seen = np.zeros((steps, len(records), whitebox.shared))
         for step in range(steps):
             whitebox.take(trainer)
-            change = -whitebox.gradients(features, labels).numpy() * (speed / batch)
-            seen[step] = change[:, : whitebox.shared]
-            if round_number == 0:
+            whole = own if round_number == 0 else 0  # of so many records the local parameters are wanted too
+            if whole:
+                change = whitebox.gradients(features[:own], labels[:own]).numpy()
+                change *= -speed / batch
+                seen[step, :own] = change[:, : whitebox.shared]
+                change *= rate
                 echo = (1.0 - MOMENTUM ** (steps - step)) / (1.0 - MOMENTUM)
-                total[:, : whitebox.shared] += rate * seen[step]
-                total[:, whitebox.shared :] += rate * echo * change[:, whitebox.shared :]
+                change[:, whitebox.shared :] *= echo
+                total += change
+            rest = whitebox.gradients(features[whole:], labels[whole:], shared=True).numpy()
+            seen[step, whole:] = rest * (-agreement.training.learning_rate / batch)
             trainer.step()
         if round_number == 0:
             end = whitebox.take(trainer)
@@ -1050,7 +1091,7 @@ def _linear_gram(scene: _Scene, target: Target, whitebox: _Whitebox, effects: _E
         moved: Values = whitebox.gram(end + torch.from_numpy(direction)) - here
         return moved
 
-    own = np.array([change(effect) for effect in effects.total[: len(presence)]])
+    own = np.array([change(effect) for effect in effects.total])
     coins = slice(len(scene.base), len(presence))
     spread = np.sqrt(presence * (1.0 - privacy.sample_rate) / (privacy.sample_rate * steps))
     columns = [spread[:, None] * own, 0.5 * own[coins]]
@@ -1100,6 +1141,9 @@ DRAWN, MOST_DRAWN = 40, 400
 DIRECTIONS = 48
 """Of the Gram matrix: those along which records move it most."""
 
+ROUNDING = 1e-3
+"""Of the length of what is seen: what differs by less from what was searched in already is not searched in again."""
+
 Effect = Callable[[Tensor, Tensor], Values]
 
 
@@ -1118,6 +1162,18 @@ class _Clue:
     effect: Effect
     noise: float
     together: int = 1
+
+    def tells_as(self, other: _Clue) -> bool:
+        """Whether this is the other one but for rounding, so that a search in either finds what one in both would."""
+        return (
+            (self.effect, self.noise, self.together) == (other.effect, other.noise, other.together)
+            and self.seen.shape == other.seen.shape
+            and bool(np.all(_norms(self.seen - other.seen) <= ROUNDING * _norms(other.seen)))
+        )
+
+
+def _norms(rows: Values) -> Values:
+    return np.asarray(np.linalg.norm(rows, axis=1))
 
 
 def _invert_all(scene: _Scene) -> list[Inversion]:
@@ -1141,8 +1197,12 @@ def _invert_all(scene: _Scene) -> list[Inversion]:
             batch=1.0,
         )
         clues = _clues(scene, target, prior, records, {seen for seen, _, _ in shown})
+        matched = list[tuple[_Clue, tuple[Values, NDArray[np.int64]]]]()
         for seen, observation, of in shown:
-            guesses, labels = _match(scene, target, prior, clues[seen])
+            clue = clues[seen]
+            match = next((match for earlier, match in matched if clue.tells_as(earlier)), None)
+            guesses, labels = match or _match(scene, target, prior, clue)
+            matched.append((clue, (guesses, labels)))
             similarity = np.array([_correlations(guess, truth) for guess in guesses.swapaxes(0, 1)])
             nearest = similarity.argmax(axis=0).diagonal()
             right = labels[np.arange(count), nearest] == records.labels
@@ -1233,8 +1293,8 @@ def _gram_clue(scene: _Scene, target: Target, prior: _Prior, whitebox: _Whitebox
     projected = torch.from_numpy(-speed * slopes).T
 
     def effect(features: Tensor, labels: Tensor) -> Values:
-        pieces = zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True)
-        return torch.cat([whitebox.gradients(some, of) @ projected for some, of in pieces]).numpy()
+        found: Values = whitebox.projected(features, labels, projected).numpy()
+        return found
 
     return _Clue(seen, effect, noise)
 
