@@ -444,11 +444,19 @@ def _square(row: Inversion) -> Values:
 # --- collecting
 
 
+STEP_OVERHEAD = 50_000
+"""A step takes about as long as if its model had so many parameters more."""
+
+LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 12, "ours": 24}
+"""Of ours, in `fast`, about 96 scores of records that are in and 192 of canaries, and as many of those that are not."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Size:
     """How much of everything.
 
-    `warmup` cuts the steps on public data short, which cost time and no privacy; `columns` of all Jacobians may mean fewer `starts`.
+    `work` is what trainings of ours may cost, in steps times parameters: with a large model there are fewer. `warmup` cuts the steps on
+    public data short, which cost time and no privacy; `columns` of all Jacobians may mean fewer `starts`.
     """
 
     trainings: dict[Protection, int]
@@ -461,6 +469,17 @@ class _Size:
     starts: int
     columns: int
     noise_samples: int
+    work: float = math.inf
+
+    def affordable(self, agreement: Agreement, parameters: int) -> dict[Protection, int]:
+        """How many trainings: all, or as many as `work` allows, with a model of so many private parameters."""
+        steps = min(self.rounds, max(1, agreement.study.rounds - 1)) * agreement.training.steps_per_round
+        all_of_them = self.trainings["ours"] * steps * (parameters + STEP_OVERHEAD)
+        share = min(1.0, self.work / all_of_them)
+        return {
+            kind: max(math.floor(share * count), min(count, LEAST_TRAININGS[kind]))
+            for kind, count in self.trainings.items()
+        }
 
 
 _SIZES: dict[Profile, _Size] = {
@@ -475,6 +494,7 @@ _SIZES: dict[Profile, _Size] = {
         starts=5,
         columns=3000,
         noise_samples=150,
+        work=6e7,
     ),
     "full": _Size(
         trainings={"unprotected": 60, "ours": 200},
@@ -608,7 +628,9 @@ class _Scene:
         if len(own) < LEAST_RECORDS or width < 3:
             raise ConfigError(f"leakage is measured on {LEAST_RECORDS} or more records of three or more features")
         self.target = _vary(target, training={"warmup_steps": min(target.agreement.training.warmup_steps, size.warmup)})
-        self.size, self.chance = size, chance
+        model = build_model(target.agreement, target.member.modality, target.anchors)
+        trainings = size.affordable(target.agreement, sum(p.numel() for p in model.private_parameters()))
+        self.size, self.chance = replace(size, trainings=trainings), chance
         self.rounds = min(size.rounds, max(1, target.agreement.study.rounds - 1))
         self.layout = Layout.from_agreement(target.agreement)
         self.members = len(target.agreement.members)
@@ -1125,7 +1147,9 @@ def _likelihood_ratios(seen: Values, model: _Linear) -> Values:
 
 # --- gradient inversion
 
-ITERATIONS, SCREENING = 30, 6
+ITERATIONS, SCREENING, HALVINGS = 30, 6, (2, 4)
+"""Steps of a search at most; after how many only as many go on as begin with one label; and when half of those before do."""
+
 STUCK, STILL = 1e6, 0.01
 """A search ends at this damping, or when a step gains less than this in twice the log likelihood."""
 
@@ -1346,7 +1370,7 @@ class _Prior:
 def _match(scene: _Scene, target: Target, prior: _Prior, clue: _Clue) -> tuple[Values, NDArray[np.int64]]:
     """The most probable records (standardised, [n, together, d]) and labels [n, together] behind what is seen.
 
-    A search begins at several places; after `SCREENING` steps the best of them go on.
+    A search begins at several places; the best of them go on (see `SCREENING`).
     """
     classes, count, together = target.agreement.study.classes, len(clue.seen), clue.together
     columns = count * together * len(prior.components)
@@ -1400,7 +1424,8 @@ def _search(
 ) -> tuple[Values, Values]:
     """Levenberg-Marquardt from `hidden` [m, together, k]: where it ends, and the cost [m].
 
-    Residuals are those of `clue.seen[owner]` times `scale` [m]. After `SCREENING` steps only the `kept` best of every owner go on.
+    Residuals are those of `clue.seen[owner]` times `scale` [m]. After `SCREENING` steps only the `kept` best of every owner go on,
+    and after each of `HALVINGS` half of those before.
     """
     count, together, size = hidden.shape
     hidden, width = hidden.copy(), together * size
@@ -1422,12 +1447,16 @@ def _search(
     shown = effects(hidden, labels)
     now = residuals(shown, hidden, live)
     damping, stale, unit = np.ones(count), np.ones(count, dtype=np.bool_), np.eye(width)
-    slopes = np.empty((count, width, now.shape[1]))
+    slopes, remaining = np.empty((count, width, now.shape[1])), count // len(set(owner.tolist()))
     for iteration in range(ITERATIONS):
+        if iteration in HALVINGS:
+            remaining = max(kept, math.ceil(remaining / 2))
         if iteration == SCREENING:
+            remaining = kept
+        if iteration == SCREENING or iteration in HALVINGS:
             cost = np.square(now).sum(axis=1).reshape(len(set(owner.tolist())), -1)
             ranks = cost.argsort(axis=1).argsort(axis=1).reshape(-1)
-            live = live[ranks[live] < kept]
+            live = live[ranks[live] < remaining]
         if not len(live):
             break
         fresh = live[stale[live]]

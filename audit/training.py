@@ -336,7 +336,10 @@ class _Mirror:
         self._projector.weight.requires_grad_(False)
 
     def sampled(self, trainer: LocalTrainer, noised: torch.Tensor, ridge: float) -> NDArray[np.float64]:
-        """The best linear estimate of who was sampled [n] when `trainer` saw `noised` [d], all at once, as gradients have much in common."""
+        """The best linear estimate of who was sampled [n] when `trainer` saw `noised` [d].
+
+        Of all at once, as their gradients have much in common.
+        """
         self.trainer.model.load_state_dict(trainer.model.state_dict())
         self.trainer._optimizer.zero_grad(set_to_none=True)
         self.trainer._private_gradient(self._everybody)
