@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -332,7 +332,7 @@ class _Mirror:
         self._everybody, self._clip = np.ones(len(records), np.bool_), target.agreement.privacy.max_grad_norm
         self._inputs = projector_inputs(self.trainer.model, torch.from_numpy(records.features))
         self._parameters = list(self.trainer._optimizer.params)
-        self._projector = self.trainer.model.tokeniser.projector
+        self._projector: Any = self.trainer.model.tokeniser.projector
         self._projector.weight.requires_grad_(False)
 
     def sampled(self, trainer: LocalTrainer, noised: torch.Tensor, ridge: float) -> NDArray[np.float64]:
@@ -343,19 +343,21 @@ class _Mirror:
         self.trainer.model.load_state_dict(trainer.model.state_dict())
         self.trainer._optimizer.zero_grad(set_to_none=True)
         self.trainer._private_gradient(self._everybody)
-        products, found, at = 0.0, 0.0, 0
+        count, at = len(self._everybody), 0
+        products, found = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         for p in self._parameters:
             seen = noised[at : at + p.numel()]
             at += p.numel()
             if p is self._projector.weight:
                 bias, inputs = self._projector.bias.grad_sample, self._inputs
-                products = products + ((bias @ bias.T) * (inputs @ inputs.T)).double()
-                found = found + ((bias @ seen.view_as(p)) * inputs).sum(dim=1).double()
+                products += (bias @ bias.T) * (inputs @ inputs.T)
+                found += ((bias @ seen.view_as(p)) * inputs).sum(dim=1)
             else:
                 rows = p.grad_sample.flatten(1)
-                products, found = products + (rows @ rows.T).double(), found + (rows @ seen).double()
+                products += rows @ rows.T
+                found += rows @ seen
         lengths = products.diagonal().sqrt().clamp(min=self._clip)  # clipping divides a gradient by this, in clip norms
-        known = products / torch.outer(lengths, lengths) + ridge * torch.eye(len(lengths), dtype=torch.float64)
+        known = products / torch.outer(lengths, lengths) + ridge * torch.eye(count, dtype=torch.float64)
         estimate: NDArray[np.float64] = torch.linalg.solve(known, found / lengths / self._clip).numpy()
         return estimate
 
