@@ -279,8 +279,14 @@ def judge(evidence: LeakageEvidence, agreement: Agreement) -> list[Finding]:
         reference = [row for row in found if row.protection == "unprotected"]
         if not ours or not reference:
             raise ConfigError(f"the evidence has no membership scores of the {observation}, ours and unprotected")
-        findings.append(_judge_membership(ours, reference, agreement))
+        findings.append(_judge_membership(ours, reference, agreement, _trainings(evidence)))
     return findings + [_judge_inversion(ours, reference) for ours, reference in inversions]
+
+
+def _trainings(evidence: LeakageEvidence) -> str:
+    """How many trainings there were, which depends on the profile and the size of the model."""
+    ours, unprotected = (evidence.settings.get(name, 0.0) for name in ("trainings", "trainings_unprotected"))
+    return f"{ours:.0f} trainings of ours, {unprotected:.0f} unprotected"
 
 
 def _inverted(evidence: LeakageEvidence, observation: Observation) -> tuple[Inversion, Inversion]:
@@ -309,13 +315,16 @@ _KNOWN: dict[Observation, str] = {
 """What the attacker knows in an inversion, beside the model."""
 
 
-def _judge_membership(ours: list[Membership], reference: list[Membership], agreement: Agreement) -> Finding:
+def _judge_membership(
+    ours: list[Membership], reference: list[Membership], agreement: Agreement, trainings: str
+) -> Finding:
     observation, steps, per_round = ours[0].observation, ours[0].steps, agreement.training.steps_per_round
     allowed = range(per_round, agreement.total_steps + 1, per_round) if observation == "adapter" else [per_round]
     if any(row.steps != steps for row in ours) or steps not in allowed:
         raise ConfigError(f"the evidence on the {observation} is not of whole rounds of this agreement")
     works = any(_works(row) for row in reference)
-    detail = "; ".join(f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference])
+    seen = [f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference]]
+    detail = "; ".join([trainings, *seen])
     weak = [row.candidates for row in reference if not _works(row)]
     if works and weak:
         detail += (
@@ -514,9 +523,7 @@ Progress = Callable[[str, float], None]
 
 
 def collect(target: Target, *, profile: Profile, progress: Progress, seed: int | None = None) -> LeakageEvidence:
-    """Run every attack. On one core `fast` takes 15 seconds for the breast-cancer demonstration and 3 minutes for mfeat.
-
-    `full` takes some minutes for the former.
+    """Run every attack: as `fast` some 15 seconds for the breast-cancer demonstration, four times as long for mfeat.
 
     Args:
         target: what is attacked. Its `others` give canaries and the other hospitals; without them anchors do, with drawn labels.

@@ -105,6 +105,7 @@ def test_the_sizes_that_were_used_are_told(target):
     scores = [row for row in evidence.membership if (row.observation, row.protection) == ("update", "ours")]
     assert sum(len(row.members) + len(row.others) for row in scores) == leakage.LEAST_TRAININGS["ours"] * (4 + 16)
     assert set(verdicts(evidence, target).values()) == {"held"}
+    assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 12 unprotected; ")
 
 
 @pytest.mark.parametrize("limit", [0.3, leakage.UNCLIPPED])
