@@ -6,9 +6,12 @@ Progress comes with it; nobody has to wait for that. A process that ends early, 
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +23,15 @@ T = TypeVar("T")
 Doing = Callable[[str, float], None]
 
 
+def _end_with(parent: BaseProcess | None) -> None:
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _work(pipe: Connection, collect: Callable[..., object], target: Target, profile: str) -> None:
+    # Whoever ends the audit ends this too, and nothing waits for progress to be told.
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     outcome: object
     try:
         with one_thread():

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -66,3 +68,20 @@ def test_it_is_followed_without_waiting_and_ends_with_the_audit() -> None:
         process = beside._process
     assert told == ["waiting"]
     assert not process.is_alive()
+
+
+def test_it_does_not_outlive_an_audit_that_is_killed() -> None:
+    program = """
+import os, signal
+from audit.beside import Beside
+from tests.audit.targets import target
+from tests.audit.test_beside import waits
+beside, told = Beside(waits, target(), "fast"), []
+while not told:
+    beside.follow(lambda *news: told.append(news))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, timeout=300
+    )  # until nobody holds its output
+    assert done.returncode == -signal.SIGKILL, done.stderr
