@@ -362,7 +362,9 @@ def _sampling(target: Target) -> Sampling:
     Watch(trainer, lambda step: masks.append(step.sample), fixed=np.zeros(count, np.bool_))
     for _ in range(SAMPLING_STEPS):
         trainer.step()
-    drawn = np.array(masks)
+    drawn = np.array(
+        masks[:SAMPLING_STEPS]
+    )  # a trainer that takes more steps than it is told to is left to the bookkeeping
     overlaps = tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in LAGS)
     expected = int(_owners(target).max()) + 1
     return Sampling(count, expected, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), overlaps)
