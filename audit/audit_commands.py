@@ -33,7 +33,7 @@ def audit_run(
     profile: Annotated[
         str,
         typer.Option(
-            help="fast: under two minutes for small models, for every change of a model or an agreement. full: more of all."
+            help="fast: under two minutes on two cores, for every change of a model or an agreement. full: more of all."
         ),
     ] = "fast",
     plant: Annotated[

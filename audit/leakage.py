@@ -43,7 +43,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -62,6 +62,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from audit.findings import Finding, Status
 from audit.target import Target
+from audit.watch import projector_inputs
 from keys.errors import ConfigError
 from protocols import sealing
 from protocols.agreement import Agreement
@@ -278,8 +279,14 @@ def judge(evidence: LeakageEvidence, agreement: Agreement) -> list[Finding]:
         reference = [row for row in found if row.protection == "unprotected"]
         if not ours or not reference:
             raise ConfigError(f"the evidence has no membership scores of the {observation}, ours and unprotected")
-        findings.append(_judge_membership(ours, reference, agreement))
+        findings.append(_judge_membership(ours, reference, agreement, _trainings(evidence)))
     return findings + [_judge_inversion(ours, reference) for ours, reference in inversions]
+
+
+def _trainings(evidence: LeakageEvidence) -> str:
+    """How many trainings there were, which depends on the profile and the size of the model."""
+    ours, unprotected = (evidence.settings.get(name, 0.0) for name in ("trainings", "trainings_unprotected"))
+    return f"{ours:.0f} trainings of ours, {unprotected:.0f} unprotected"
 
 
 def _inverted(evidence: LeakageEvidence, observation: Observation) -> tuple[Inversion, Inversion]:
@@ -308,13 +315,16 @@ _KNOWN: dict[Observation, str] = {
 """What the attacker knows in an inversion, beside the model."""
 
 
-def _judge_membership(ours: list[Membership], reference: list[Membership], agreement: Agreement) -> Finding:
+def _judge_membership(
+    ours: list[Membership], reference: list[Membership], agreement: Agreement, trainings: str
+) -> Finding:
     observation, steps, per_round = ours[0].observation, ours[0].steps, agreement.training.steps_per_round
     allowed = range(per_round, agreement.total_steps + 1, per_round) if observation == "adapter" else [per_round]
     if any(row.steps != steps for row in ours) or steps not in allowed:
         raise ConfigError(f"the evidence on the {observation} is not of whole rounds of this agreement")
     works = any(_works(row) for row in reference)
-    detail = "; ".join(f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference])
+    seen = [f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference]]
+    detail = "; ".join([trainings, *seen])
     weak = [row.candidates for row in reference if not _works(row)]
     if works and weak:
         detail += (
@@ -443,11 +453,19 @@ def _square(row: Inversion) -> Values:
 # --- collecting
 
 
+STEP_OVERHEAD = 50_000
+"""A step takes about as long as if its model had so many parameters more."""
+
+LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 12, "ours": 24}
+"""Of ours, in `fast`, about 96 scores of records that are in and 192 of canaries, and as many of those that are not."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Size:
     """How much of everything.
 
-    `warmup` cuts the steps on public data short, which cost time and no privacy; `columns` of all Jacobians may mean fewer `starts`.
+    `work` is what trainings of ours may cost, in steps times parameters: with a large model there are fewer. `warmup` cuts the steps on
+    public data short, which cost time and no privacy; `columns` of all Jacobians may mean fewer `starts`.
     """
 
     trainings: dict[Protection, int]
@@ -460,6 +478,17 @@ class _Size:
     starts: int
     columns: int
     noise_samples: int
+    work: float = math.inf
+
+    def affordable(self, agreement: Agreement, parameters: int) -> dict[Protection, int]:
+        """How many trainings: all, or as many as `work` allows, with a model of so many private parameters."""
+        steps = min(self.rounds, max(1, agreement.study.rounds - 1)) * agreement.training.steps_per_round
+        all_of_them = self.trainings["ours"] * steps * (parameters + STEP_OVERHEAD)
+        share = min(1.0, self.work / all_of_them)
+        return {
+            kind: max(math.floor(share * count), min(count, LEAST_TRAININGS[kind]))
+            for kind, count in self.trainings.items()
+        }
 
 
 _SIZES: dict[Profile, _Size] = {
@@ -474,6 +503,7 @@ _SIZES: dict[Profile, _Size] = {
         starts=5,
         columns=3000,
         noise_samples=150,
+        work=6e7,
     ),
     "full": _Size(
         trainings={"unprotected": 60, "ours": 200},
@@ -493,9 +523,7 @@ Progress = Callable[[str, float], None]
 
 
 def collect(target: Target, *, profile: Profile, progress: Progress, seed: int | None = None) -> LeakageEvidence:
-    """Run every attack. On one core `fast` takes 15 seconds for the breast-cancer demonstration and 3 minutes for mfeat.
-
-    `full` takes some minutes for the former.
+    """Run every attack: as `fast` some 15 seconds for the breast-cancer demonstration, four times as long for mfeat.
 
     Args:
         target: what is attacked. Its `others` give canaries and the other hospitals; without them anchors do, with drawn labels.
@@ -607,7 +635,9 @@ class _Scene:
         if len(own) < LEAST_RECORDS or width < 3:
             raise ConfigError(f"leakage is measured on {LEAST_RECORDS} or more records of three or more features")
         self.target = _vary(target, training={"warmup_steps": min(target.agreement.training.warmup_steps, size.warmup)})
-        self.size, self.chance = size, chance
+        model = build_model(target.agreement, target.member.modality, target.anchors)
+        trainings = size.affordable(target.agreement, sum(p.numel() for p in model.private_parameters()))
+        self.size, self.chance = replace(size, trainings=trainings), chance
         self.rounds = min(size.rounds, max(1, target.agreement.study.rounds - 1))
         self.layout = Layout.from_agreement(target.agreement)
         self.members = len(target.agreement.members)
@@ -743,6 +773,8 @@ class _Uploads:
 GRADIENTS = 512
 """Records per pass."""
 
+PROJECTOR_WEIGHT, PROJECTOR_BIAS = "tokeniser.projector.weight", "tokeniser.projector.bias"
+
 
 class _Whitebox:
     """The attacker's copy of the model, in float64. Parameters are flat: B in the order of the update, then the local ones."""
@@ -800,26 +832,58 @@ class _Whitebox:
 
     def gradients(self, features: Tensor, labels: Tensor, *, shared: bool = False) -> Tensor:
         """Clipped gradients [n, P] of records at the parameters that were taken last; of B only [n, D] if `shared`."""
-        wanted = self._names[: self._layers] if shared else self._names
-        fixed = dict(self.model.named_buffers())
-        named = {name: p.detach() for name, p in zip(self._names, self.parameters, strict=True)}
-        if self._limit >= UNCLIPPED:  # then the others' gradients are not needed for a norm
-            fixed |= {name: named.pop(name) for name in self._names if name not in wanted}
+
+        def flat(parts: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            if shared:
+                return torch.cat([parts[name] for name in self._names[: self._layers]], dim=1)
+            weight = (parts[PROJECTOR_BIAS][:, :, None] * inputs[:, None, :]).flatten(1)
+            return torch.cat([weight if name == PROJECTOR_WEIGHT else parts[name] for name in self._names], dim=1)
+
+        return torch.cat([flat(*clipped) for clipped in self._clipped(features, labels, shared)])
+
+    def projected(self, features: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
+        """`gradients` along `directions` [P, k]: [n, k]."""
+        along = dict(zip(self._names, torch.split(directions, self._sizes), strict=True))
+
+        def product(parts: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            bias = parts[PROJECTOR_BIAS]
+            turned = (bias @ along[PROJECTOR_WEIGHT].reshape(bias.shape[1], -1)).reshape(len(bias), inputs.shape[1], -1)
+            found = torch.einsum("ni,nik->nk", inputs, turned)
+            for name, part in parts.items():
+                found += part @ along[name]
+            return found
+
+        return torch.cat([product(*clipped) for clipped in self._clipped(features, labels)])
+
+    def _clipped(
+        self, features: Tensor, labels: Tensor, shared: bool = False
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Of some records at a time the parts of their clipped gradients, each [n, size], and the projector's inputs [n, features].
+
+        The part of the projector's weight is left out: it is (that of its bias) times the inputs. So are all but B if only these
+        are wanted, and nothing is clipped.
+        """
+        unclipped = self._limit >= UNCLIPPED
+        wanted = self._names[: self._layers] if shared and unclipped else self._names
+        fixed, named = dict(self.model.named_buffers()), dict[str, Tensor]()
+        for name, p in zip(self._names, self.parameters, strict=True):
+            (named if name in wanted and name != PROJECTOR_WEIGHT else fixed)[name] = p.detach()
 
         def loss(parameters: dict[str, Tensor], record: Tensor, label: Tensor) -> Tensor:
             logits = functional_call(self.model, (parameters, fixed), (record[None],))
             return functional.cross_entropy(logits, label[None])
 
-        def clipped(some: Tensor, of: Tensor) -> Tensor:
+        for some, of in zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True):
             found = vmap(grad(loss), in_dims=(None, 0, 0))(named, some, of)
             parts = {name: found[name].flatten(1) for name in named}
-            norms = torch.stack([part.norm(dim=1) for part in parts.values()]).norm(dim=0)[:, None]
-            flat = torch.cat([parts[name] for name in wanted], dim=1)
-            flat *= (self._limit / norms.clamp_min(1e-12)).clamp_max(1.0)
-            return flat
-
-        pieces = zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True)
-        return torch.cat([clipped(some, of) for some, of in pieces])
+            inputs = projector_inputs(self.model, some)
+            if not unclipped:
+                squares = sum(part.square().sum(dim=1) for part in parts.values())
+                squares += parts[PROJECTOR_BIAS].square().sum(dim=1) * inputs.square().sum(dim=1)
+                factor = (self._limit / squares.sqrt().clamp_min(1e-12)).clamp_max(1.0)
+                for part in parts.values():
+                    part *= factor[:, None]
+            yield parts, inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -828,7 +892,7 @@ class _Effects:
 
     Attributes:
         shared: per round [steps, records, D], change of B if a record is in the sample of that step.
-        total: [records, P], expected change of all parameters after the first round.
+        total: [base and candidates, P], expected change of all parameters after the first round.
         end: parameters [P] after the first round.
     """
 
@@ -853,7 +917,8 @@ def _effects(scene: _Scene, target: Target, whitebox: _Whitebox, flips: Flips, o
     speed = np.full(sum(whitebox._sizes), agreement.training.local_learning_rate)
     speed[: whitebox.shared] = agreement.training.learning_rate
     shared, state = [], scene.start.state
-    total, end = np.zeros((len(records), len(speed))), torch.empty(0)
+    own = len(scene.base) + len(scene.candidates)
+    total, end = np.zeros((own, len(speed))), torch.empty(0)
     weight = precision_weight(agreement, target.member)
     for round_number in range(scene.rounds):
         trainer.load_shared(state)
@@ -861,12 +926,17 @@ def _effects(scene: _Scene, target: Target, whitebox: _Whitebox, flips: Flips, o
         seen = np.zeros((steps, len(records), whitebox.shared))
         for step in range(steps):
             whitebox.take(trainer)
-            change = -whitebox.gradients(features, labels).numpy() * (speed / batch)
-            seen[step] = change[:, : whitebox.shared]
-            if round_number == 0:
+            whole = own if round_number == 0 else 0  # of so many records the local parameters are wanted too
+            if whole:
+                change = whitebox.gradients(features[:own], labels[:own]).numpy()
+                change *= -speed / batch
+                seen[step, :own] = change[:, : whitebox.shared]
+                change *= rate
                 echo = (1.0 - MOMENTUM ** (steps - step)) / (1.0 - MOMENTUM)
-                total[:, : whitebox.shared] += rate * seen[step]
-                total[:, whitebox.shared :] += rate * echo * change[:, whitebox.shared :]
+                change[:, whitebox.shared :] *= echo
+                total += change
+            rest = whitebox.gradients(features[whole:], labels[whole:], shared=True).numpy()
+            seen[step, whole:] = rest * (-agreement.training.learning_rate / batch)
             trainer.step()
         if round_number == 0:
             end = whitebox.take(trainer)
@@ -1050,7 +1120,7 @@ def _linear_gram(scene: _Scene, target: Target, whitebox: _Whitebox, effects: _E
         moved: Values = whitebox.gram(end + torch.from_numpy(direction)) - here
         return moved
 
-    own = np.array([change(effect) for effect in effects.total[: len(presence)]])
+    own = np.array([change(effect) for effect in effects.total])
     coins = slice(len(scene.base), len(presence))
     spread = np.sqrt(presence * (1.0 - privacy.sample_rate) / (privacy.sample_rate * steps))
     columns = [spread[:, None] * own, 0.5 * own[coins]]
@@ -1084,7 +1154,9 @@ def _likelihood_ratios(seen: Values, model: _Linear) -> Values:
 
 # --- gradient inversion
 
-ITERATIONS, SCREENING = 30, 6
+ITERATIONS, SCREENING, HALVINGS = 30, 6, (2, 4)
+"""Steps of a search at most; after how many only as many go on as begin with one label; and when half of those before do."""
+
 STUCK, STILL = 1e6, 0.01
 """A search ends at this damping, or when a step gains less than this in twice the log likelihood."""
 
@@ -1099,6 +1171,9 @@ DRAWN, MOST_DRAWN = 40, 400
 
 DIRECTIONS = 48
 """Of the Gram matrix: those along which records move it most."""
+
+ROUNDING = 1e-3
+"""Of the length of what is seen: what differs by less from what was searched in already is not searched in again."""
 
 Effect = Callable[[Tensor, Tensor], Values]
 
@@ -1118,6 +1193,18 @@ class _Clue:
     effect: Effect
     noise: float
     together: int = 1
+
+    def tells_as(self, other: _Clue) -> bool:
+        """Whether this is the other one but for rounding, so that a search in either finds what one in both would."""
+        return (
+            (self.effect, self.noise, self.together) == (other.effect, other.noise, other.together)
+            and self.seen.shape == other.seen.shape
+            and bool(np.all(_norms(self.seen - other.seen) <= ROUNDING * _norms(other.seen)))
+        )
+
+
+def _norms(rows: Values) -> Values:
+    return np.asarray(np.linalg.norm(rows, axis=1))
 
 
 def _invert_all(scene: _Scene) -> list[Inversion]:
@@ -1141,8 +1228,12 @@ def _invert_all(scene: _Scene) -> list[Inversion]:
             batch=1.0,
         )
         clues = _clues(scene, target, prior, records, {seen for seen, _, _ in shown})
+        matched = list[tuple[_Clue, tuple[Values, NDArray[np.int64]]]]()
         for seen, observation, of in shown:
-            guesses, labels = _match(scene, target, prior, clues[seen])
+            clue = clues[seen]
+            match = next((match for earlier, match in matched if clue.tells_as(earlier)), None)
+            guesses, labels = match or _match(scene, target, prior, clue)
+            matched.append((clue, (guesses, labels)))
             similarity = np.array([_correlations(guess, truth) for guess in guesses.swapaxes(0, 1)])
             nearest = similarity.argmax(axis=0).diagonal()
             right = labels[np.arange(count), nearest] == records.labels
@@ -1233,8 +1324,8 @@ def _gram_clue(scene: _Scene, target: Target, prior: _Prior, whitebox: _Whitebox
     projected = torch.from_numpy(-speed * slopes).T
 
     def effect(features: Tensor, labels: Tensor) -> Values:
-        pieces = zip(torch.split(features, GRADIENTS), torch.split(labels, GRADIENTS), strict=True)
-        return torch.cat([whitebox.gradients(some, of) @ projected for some, of in pieces]).numpy()
+        found: Values = whitebox.projected(features, labels, projected).numpy()
+        return found
 
     return _Clue(seen, effect, noise)
 
@@ -1286,7 +1377,7 @@ class _Prior:
 def _match(scene: _Scene, target: Target, prior: _Prior, clue: _Clue) -> tuple[Values, NDArray[np.int64]]:
     """The most probable records (standardised, [n, together, d]) and labels [n, together] behind what is seen.
 
-    A search begins at several places; after `SCREENING` steps the best of them go on.
+    A search begins at several places; the best of them go on (see `SCREENING`).
     """
     classes, count, together = target.agreement.study.classes, len(clue.seen), clue.together
     columns = count * together * len(prior.components)
@@ -1340,7 +1431,8 @@ def _search(
 ) -> tuple[Values, Values]:
     """Levenberg-Marquardt from `hidden` [m, together, k]: where it ends, and the cost [m].
 
-    Residuals are those of `clue.seen[owner]` times `scale` [m]. After `SCREENING` steps only the `kept` best of every owner go on.
+    Residuals are those of `clue.seen[owner]` times `scale` [m]. After `SCREENING` steps only the `kept` best of every owner go on,
+    and after each of `HALVINGS` half of those before.
     """
     count, together, size = hidden.shape
     hidden, width = hidden.copy(), together * size
@@ -1362,12 +1454,16 @@ def _search(
     shown = effects(hidden, labels)
     now = residuals(shown, hidden, live)
     damping, stale, unit = np.ones(count), np.ones(count, dtype=np.bool_), np.eye(width)
-    slopes = np.empty((count, width, now.shape[1]))
+    slopes, remaining = np.empty((count, width, now.shape[1])), count // len(set(owner.tolist()))
     for iteration in range(ITERATIONS):
+        if iteration in HALVINGS:
+            remaining = max(kept, math.ceil(remaining / 2))
         if iteration == SCREENING:
+            remaining = kept
+        if iteration == SCREENING or iteration in HALVINGS:
             cost = np.square(now).sum(axis=1).reshape(len(set(owner.tolist())), -1)
             ranks = cost.argsort(axis=1).argsort(axis=1).reshape(-1)
-            live = live[ranks[live] < kept]
+            live = live[ranks[live] < remaining]
         if not len(live):
             break
         fresh = live[stale[live]]

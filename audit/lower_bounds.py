@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from audit.budget import Steps, epsilon_pld, epsilon_rdp
+from audit.budget import Steps, at_most_rdp, epsilon_pld
 from keys.errors import ConfigError, VerificationFailed
 from protocols.agreement import NOISE_RANGE
 
@@ -193,7 +193,7 @@ class Poisson:
 def _poisson_lines(rate: float, steps: int, noise: float) -> tuple[Array, Array] | None:
     """Epsilons and their deltas, each shape (points,)."""
     try:
-        if not epsilon_rdp([Steps(rate, noise, steps)], CURVE_DELTAS[-1]) <= LARGEST_EPSILON:
+        if not at_most_rdp([Steps(rate, noise, steps)], CURVE_DELTAS[-1], LARGEST_EPSILON):
             return None
     except VerificationFailed:
         return None

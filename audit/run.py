@@ -1,11 +1,14 @@
-"""An audit from beginning to end: collect evidence part by part, judge it, draw the report, sign the bundle."""
+"""An audit from beginning to end: collect evidence part by part, judge it, draw the report, sign the bundle.
+
+Leakage, the longest part, is measured in a process of its own beside the others.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +17,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from audit import bundle, conformance, leakage, protocol, training
+from audit.beside import Beside
 from audit.bundle import About, Auditor, Verdict
 from audit.plants import PLANTS
 from audit.report import render
@@ -25,6 +29,8 @@ from keys.identity import Identity, sign_labelled
 from secgeo.config import NodeConfig, read_config
 from secgeo.records import MANIFEST, TRANSCRIPT, list_files
 from secgeo.study import DOCUMENTS, OpenStudy
+
+LEAKAGE = "leakage"
 
 Report = Callable[[str, str, float], None]
 """Told of a part, what it does, and how much of it is done."""
@@ -55,17 +61,24 @@ class Request:
 
 @dataclass(slots=True)
 class _Parts:
-    """Keeps time, and the reason of what could not be done."""
+    """Keeps time, and the reason of what could not be done. `beside` is what goes on at the same time."""
 
     report: Report
+    beside: Beside[leakage.LeakageEvidence] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     not_done: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def part(self, name: str) -> Iterator[Callable[[str, float], None]]:
         started = time.monotonic()
+
+        def progress(doing: str, done: float) -> None:
+            self.report(name, doing, done)
+            if self.beside is not None and name != LEAKAGE:
+                self.beside.follow(lambda doing, done: self.report(LEAKAGE, doing, done))
+
         try:
-            yield lambda doing, done: self.report(name, doing, done)
+            yield progress
         except SecGeoError as error:
             self.not_done[name] = bundle.reason(error)
         self.seconds[name] = round(time.monotonic() - started, 2)
@@ -97,22 +110,31 @@ def run_audit(request: Request, report: Report) -> Verdict:
     for name, document in study.documents.items():
         write_public(out / bundle.STUDY / name, document)
     parts = _Parts(report)
-    if records and request.plant is None:
-        with parts.part("records") as doing:
-            doing("copying", 0.0)
-            left_out = _copy_records(source, out / bundle.RECORDS)
-    if target is None:
-        parts.not_done["training data"] = why
-    for name, collect in _training_parts(target, request) if target is not None else ():
-        with parts.part(name) as doing:
-            bundle.write_struct(out / bundle.EVIDENCE / f"{name}.json", collect(doing))
-    if request.plant is None:
-        with parts.part("protocol") as doing:
-            folder, config = (source, None) if records else (None, source)
-            evidence = protocol.collect(
-                study.agreement, profile=request.profile, folder=folder, config=config, progress=doing
-            )
-            bundle.write_struct(out / bundle.EVIDENCE / "protocol.json", evidence)
+    with ExitStack() as stack:
+        if target is not None and request.plant is None:
+            parts.beside = stack.enter_context(Beside(leakage.collect, target, request.profile))
+        if records and request.plant is None:
+            with parts.part("records") as doing:
+                doing("copying", 0.0)
+                left_out = _copy_records(source, out / bundle.RECORDS)
+        if target is None:
+            parts.not_done["training data"] = why
+        for name, collect in _training_parts(target, request) if target is not None else ():
+            with parts.part(name) as doing:
+                bundle.write_struct(out / bundle.EVIDENCE / f"{name}.json", collect(doing))
+        if request.plant is None:
+            with parts.part("protocol") as doing:
+                folder, config = (source, None) if records else (None, source)
+                played = protocol.collect(
+                    study.agreement, profile=request.profile, folder=folder, config=config, progress=doing
+                )
+                bundle.write_struct(out / bundle.EVIDENCE / "protocol.json", played)
+        if parts.beside is not None:
+            with parts.part(LEAKAGE) as doing:
+                leaked = parts.beside.outcome(doing)
+                bundle.write_struct(out / bundle.EVIDENCE / f"{LEAKAGE}.json", leaked)
+            if LEAKAGE not in parts.not_done:
+                parts.seconds[LEAKAGE] = leaked.seconds
     about = About(
         format=bundle.FORMAT,
         study=study.agreement.study.id,
@@ -179,8 +201,6 @@ def _training_parts(
     profile = request.profile
     yield "conformance", lambda doing: conformance.collect(target, doing)
     yield "training", lambda doing: training.collect(target, profile=profile, progress=doing)
-    if request.plant is None:
-        yield "leakage", lambda doing: leakage.collect(target, profile=profile, progress=doing)
 
 
 def _copy_records(source: Path, to: Path) -> tuple[str, ...]:

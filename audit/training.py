@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ from torch.nn import functional
 from audit.findings import Finding
 from audit.lower_bounds import Poisson, many_run_fdp, one_run_fdp, one_run_steinke, over_guesses
 from audit.target import Target
-from audit.watch import Canaries, DiracCanaries, RandomCanaries, Seen, Watch
+from audit.watch import Canaries, DiracCanaries, RandomCanaries, Seen, Watch, projector_inputs
 from keys.errors import VerificationFailed
 from protocols.agreement import Agreement
 from secgeo.accountant import epsilon_after
@@ -303,21 +303,14 @@ def _input_attacks(target: Target, kind: str, others: LabelledRecords, count: in
     started = time.monotonic()
     canaries, included = _canary_records(target, kind, others, count), _coins(count)
     trainer = target.trainer(records=_with(target.records, canaries, included))
-    mirror = target.trainer(records=canaries, plant=None)  # the same model, to ask what gradient each canary has
-    privacy, clip, scores = target.agreement.privacy, target.agreement.privacy.max_grad_norm, np.zeros(count)
-    ridge = torch.eye(count, dtype=torch.float64) * privacy.noise_multiplier**2 / privacy.sample_rate
+    mirror = _Mirror(target, canaries)
+    privacy, scores = target.agreement.privacy, np.zeros(count)
 
     def observe(seen: Seen) -> None:
         nonlocal scores
-        mirror.model.load_state_dict(trainer.model.state_dict())
-        mirror._optimizer.zero_grad(set_to_none=True)
-        mirror._private_gradient(np.ones(count, np.bool_))
-        rows = torch.cat([p.grad_sample.flatten(1) for p in mirror._optimizer.params], dim=1).double() / clip
-        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1.0)
-        # Their gradients have much in common: the best linear estimate of who was sampled, all of them at once.
-        scores = scores + torch.linalg.solve(rows @ rows.T + ridge, rows @ (seen.noised.double() / clip)).numpy()
+        scores = scores + mirror.sampled(trainer, seen.noised, privacy.noise_multiplier**2 / privacy.sample_rate)
 
-    before = _losses(mirror, canaries)
+    before = _losses(mirror.trainer, canaries)
     Watch(trainer, observe)
     _train(target, trainer)
     claim, seconds = _claim(target, trainer.steps_taken), round(time.monotonic() - started, 2)
@@ -325,6 +318,48 @@ def _input_attacks(target: Target, kind: str, others: LabelledRecords, count: in
         _attack(kind, EVERY_STEP, claim, included, scores, seconds),
         _attack(kind, LOSS, claim, included, before - _losses(trainer, canaries), seconds),
     ]
+
+
+class _Mirror:
+    """The same model, to ask what gradient each of some records has, and which of them were sampled.
+
+    Gradients [n, d] are only needed by their products with each other and with what is seen, so none are copied, and that of the
+    tokeniser's weight, most of a large model, is not even computed (see `projector_inputs`).
+    """
+
+    def __init__(self, target: Target, records: LabelledRecords) -> None:
+        self.trainer = target.trainer(records=records, plant=None)
+        self._everybody, self._clip = np.ones(len(records), np.bool_), target.agreement.privacy.max_grad_norm
+        self._inputs = projector_inputs(self.trainer.model, torch.from_numpy(records.features))
+        self._parameters = list(self.trainer._optimizer.params)
+        self._projector: Any = self.trainer.model.tokeniser.projector
+        self._projector.weight.requires_grad_(False)
+
+    def sampled(self, trainer: LocalTrainer, noised: torch.Tensor, ridge: float) -> NDArray[np.float64]:
+        """The best linear estimate of who was sampled [n] when `trainer` saw `noised` [d].
+
+        Of all at once, as their gradients have much in common.
+        """
+        self.trainer.model.load_state_dict(trainer.model.state_dict())
+        self.trainer._optimizer.zero_grad(set_to_none=True)
+        self.trainer._private_gradient(self._everybody)
+        count, at = len(self._everybody), 0
+        products, found = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        for p in self._parameters:
+            seen = noised[at : at + p.numel()]
+            at += p.numel()
+            if p is self._projector.weight:
+                bias, inputs = self._projector.bias.grad_sample, self._inputs
+                products += (bias @ bias.T) * (inputs @ inputs.T)
+                found += ((bias @ seen.view_as(p)) * inputs).sum(dim=1)
+            else:
+                rows = p.grad_sample.flatten(1)
+                products += rows @ rows.T
+                found += rows @ seen
+        lengths = products.diagonal().sqrt().clamp(min=self._clip)  # clipping divides a gradient by this, in clip norms
+        known = products / torch.outer(lengths, lengths) + ridge * torch.eye(count, dtype=torch.float64)
+        estimate: NDArray[np.float64] = torch.linalg.solve(known, found / lengths / self._clip).numpy()
+        return estimate
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keys.errors import ConfigError
+from secgeo.model import MultimodalNode
 from secgeo.noise import NoiseSource
 from secgeo.training import LocalTrainer
 
@@ -40,11 +41,26 @@ def spoil(trainer: LocalTrainer) -> None:
     patch(trainer._hooked, forward=spoiled)
 
 
+@torch.no_grad()
+def projector_inputs(model: MultimodalNode, records: Tensor) -> Tensor:
+    """What the tokeniser's linear layer is given of records: [n, features].
+
+    One vector x of each record; so the gradient of the layer's weight, most of a large model, is (that of its bias) x^T.
+    """
+    given = list[Tensor]()
+    handle = model.tokeniser.projector.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    try:
+        model.tokeniser(records)
+    finally:
+        handle.remove()
+    return given[0]
+
+
 class Canaries(Protocol):
     """m gradients that no record has."""
 
-    def rows(self, chosen: NDArray[np.int64]) -> Tensor:
-        """Their gradients [k, d]."""
+    def write(self, chosen: NDArray[np.int64], start: int, into: Tensor) -> None:
+        """Write the gradients of these k, as far as the parameters from `start` on go, over `into` [k, parameters]."""
         ...
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
@@ -72,13 +88,14 @@ class DiracCanaries:
             raise ConfigError(f"{count} Dirac canaries need as many parameters, and the model has {size}")
         self.places = np.random.default_rng().permutation(size)[:count]
         self._places = torch.from_numpy(self.places)
-        self._size, self._length = size, length
+        self._length = length
 
-    def rows(self, chosen: NDArray[np.int64]) -> Tensor:
-        """Their gradients [k, d]."""
-        rows = torch.zeros(len(chosen), self._size)
-        rows[torch.arange(len(chosen)), self._places[torch.from_numpy(chosen)]] = self._length
-        return rows
+    def write(self, chosen: NDArray[np.int64], start: int, into: Tensor) -> None:
+        """Write the gradients of these k, as far as the parameters from `start` on go, over `into` [k, parameters]."""
+        into.zero_()
+        places = self._places[torch.from_numpy(chosen)] - start
+        here = torch.nonzero((places >= 0) & (places < into.shape[1])).flatten()
+        into[here, places[here]] = self._length
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
         """How much of a gradient [d] lies in the direction of each: [m]."""
@@ -93,10 +110,10 @@ class RandomCanaries:
         drawn = torch.from_numpy(np.random.default_rng().standard_normal((count, size), dtype=np.float32))
         self._directions, self._length = drawn / drawn.norm(dim=1, keepdim=True), length
 
-    def rows(self, chosen: NDArray[np.int64]) -> Tensor:
-        """Their gradients [k, d]."""
-        rows: Tensor = self._directions[torch.from_numpy(chosen)] * self._length
-        return rows
+    def write(self, chosen: NDArray[np.int64], start: int, into: Tensor) -> None:
+        """Write the gradients of these k, as far as the parameters from `start` on go, over `into` [k, parameters]."""
+        part = self._directions[:, start : start + into.shape[1]]
+        torch.mul(part[torch.from_numpy(chosen)], self._length, out=into)
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
         """How much of a gradient [d] lies in the direction of each: [m]."""
@@ -166,10 +183,13 @@ class Watch:
         canaries = self._members[np.flatnonzero(chosen[self.units :])]
         if self._canaries is None or not len(canaries):
             return
-        rows, at = self._canaries.rows(canaries), 0
+        at = 0
         for p in self._optimizer.params:
-            part = rows[:, at : at + p.numel()].reshape(-1, *p.shape)
-            p.grad_sample = torch.cat([p.grad_sample, part.to(p.grad_sample)])
+            records = len(p.grad_sample)
+            rows = p.grad_sample.new_empty((records + len(canaries), p.numel()))
+            rows[:records] = p.grad_sample.flatten(1)
+            self._canaries.write(canaries, at, rows[records:])
+            p.grad_sample = rows.reshape(-1, *p.shape)
             at += p.numel()
 
     def _watched_noise(self) -> None:

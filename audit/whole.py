@@ -40,7 +40,8 @@ PER_UPLOAD = (
 def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     """Check that every attack was made, on as many scores and records as the profile calls for.
 
-    Only how many records there are is the hospital's: at least `LEAST_RECORDS`, and half of them at most are candidates.
+    Only how many records there are is the hospital's: at least `LEAST_RECORDS`, and half of them at most are candidates. Where a large
+    model has fewer trainings, these are `LEAST_TRAININGS` or more; findings say how many there were.
 
     Raises:
         VerificationFailed: something is left out, or smaller.
@@ -49,10 +50,11 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     rounds = min(size.rounds, max(1, agreement.study.rounds - 1))
     own, others = told["candidate_records"] + told["base_records"], told["canaries"] + told["records_of_others"]
     counts = {"records": told["candidate_records"], "canaries": told["canaries"]}
+    trainings = {"ours": told["trainings"], "unprotected": told["trainings_unprotected"]}
+    least = leakage.LEAST_TRAININGS if math.isfinite(size.work) else size.trainings
     _refuse(
         "sizes of the leakage audit are not those of its profile",
-        told["trainings"] != size.trainings["ours"],
-        told["trainings_unprotected"] != size.trainings["unprotected"],
+        any(not least[kind] <= trainings[kind] <= count for kind, count in size.trainings.items()),
         own < leakage.LEAST_RECORDS,
         others < leakage.LEAST_RECORDS,
         counts["records"] != min(size.records, own // 2),
@@ -72,11 +74,10 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     coins: dict[tuple[str, str], int] = {}
     for (group, observation, of, kind), row in zip(due, evidence.membership, strict=True):
         members, scores = len(row.members), len(row.members) + len(row.others)
-        trainings = size.trainings[group]
         _refuse(
             f"membership inference on {observation}, {of}, {kind}: {scores} scores, {members} of members, where the profile "
-            f"{evidence.profile} calls for {trainings} trainings with {counts[kind]:g} candidates",
-            scores != trainings * counts[kind],
+            f"{evidence.profile} calls for {trainings[group]:g} trainings with {counts[kind]:g} candidates",
+            scores != trainings[group] * counts[kind],
             abs(members - scores / 2) > DEVIATIONS * math.sqrt(scores) / 2,
             coins.setdefault((group, kind), members) != members,
             row.steps != per_round * (rounds if observation == "adapter" else 1),

@@ -186,3 +186,8 @@ def test_chance_accuses_nobody() -> None:
             )
         )  # fmt: skip
         assert {finding.status for finding in found} == {"held"}
+
+
+def test_evidence_of_a_trainer_that_takes_steps_twice_is_whole() -> None:
+    hospital = target("unaccounted-steps")
+    conformance.check_whole(conformance.collect(hospital), hospital.agreement)

@@ -80,6 +80,76 @@ def change_inversion(evidence: LeakageEvidence, observation: str, **fields: obje
     return msgspec.structs.replace(evidence, inversion=rows)
 
 
+# --- sizes, and gradients that are not computed twice
+
+
+def test_a_large_model_is_trained_less_often_but_often_enough(target):
+    """Sizes follow from the agreement and the model alone."""
+    agreement, size = target.agreement, leakage._SIZES["fast"]
+    steps = min(size.rounds, agreement.study.rounds - 1) * agreement.training.steps_per_round
+    fits = size.work / (size.trainings["ours"] * steps) - leakage.STEP_OVERHEAD
+    assert size.affordable(agreement, int(fits) - 1) == size.trainings
+    some = size.affordable(agreement, int(1.3 * (fits + leakage.STEP_OVERHEAD)) - leakage.STEP_OVERHEAD)
+    assert leakage.LEAST_TRAININGS["ours"] < some["ours"] < size.trainings["ours"]
+    assert size.affordable(agreement, 10**9) == leakage.LEAST_TRAININGS
+    few = replace(size, trainings={"unprotected": 3, "ours": 5})
+    assert few.affordable(agreement, 10**9) == few.trainings
+    full = leakage._SIZES["full"]
+    assert full.affordable(agreement, 10**9) == full.trainings
+
+
+def test_the_sizes_that_were_used_are_told(target):
+    evidence = run(target, work=1.0)
+    assert evidence.settings["trainings"] == leakage.LEAST_TRAININGS["ours"]
+    assert evidence.settings["trainings_unprotected"] == leakage.LEAST_TRAININGS["unprotected"]
+    scores = [row for row in evidence.membership if (row.observation, row.protection) == ("update", "ours")]
+    assert sum(len(row.members) + len(row.others) for row in scores) == leakage.LEAST_TRAININGS["ours"] * (4 + 16)
+    assert set(verdicts(evidence, target).values()) == {"held"}
+    assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 12 unprotected; ")
+
+
+@pytest.mark.parametrize("limit", [0.3, leakage.UNCLIPPED])
+def test_the_attackers_gradients_are_those_of_the_trainer(target, limit):
+    clipped = make_target(privacy={"noise_multiplier": 0.6 / limit, "max_grad_norm": limit})
+    trainer, whitebox = clipped.trainer(), leakage._Whitebox(clipped)
+    for _ in range(3):
+        trainer.step()
+    whitebox.take(trainer)
+    trainer._private_gradient(np.ones(len(clipped.records), np.bool_))
+    own = {id(p): p for p in trainer._optimizer.params}
+    parts = [own[id(p)].grad_sample.flatten(1) for p in trainer.model.private_parameters()]
+    rows = torch.cat(parts, dim=1).double()
+    rows = rows / (rows.norm(dim=1, keepdim=True) / limit).clamp(min=1.0)
+    records = torch.from_numpy(clipped.records.features).double(), torch.from_numpy(clipped.records.labels)
+    directions = torch.randn(whitebox.take(trainer).numel(), 3, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        found, projected = whitebox.gradients(*records), whitebox.projected(*records, directions)
+        shared = whitebox.gradients(*records, shared=True)
+    torch.testing.assert_close(found, rows, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(shared, found[:, : whitebox.shared])
+    torch.testing.assert_close(projected, found @ directions)
+
+
+def test_what_tells_the_same_is_searched_once(evidence):
+    def effect(features, labels):
+        return np.zeros((len(labels), 5))
+
+    seen = np.random.default_rng(0).normal(size=(3, 5))
+    clue = leakage._Clue(seen, effect, 0.1)
+    assert replace(clue, seen=seen * (1.0 + 0.5 * leakage.ROUNDING)).tells_as(clue)
+    for other in (
+        replace(clue, seen=seen + np.array([[0.0], [0.1], [0.0]])),
+        replace(clue, seen=seen[:2]),
+        replace(clue, noise=0.2),
+        replace(clue, together=2),
+        replace(clue, effect=lambda features, labels: effect(features, labels)),
+    ):
+        assert not other.tells_as(clue)
+    rows = {(row.observation, row.protection): row for row in evidence.inversion}
+    for protection in ("ours", "unprotected"):
+        assert rows["aggregate", protection].similarity == rows["adapter", protection].similarity
+
+
 # --- the attacks
 
 

@@ -718,3 +718,12 @@ def test_who_is_said_to_have_misbehaved_is_a_warning_and_no_proof(study: Study, 
     assert report.warnings == [
         f"the aggregator says that {study.names[2]} misbehaved in round 1 (sent rubbish); no more than its word"
     ]
+
+
+@pytest.mark.parametrize("noise", [0.5, 0.9, 1.0, 1.1, 3.0])
+@pytest.mark.parametrize("most", [1.0, 7.0, 30.0])
+def test_whether_epsilon_is_at_most_so_much_is_told_as_from_all_orders(noise: float, most: float) -> None:
+    events = [budget.Steps(0.2, noise, 50)]
+    assert budget.at_most_rdp(events, 1e-5, most) == (budget.epsilon_rdp(events, 1e-5) <= most)
+    assert budget.at_most_rdp([], 1e-5, most)
+    assert not budget.at_most_rdp([budget.Steps(0.2, 0.0, 1)], 1e-5, most)

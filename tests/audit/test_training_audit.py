@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from audit import training
 from audit.training import CanaryScores, Claim, bounds, check_whole, judge, refuted
@@ -157,6 +158,27 @@ def test_patients_can_be_audited() -> None:
 def test_without_noise_there_is_nothing_to_audit() -> None:
     found = judge(training.collect(target(privacy={"noise_multiplier": 0.0})))
     assert [finding.status for finding in found] == ["not testable"]
+
+
+def test_who_was_sampled_is_estimated_as_from_whole_gradients() -> None:
+    """The estimate from products of gradients is the one from the gradients themselves."""
+    t = target()
+    records = training._canary_records(t, "out of distribution", t.others, 12)
+    mirror, trainer, whole = training._Mirror(t, records), t.trainer(), t.trainer(records=records)
+    for _ in range(5):
+        trainer.step()
+    whole.model.load_state_dict(trainer.model.state_dict())
+    whole._private_gradient(np.ones(12, np.bool_))
+    clip = 0.5 * t.agreement.privacy.max_grad_norm
+    mirror._clip = clip  # so that some are clipped
+    rows = torch.cat([p.grad_sample.flatten(1) for p in whole._optimizer.params], dim=1).double() / clip
+    assert (rows.norm(dim=1) > 1.0).any()
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1.0)
+    seen = torch.randn(rows.shape[1])
+    expected = torch.linalg.solve(
+        rows @ rows.T + 0.1 * torch.eye(12, dtype=torch.float64), rows @ (seen.double() / clip)
+    )
+    np.testing.assert_allclose(mirror.sampled(trainer, seen, 0.1), expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 # --- the watch
