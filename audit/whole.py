@@ -14,12 +14,15 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from audit import leakage, protocol, uploads
+from audit import protocol, uploads
 from audit.attacks import CATALOGUE
 from audit.attacks.stage import Played
 from audit.deployment import DeploymentEvidence
 from audit.door import KNOCKS
 from audit.leakage import LeakageEvidence
+from audit.leakage.evidence import LEAST_RECORDS
+from audit.leakage.membership import WHAT_IS_SEEN
+from audit.leakage.scene import LEAST_TRAININGS, SIZES
 from audit.protocol import ProtocolEvidence
 from audit.rounds import Certificate, certificates_of
 from keys.errors import VerificationFailed
@@ -46,24 +49,24 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     Raises:
         VerificationFailed: something is left out, or smaller.
     """
-    size, told, per_round = leakage._SIZES[evidence.profile], evidence.settings, agreement.training.steps_per_round
+    size, told, per_round = SIZES[evidence.profile], evidence.settings, agreement.training.steps_per_round
     rounds = min(size.rounds, max(1, agreement.study.rounds - 1))
     own, others = told["candidate_records"] + told["base_records"], told["canaries"] + told["records_of_others"]
     counts = {"records": told["candidate_records"], "canaries": told["canaries"]}
     trainings = {"ours": told["trainings"], "unprotected": told["trainings_unprotected"]}
-    least = leakage.LEAST_TRAININGS if math.isfinite(size.work) else size.trainings
+    least = LEAST_TRAININGS if math.isfinite(size.work) else size.trainings
     _refuse(
         "sizes of the leakage audit are not those of its profile",
         any(not least[kind] <= trainings[kind] <= count for kind, count in size.trainings.items()),
-        own < leakage.LEAST_RECORDS,
-        others < leakage.LEAST_RECORDS,
+        own < LEAST_RECORDS,
+        others < LEAST_RECORDS,
         counts["records"] != min(size.records, own // 2),
         counts["canaries"] != min(size.canaries, others // 2),
         told["inverted_records"] != min(size.inverted, told["base_records"]),
         told["rounds_of_adapter"] != rounds,
         told["steps_per_round"] != per_round,
     )
-    shown = [(group, observation, of) for group, rows in leakage._WHAT_IS_SEEN.items() for _, observation, of in rows]
+    shown = [(group, observation, of) for group, rows in WHAT_IS_SEEN.items() for _, observation, of in rows]
     due = [(group, observation, of, kind) for group, observation, of in shown for kind in counts]
     _refuse(
         "the attacks of the leakage audit are not those that it makes",

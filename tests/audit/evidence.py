@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from audit import leakage, protocol
+from audit import protocol
 from audit.attacks import CATALOGUE
 from audit.leakage import Inversion, LeakageEvidence, Membership
+from audit.leakage.membership import WHAT_IS_SEEN
+from audit.leakage.scene import SIZES
 from audit.protocol import ProtocolEvidence
 from protocols.agreement import Agreement
 
@@ -20,7 +22,7 @@ def played(agreement: Agreement, profile: str = "fast", attacks: int = 3) -> Pro
 
 def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvidence:
     """Evidence of the right size, or of others that go together, with nothing to say; this share of the scores is of members."""
-    size, per_round = leakage._SIZES["fast"], agreement.training.steps_per_round
+    size, per_round = SIZES["fast"], agreement.training.steps_per_round
     rounds = min(size.rounds, max(1, agreement.study.rounds - 1))
     told = {
         "trainings": size.trainings["ours"],
@@ -35,7 +37,7 @@ def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvi
     } | sizes
     counts = {"records": told["candidate_records"], "canaries": told["canaries"]}
     membership, inversion = [], []
-    for group, rows in leakage._WHAT_IS_SEEN.items():
+    for group, rows in WHAT_IS_SEEN.items():
         for _, observation, of in rows:
             count = told["inverted_records"]
             inversion.append(Inversion(observation, of, [[0.0] * count] * count, 0))

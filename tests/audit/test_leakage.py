@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from audit import leakage
-from audit.leakage import LeakageEvidence, Rate, collect, judge
+from audit.leakage import OBSERVATIONS, LeakageEvidence, Rate, auc, collect, dp_line, judge, rate_at, recovered, roc
+from audit.leakage.evidence import UNCLIPPED
+from audit.leakage.first_order import Whitebox
+from audit.leakage.inversion import ROUNDING, Clue, Prior, clues_of
+from audit.leakage.scene import LEAST_TRAININGS, SIZES, STEP_OVERHEAD, Scene, protected_as, take_records, vary
+from audit.leakage.scores import clopper_pearson, rates
+from audit.leakage.sent import Uploads
+from audit.leakage.verdicts import crosses
 from audit.target import Target
 from keys.errors import ConfigError
 from protocols.agreement import SecureSum, check_rules, fit_ciphertexts
@@ -23,7 +29,7 @@ from secgeo.training import CryptographicDPOptimizer
 from tests.secgeo import tiny_study
 
 SMALL = replace(
-    leakage._SIZES["fast"], trainings={"unprotected": 12, "ours": 30}, records=4, rounds=1, warmup=1, noise_samples=40
+    SIZES["fast"], trainings={"unprotected": 12, "ours": 30}, records=4, rounds=1, warmup=1, noise_samples=40
 )
 INVERSIONS = tuple(
     f"gradient inversion on {seen}"
@@ -42,7 +48,7 @@ def make_target(**sections: dict) -> Target:
 
 def run(target: Target, **sizes: object) -> LeakageEvidence:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(leakage._SIZES, "fast", replace(SMALL, **sizes))
+        patch.setitem(SIZES, "fast", replace(SMALL, **sizes))
         return collect(target, profile="fast", progress=lambda what, done: None, seed=5)
 
 
@@ -85,33 +91,33 @@ def change_inversion(evidence: LeakageEvidence, observation: str, **fields: obje
 
 def test_a_large_model_is_trained_less_often_but_often_enough(target):
     """Sizes follow from the agreement and the model alone."""
-    agreement, size = target.agreement, leakage._SIZES["fast"]
+    agreement, size = target.agreement, SIZES["fast"]
     steps = min(size.rounds, agreement.study.rounds - 1) * agreement.training.steps_per_round
-    fits = size.work / (size.trainings["ours"] * steps) - leakage.STEP_OVERHEAD
+    fits = size.work / (size.trainings["ours"] * steps) - STEP_OVERHEAD
     assert size.affordable(agreement, int(fits) - 1) == size.trainings
-    some = size.affordable(agreement, int(1.3 * (fits + leakage.STEP_OVERHEAD)) - leakage.STEP_OVERHEAD)
-    assert leakage.LEAST_TRAININGS["ours"] < some["ours"] < size.trainings["ours"]
-    assert size.affordable(agreement, 10**9) == leakage.LEAST_TRAININGS
+    some = size.affordable(agreement, int(1.3 * (fits + STEP_OVERHEAD)) - STEP_OVERHEAD)
+    assert LEAST_TRAININGS["ours"] < some["ours"] < size.trainings["ours"]
+    assert size.affordable(agreement, 10**9) == LEAST_TRAININGS
     few = replace(size, trainings={"unprotected": 3, "ours": 5})
     assert few.affordable(agreement, 10**9) == few.trainings
-    full = leakage._SIZES["full"]
+    full = SIZES["full"]
     assert full.affordable(agreement, 10**9) == full.trainings
 
 
 def test_the_sizes_that_were_used_are_told(target):
     evidence = run(target, work=1.0)
-    assert evidence.settings["trainings"] == leakage.LEAST_TRAININGS["ours"]
-    assert evidence.settings["trainings_unprotected"] == leakage.LEAST_TRAININGS["unprotected"]
+    assert evidence.settings["trainings"] == LEAST_TRAININGS["ours"]
+    assert evidence.settings["trainings_unprotected"] == LEAST_TRAININGS["unprotected"]
     scores = [row for row in evidence.membership if (row.observation, row.protection) == ("update", "ours")]
-    assert sum(len(row.members) + len(row.others) for row in scores) == leakage.LEAST_TRAININGS["ours"] * (4 + 16)
+    assert sum(len(row.members) + len(row.others) for row in scores) == LEAST_TRAININGS["ours"] * (4 + 16)
     assert set(verdicts(evidence, target).values()) == {"held"}
     assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 12 unprotected; ")
 
 
-@pytest.mark.parametrize("limit", [0.3, leakage.UNCLIPPED])
+@pytest.mark.parametrize("limit", [0.3, UNCLIPPED])
 def test_the_attackers_gradients_are_those_of_the_trainer(target, limit):
     clipped = make_target(privacy={"noise_multiplier": 0.6 / limit, "max_grad_norm": limit})
-    trainer, whitebox = clipped.trainer(), leakage._Whitebox(clipped)
+    trainer, whitebox = clipped.trainer(), Whitebox(clipped)
     for _ in range(3):
         trainer.step()
     whitebox.take(trainer)
@@ -135,8 +141,8 @@ def test_what_tells_the_same_is_searched_once(evidence):
         return np.zeros((len(labels), 5))
 
     seen = np.random.default_rng(0).normal(size=(3, 5))
-    clue = leakage._Clue(seen, effect, 0.1)
-    assert replace(clue, seen=seen * (1.0 + 0.5 * leakage.ROUNDING)).tells_as(clue)
+    clue = Clue(seen, effect, 0.1)
+    assert replace(clue, seen=seen * (1.0 + 0.5 * ROUNDING)).tells_as(clue)
     for other in (
         replace(clue, seen=seen + np.array([[0.0], [0.1], [0.0]])),
         replace(clue, seen=seen[:2]),
@@ -155,14 +161,14 @@ def test_what_tells_the_same_is_searched_once(evidence):
 
 def test_attacks_work_where_nothing_protects(evidence):
     canaries = [row for row in evidence.membership if (row.protection, row.candidates) == ("unprotected", "canaries")]
-    assert {row.observation for row in canaries} == set(leakage.OBSERVATIONS)
+    assert {row.observation for row in canaries} == set(OBSERVATIONS)
     for row in canaries:
-        assert leakage.auc(row.members, row.others) > 0.85, row.observation
-        assert leakage.rate_at(row.members, row.others, 0.01).tpr > 0.3, row.observation
+        assert auc(row.members, row.others) > 0.85, row.observation
+        assert rate_at(row.members, row.others, 0.01).tpr > 0.3, row.observation
     inverted = [row for row in evidence.inversion if row.protection == "unprotected"]
-    assert {row.observation for row in inverted} == set(leakage.OBSERVATIONS)
+    assert {row.observation for row in inverted} == set(OBSERVATIONS)
     for row in inverted:
-        middle, chance = leakage.recovered(row)
+        middle, chance = recovered(row)
         assert middle > 0.9, row.observation
         assert chance < 1e-3, row.observation
         assert row.labels_right >= 6, row.observation
@@ -174,7 +180,7 @@ def test_they_fail_on_ours(evidence, target):
     assert set(found.values()) == {"held"}
     for row in evidence.membership:
         if row.protection == "ours":
-            assert leakage.auc(row.members, row.others) < 0.75
+            assert auc(row.members, row.others) < 0.75
 
 
 def test_an_upload_without_its_mask_is_found(monkeypatch, target):
@@ -217,7 +223,7 @@ def test_uploads_are_read_right_and_show_nothing(protocol, target):
         fit_ciphertexts(ring, len(agreement.members))
         agreement = msgspec.structs.replace(agreement, secure_sum=SecureSum(**ring))
         check_rules(agreement)
-    uploads = leakage._Uploads(agreement, target.member.node_id)
+    uploads = Uploads(agreement, target.member.node_id)
     first, second = uploads.seen(vector), uploads.seen(vector)
     assert first.shape == vector.shape
     assert abs(np.corrcoef(first, vector)[0, 1]) < 0.1
@@ -247,12 +253,12 @@ def test_verdicts_follow_from_the_evidence_alone(evidence, target):
     assert all(finding.part == "leakage" and finding.detail for finding in findings)
 
 
-@pytest.mark.parametrize("observation", leakage.OBSERVATIONS)
+@pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_perfect_separation_is_broken(observation, evidence, target):
     perfect = change(evidence, observation, "ours", members=[1.0] * 300, others=[0.0] * 300)
     findings = judge(perfect, target.agreement)
     assert [f.status for f in findings].count("broken") == 1
-    assert findings[leakage.OBSERVATIONS.index(observation)].status == "broken"
+    assert findings[OBSERVATIONS.index(observation)].status == "broken"
 
 
 def test_a_slight_tilt_of_uploads_is_broken_and_of_updates_is_not(evidence, target):
@@ -260,7 +266,7 @@ def test_a_slight_tilt_of_uploads_is_broken_and_of_updates_is_not(evidence, targ
     members, others = chance.normal(0.5, 1.0, 500).tolist(), chance.normal(0.0, 1.0, 500).tolist()
     for observation, status in (("upload", "broken"), ("update", "held")):
         tilted = change(evidence, observation, "ours", members=members, others=others)
-        assert judge(tilted, target.agreement)[leakage.OBSERVATIONS.index(observation)].status == status
+        assert judge(tilted, target.agreement)[OBSERVATIONS.index(observation)].status == status
 
 
 def test_a_weak_attack_proves_nothing(evidence, target):
@@ -298,12 +304,12 @@ def test_without_noise_nothing_is_promised(evidence, target):
     assert [f.status for f in findings[:5]] == ["not testable", "held", *["not testable"] * 3]
 
 
-@pytest.mark.parametrize("observation", leakage.OBSERVATIONS)
+@pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_reconstructions_that_are_right_are_broken(observation, evidence, target):
     right = change_inversion(evidence, observation, similarity=np.eye(12).tolist())
     findings = judge(right, target.agreement)
     assert [finding.status for finding in findings].count("broken") == 1
-    assert findings[5 + leakage.OBSERVATIONS.index(observation)].status == "broken"
+    assert findings[5 + OBSERVATIONS.index(observation)].status == "broken"
 
 
 def test_right_reconstructions_of_few_records_are_not_called_held(evidence, target):
@@ -320,13 +326,11 @@ def test_findings_say_what_the_attacker_knows(evidence, target):
 
 
 def test_the_released_adapter_shows_the_aggregate_of_two(target):
-    scene = leakage._Scene(target, SMALL, np.random.Generator(np.random.PCG64(3)))
-    bare = leakage._vary(
-        leakage._protected(target, "unprotected"), training={"steps_per_round": 1, "warmup_steps": 0}, batch=1.0
-    )
-    records = leakage._take(scene.base, np.arange(4))
+    scene = Scene(target, SMALL, np.random.Generator(np.random.PCG64(3)))
+    bare = vary(protected_as(target, "unprotected"), training={"steps_per_round": 1, "warmup_steps": 0}, batch=1.0)
+    records = take_records(scene.base, np.arange(4))
     with sdpa_kernel(SDPBackend.MATH):
-        clues = leakage._clues(scene, bare, leakage._Prior.of(bare), records, set())
+        clues = clues_of(scene, bare, Prior.of(bare), records, set())
     update, aggregate, adapter = clues["update"], clues["aggregate"], clues["adapter"]
     assert np.abs(aggregate.seen - adapter.seen).max() < 1e-9
     assert aggregate.together == adapter.together == 2 * update.together
@@ -336,8 +340,8 @@ def test_the_released_adapter_shows_the_aggregate_of_two(target):
 
 
 def test_the_gram_matrix_moves_as_its_slopes_say(target):
-    scene = leakage._Scene(target, SMALL, np.random.Generator(np.random.PCG64(3)))
-    whitebox, trainer = leakage._Whitebox(target), scene.trainer(target, target.records)
+    scene = Scene(target, SMALL, np.random.Generator(np.random.PCG64(3)))
+    whitebox, trainer = Whitebox(target), scene.trainer(target, target.records)
     trainer.load_shared(scene.start.state)
     at = whitebox.take(trainer)
     chance = np.random.Generator(np.random.PCG64(4))
@@ -351,31 +355,31 @@ def test_the_gram_matrix_moves_as_its_slopes_say(target):
 
 def test_rates():
     members, others = [3.0, 2.0, 1.0, 0.0], [2.5, 0.5, 0.5, 0.5]
-    fpr, tpr = leakage.roc(members, others)
+    fpr, tpr = roc(members, others)
     assert fpr[0] == tpr[0] == 0.0
     assert fpr[-1] == tpr[-1] == 1.0
-    assert leakage.auc(members, others) == pytest.approx(10 / 16)
-    assert leakage.rate_at(members, others, 0.0) == Rate(1, 4, 0, 4)
-    assert leakage.rate_at(members, others, 0.25) == Rate(3, 4, 1, 4)
-    assert leakage.rates(members, others) == [Rate(1, 4, 0, 4)]
-    assert [rate.wrong for rate in leakage.rates([1.0], np.arange(2000.0).tolist())] == [20, 2]
+    assert auc(members, others) == pytest.approx(10 / 16)
+    assert rate_at(members, others, 0.0) == Rate(1, 4, 0, 4)
+    assert rate_at(members, others, 0.25) == Rate(3, 4, 1, 4)
+    assert rates(members, others) == [Rate(1, 4, 0, 4)]
+    assert [rate.wrong for rate in rates([1.0], np.arange(2000.0).tolist())] == [20, 2]
 
 
 def test_intervals_and_the_line():
-    assert leakage.clopper_pearson(0, 10, 0.05) == (0.0, pytest.approx(0.3085, abs=1e-4))
-    assert leakage.clopper_pearson(10, 10, 0.05) == (pytest.approx(0.6915, abs=1e-4), 1.0)
-    assert leakage.clopper_pearson(5, 10, 0.05) == (pytest.approx(0.1871, abs=1e-4), pytest.approx(0.8129, abs=1e-4))
-    assert leakage.dp_line(0.0, 0.0, 0.3) == 0.3
-    assert leakage.dp_line(1.0, 0.01, 0.1) == pytest.approx(0.2818, abs=1e-4)
-    assert leakage.dp_line(float("inf"), 0.0, 0.1) == 1.0
-    assert not leakage.crosses(Rate(50, 100, 0, 100), epsilon=2.0, delta=0.001)
-    assert leakage.crosses(Rate(500, 1000, 0, 1000), epsilon=2.0, delta=0.001)
+    assert clopper_pearson(0, 10, 0.05) == (0.0, pytest.approx(0.3085, abs=1e-4))
+    assert clopper_pearson(10, 10, 0.05) == (pytest.approx(0.6915, abs=1e-4), 1.0)
+    assert clopper_pearson(5, 10, 0.05) == (pytest.approx(0.1871, abs=1e-4), pytest.approx(0.8129, abs=1e-4))
+    assert dp_line(0.0, 0.0, 0.3) == 0.3
+    assert dp_line(1.0, 0.01, 0.1) == pytest.approx(0.2818, abs=1e-4)
+    assert dp_line(float("inf"), 0.0, 0.1) == 1.0
+    assert not crosses(Rate(50, 100, 0, 100), epsilon=2.0, delta=0.001)
+    assert crosses(Rate(500, 1000, 0, 1000), epsilon=2.0, delta=0.001)
 
 
 def test_evidence_that_says_nothing_is_refused(evidence, target):
     for members, others in (([], [1.0]), ([1.0], []), ([float("nan")], [1.0])):
         with pytest.raises(ConfigError, match="finite scores"):
-            leakage.roc(members, others)
+            roc(members, others)
         with pytest.raises(ConfigError, match="finite scores"):
             judge(change(evidence, "gram", "ours", members=members, others=others), target.agreement)
     with pytest.raises(ConfigError, match="no membership scores"):
@@ -390,7 +394,7 @@ def test_evidence_that_says_nothing_is_refused(evidence, target):
     with pytest.raises(ConfigError, match="whole rounds"):
         judge(change(evidence, "update", "ours", steps=10**6), target.agreement)
     for similarity in ([], [[1.0]], [[1.0, 0.0]], [[float("nan"), 0.0], [0.0, 1.0]], [[5.0, 0.0], [0.0, 1.0]]):
-        for observation in leakage.OBSERVATIONS:
+        for observation in OBSERVATIONS:
             with pytest.raises(ConfigError, match="similarit"):
                 judge(change_inversion(evidence, observation, similarity=similarity), target.agreement)
     for labels_right in (-1, 100):
