@@ -254,12 +254,13 @@ class Agreement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
         None where only the study key protects an upload, since every member holds it. Otherwise they recover no secret from
         their shares, and cannot have two survivor sets signed: each set needs `threshold` votes, the
-        colluders vote for both, and every honest member for one only.
+        colluders vote for both, and every honest member for one only. And two of the smallest cohort are honest at least: what
+        colluders leave of a sum when they take their own off is nobody's alone.
         """
         ring = self.secure_sum
         if not ring.masked:
             return 0
-        return min(ring.shares_needed - 1, 2 * ring.threshold - len(self.members) - 1)
+        return min(ring.shares_needed - 1, 2 * ring.threshold - len(self.members) - 1, ring.minimum_cohort - 2)
 
     @property
     def noise_share(self) -> NoiseShare | None:

@@ -208,7 +208,11 @@ class AttemptAggregator:
             return self._drop(peer)
 
     def leave(self, peer: str) -> list[Send]:
-        """The transport has lost `peer`."""
+        """The transport has lost `peer`. From the votes on it has until the deadline to come back: its vote and shares count."""
+        return [] if self.phase in (Phase.VOTES, Phase.UNMASK) else self.put_out(peer)
+
+    def put_out(self, peer: str) -> list[Send]:
+        """`peer` does not come back."""
         return self._drop(peer) if peer in self._active and self.phase not in (Phase.DONE, Phase.FAILED) else []
 
     def rejoin(self, peer: str) -> list[Send]:

@@ -152,6 +152,10 @@ class AggregatorMachine:
         self._round = 0
         self._attempts: dict[int, int] = {}
         self._ready: set[str] = set()
+        self._trained: set[str] = set()
+        """Who has said in this round that it has an update, also if it is away for the moment."""
+        self._chunks: tuple[int, list[bytes]] = 0, []
+        """The messages of the sum that was sent last, and of which round: all nodes that it is for share them."""
         self._attempt: AttemptAggregator | None = None
         self._attempt_phase = Phase.KEYS
         self._contributors: frozenset[str] = frozenset()
@@ -255,7 +259,8 @@ class AggregatorMachine:
                 self._waited_enough = True
                 return self._have_key_made(now)
             case Stage.GATHER if len(self._joined) < self._parties.minimum:
-                return self._end("too few hospitals joined before the deadline", now)
+                came = "are left" if self._round else "joined before the deadline"
+                return self._end(f"too few hospitals {came}", now)
             case Stage.GATHER:
                 return self._gathered(now)
             case Stage.TRAIN:
@@ -330,7 +335,7 @@ class AggregatorMachine:
             self._taking_part.add(peer)
             answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
             answer += self._ask_dealer()
-        elif self.stage is Stage.SUM and self._attempt is not None:
+        if self.stage is Stage.SUM and self._attempt is not None:
             answer += self._carry(self._attempt.rejoin(peer), now)
         if missed:
             answer += self._missed_sum(peer, missed[0])  # It asks for the next when it has applied this one.
@@ -419,7 +424,7 @@ class AggregatorMachine:
     def _missed_sum(self, peer: str, number: int) -> list[Output]:
         if number == self._round and self._collecting and peer not in self._contributors:
             return []  # It gets the sum with the others' receipts, when the round is closed.
-        return [self._post(peer, data) for data in self._result(number, self._load_sum(number))]
+        return [self._post(peer, data) for data in self._result(number)]
 
     def _gathered(self, now: float) -> list[Output]:
         """Everyone is here, or those who are not had their time: begin, or go on after a crash."""
@@ -448,19 +453,27 @@ class AggregatorMachine:
 
     def _on_declined(self, peer: str, body: m.Declined, now: float) -> list[Output]:
         self._put_out(peer, "declined")
-        return [Progress("declined", {"node": peer, "reason": body.reason}), *self._lose(peer, now)]
+        return [Progress("declined", {"node": peer, "reason": body.reason}), *self._lose(peer, now, for_good=True)]
 
     def _on_ready(self, peer: str, now: float) -> list[Output]:
         if self.stage is not Stage.TRAIN:
             return []
         self._ready.add(peer)
-        return self._begin_sum(now) if self._ready >= self._joined else []
+        self._trained.add(peer)
+        return self._begin_sum(now) if self._all_ready else []
 
-    def _lose(self, peer: str, now: float) -> list[Output]:
+    @property
+    def _all_ready(self) -> bool:
+        """Nobody who is here still trains. If they are too few, who has an update and is away has until the deadline to come back."""
+        short = len(self._ready) < self._parties.minimum <= len(self._trained - self._out.keys())
+        return self._ready >= self._joined and not short
+
+    def _lose(self, peer: str, now: float, *, for_good: bool = False) -> list[Output]:
         match self.stage:
             case Stage.SUM if self._attempt is not None:
-                return self._carry(self._attempt.leave(peer), now)
-            case Stage.TRAIN if self._ready and self._ready >= self._joined:
+                attempt = self._attempt
+                return self._carry(attempt.put_out(peer) if for_good else attempt.leave(peer), now)
+            case Stage.TRAIN if self._ready and self._all_ready:
                 return self._begin_sum(now)
             case Stage.RECEIPTS:
                 return self._maybe_close(now)
@@ -483,7 +496,7 @@ class AggregatorMachine:
         if closed:
             return [expelled]  # Nothing is written behind the transcript's end.
         record = self._transcript.append(t.Misbehaved(round=self._round, node_id=peer, fault=fault[:500]))
-        return [Record(record), expelled, *self._lose(peer, now)]
+        return [Record(record), expelled, *self._lose(peer, now, for_good=True)]
 
     # --- stages
 
@@ -491,9 +504,10 @@ class AggregatorMachine:
         if self._round == self._agreement.study.rounds:
             return self._end("all rounds are done", now)
         if len(self._joined) < self._parties.minimum:
-            return self._end("too few hospitals are left", now)
+            return self._wait_for_hospitals(now)
         self._round += 1
         self._ready.clear()
+        self._trained.clear()
         self._joins.clear()
         self._dealt.clear()
         self._received_bytes = self._sent_bytes = 0
@@ -506,6 +520,14 @@ class AggregatorMachine:
             *(self._send(name, m.RoundOpen(self._last_completed)) for name in sorted(self._joined)),
         ]
 
+    def _wait_for_hospitals(self, now: float) -> list[Output]:
+        """Too few are here. If that is because lines are broken, they have as long to come back as they had to join."""
+        if self.stage is Stage.GATHER or len(self._agreement.members) - len(self._out) < self._parties.minimum:
+            return self._end("too few hospitals are left", now)
+        self.stage, self._resume_at = Stage.GATHER, Stage.TRAIN
+        self._deadline = now + self._agreement.deadlines.join_seconds
+        return [Progress("waits for hospitals", {"joined": len(self._joined)})]
+
     def _begin_sum(self, now: float) -> list[Output]:
         cohort = self._ready & self._joined
         if len(cohort) < self._parties.minimum:
@@ -514,6 +536,7 @@ class AggregatorMachine:
         if number > self._agreement.secure_sum.max_attempts:
             return self._abandon("every agreed attempt was used up", (), now)
         self._attempts[self._round] = number
+        self._chunks = 0, []  # Uploads need the memory.
         self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
         attempt = AttemptId(self._parties.agreement_digest, self._round, number)
         self._attempt = AttemptAggregator(
@@ -564,12 +587,18 @@ class AggregatorMachine:
             dispute = t.Disputed(round=self._round, attempt=number, accuser=accuser, accused=accused)
             answer.append(Record(self._transcript.append(dispute)))
         again = not attempt.binding and self._attempts[self._round] < self._agreement.secure_sum.max_attempts
-        if not again or len(self._ready & self._joined) < self._parties.minimum:
+        trained = self._trained - self._out.keys() - set(attempt.disputed or ())
+        if not again or len(trained) < self._parties.minimum:
             return answer + self._abandon(attempt.failure, blamed, now)
         failed = m.AttemptFailed(attempt.failure, final=False)
         answer += [self._send(name, failed) for name in sorted(self._joined)]
         answer.append(Progress("attempt failed", {"round": self._round, "reason": attempt.failure}))
-        return answer + self._begin_sum(now)
+        if len(self._ready) >= self._parties.minimum:
+            return answer + self._begin_sum(now)
+        # Who has an update and was lost for a moment is needed: as many as come back by then are in the next attempt.
+        self.stage, self._deadline = Stage.TRAIN, now + self._agreement.deadlines.phase_seconds
+        back = sorted(self._joined & trained - self._ready)
+        return [*answer, *(self._send(name, m.RoundOpen(self._last_completed)) for name in back)]
 
     def _abandon(self, reason: str, blamed: tuple[str, ...], now: float) -> list[Output]:
         record = t.RoundAbandoned(
@@ -622,15 +651,20 @@ class AggregatorMachine:
         answer.append(Progress("sum", fields | {"bytes": self._received_bytes, "dropped": sorted(outcome.dropped)}))
         return answer
 
-    def _result(self, number: int, total: Total) -> list[bytes]:
-        """The messages that bring a sum: signed once, the same for every node."""
+    def _result(self, number: int, total: Total | None = None) -> list[bytes]:
+        """The messages that bring a sum (by default the one that was kept), with the receipts that there are by now."""
         address = AttemptId(self._parties.agreement_digest, number, 0)
-        total = total.reshape(self._ring.shape)
-        messages = []
-        for index, start in enumerate(range(0, self._size, self._ring.sum_chunk_values)):
-            data = self._ring.pack_sum(total, start)
-            messages.append(m.encode(self._identity, address, m.SumChunk(index, m.chunk_digest(data)), data))
-        return [*messages, m.encode(self._identity, address, m.RoundResult(*self._records[number]))]
+        if self._chunks[0] != number:
+            opened = (self._load_sum(number) if total is None else total).reshape(self._ring.shape)
+            self._chunks = (
+                number,
+                [
+                    m.encode(self._identity, address, m.SumChunk(index, m.chunk_digest(data)), data)
+                    for index, start in enumerate(range(0, self._size, self._ring.sum_chunk_values))
+                    for data in [self._ring.pack_sum(opened, start)]
+                ],
+            )
+        return [*self._chunks[1], m.encode(self._identity, address, m.RoundResult(*self._records[number]))]
 
     def _on_receipt(self, peer: str, number: int, body: m.Receipt, now: float) -> list[Output]:
         if number > self._round:
@@ -671,7 +705,7 @@ class AggregatorMachine:
         self._records[self._round] = self._record_line, tuple(sorted(self._receipts.items()))
         others = sorted(self._joined - self._contributors)
         if others:
-            messages = self._result(self._round, self._load_sum(self._round))
+            messages = self._result(self._round)
             answer += [self._post(name, data) for name in others for data in messages]
         return answer
 

@@ -513,7 +513,7 @@ class NodeMachine:
         step = self._parties.agreement.secure_sum.chunk_values
         parts = spread(lambda start: tagger.part(total[start : start + step], start), range(0, self._size, step))
         expected = (sum(parts) + len(record.survivors) * tagger.pad + pads) % TAG_PRIME
-        if record.aggregate_tag != expected.to_bytes(8).hex():
+        if not sealing.same(record.aggregate_tag.encode(), expected.to_bytes(8).hex().encode()):
             raise VerificationFailed(
                 f"the sum of round {record.round} does not match its tags and was not applied: "
                 "the aggregator changed it, or a member sent a false tag; keep the receipts and ask for an audit"

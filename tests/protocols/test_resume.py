@@ -31,6 +31,8 @@ class CrashingNetwork(Network):
         self.crashes, self.done = crashes, dict.fromkeys([AGGREGATOR, *self.nodes], 0)
         self.uploads: list[bytes] = []
         self.kinds: list[str] = []
+        self.interrupted: list[str] = []
+        """What was about to be sent, or else done."""
         self.tap = self._watch
 
     def _watch(self, _sender: str, _recipient: str, data: bytes) -> list[bytes]:
@@ -43,6 +45,7 @@ class CrashingNetwork(Network):
             self.done[party] += 1
             if self.done[party] in self.crashes.get(party, ()):
                 self.kinds.append(f"{party} before {type(output).__name__}")
+                self.interrupted.append(body_type(output.data) if hasattr(output, "data") else type(output).__name__)
                 raise Crash
             yield [output]
 
@@ -117,6 +120,75 @@ def test_a_node_crashes_before_any_of_its_outputs(at: int) -> None:
 @settings(max_examples=40, deadline=None)
 def test_several_parties_crash_several_times(crashes: dict[str, set[int]]) -> None:
     check(crashing(crashes, count=5))
+
+
+@pytest.mark.parametrize("at", range(1, crashing({}, rounds=1, count=3).done["hospital-01"] + 1))
+def test_a_node_crashes_although_nobody_can_be_spared(at: int) -> None:
+    """Of three hospitals all are needed. Until it votes, one that starts again is waited for; then its seeds are gone (ADR 9)."""
+    network = crashing({"hospital-01": {at}}, rounds=1, count=3)
+    died_before = network.interrupted[:1]
+    assert check(network) == (set() if died_before in (["SurvivorVote"], ["Unmasking"]) else {1}), died_before
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "RoundOpen",
+        "Ready",
+        "RoundKeys",
+        "SealedSeeds",
+        "UploadChunk",
+        "Survivors",
+        "SumChunk",
+        "RoundResult",
+        "Receipt",
+    ],
+)
+def test_all_lines_break_and_come_back(kind: str) -> None:
+    """The study waits, and no round is lost."""
+    network, seen = make_network(5, size=3000, rounds=4, threshold=4, minimum_cohort=4), 0
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        nonlocal seen
+        seen += body_type(data) == kind
+        if seen == 7 and body_type(data) == kind:
+            for name in network.nodes:
+                network.lose(name)
+            for name in network.nodes:
+                network._from_node(name, network.nodes[name].rejoin())
+            return []
+        return [data]
+
+    network.tap = tap
+    network.run()
+    assert seen > 7 or kind in ("RoundKeys", "SealedSeeds")  # `homomorphic` has none
+    assert not network.faults
+    for name in network.nodes:
+        assert [total.round for total in network.sums[name]] == [1, 2, 3, 4]
+
+
+def test_a_sum_that_all_ask_for_after_a_crash_is_in_memory_once() -> None:
+    network = make_network(6, size=3000)
+    carry = network._from_aggregator
+
+    def crash_after_the_record(outputs: list[agg.Output]) -> None:
+        for output in outputs:
+            carry([output])
+            if isinstance(output, agg.Record) and b'"RoundRecord"' in output.line:
+                raise Crash
+
+    network._from_aggregator = crash_after_the_record  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        network.run()
+    network._from_aggregator = carry  # type: ignore[method-assign]
+    network.restart_aggregator()
+    joins = [entry for entry in network._queue if entry[1] == AGGREGATOR]
+    network._queue.clear()
+    for entry in joins:
+        network._deliver(*entry)
+    chunks = [data for _, _, data in network._queue if body_type(data) == "SumChunk"]
+    assert len(chunks) == 6 * len(set(chunks))
+    assert len({id(chunk) for chunk in chunks}) == len(set(chunks))
 
 
 def test_an_attempt_in_unmasking_is_completed_and_never_repeated() -> None:
