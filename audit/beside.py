@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
@@ -17,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from audit.target import Target
 from audit.threads import one_thread
-from keys.errors import LocalProtocolError, SecGeoError
+from keys.errors import ConfigError, LocalProtocolError, SecGeoError, VerificationFailed
 
 T = TypeVar("T")
 Doing = Callable[[str, float], None]
@@ -36,8 +37,11 @@ def _work(pipe: Connection, collect: Callable[..., object], target: Target, prof
     try:
         with one_thread():
             outcome = collect(target, profile=profile, progress=lambda doing, done: pipe.send((doing, done)))
-    except SecGeoError as error:
+    except (ConfigError, VerificationFailed, LocalProtocolError) as error:
         outcome = error
+    except Exception as error:
+        traceback.print_exc()
+        outcome = LocalProtocolError(f"{type(error).__name__}: {error}")  # others may not survive the pipe
     pipe.send(outcome)
 
 

@@ -45,7 +45,8 @@ from secgeo.accountant import epsilon_after
 from secgeo.records import MANIFEST, file_digests, list_files
 from secgeo.study import AGREEMENT, OpenStudy
 
-FORMAT = "secgeo-audit/1"
+FORMAT = "secgeo-audit/2"
+"""Changes with what is collected, and with how it is judged: what other rules made cannot be computed again by these."""
 EVIDENCE, RECORDS, STUDY, ABOUT = "evidence", "evidence/records", "evidence/study", "evidence/about.json"
 VERDICT, REPORT, AUDITOR = "verdict.json", "report.html", "auditor.json"
 FILE_LIMIT_BYTES = 1 << 28
@@ -171,7 +172,9 @@ def read_evidence(folder: Path) -> Evidence:
     """
     about = _read(folder, ABOUT, About)
     if about.format != FORMAT:
-        raise VerificationFailed(f"this bundle has format {about.format!r}; this program reads {FORMAT}")
+        raise VerificationFailed(
+            f"this bundle has format {about.format!r} and this program reads {FORMAT}; verify it with the release that made it"
+        )
     study = study_of_folder(folder / STUDY, about.authority, about.started)
     found = {
         name: _read(folder, f"{EVIDENCE}/{name}.json", kind)

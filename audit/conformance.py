@@ -86,6 +86,10 @@ class ParameterNoise(Struct, frozen=True, forbid_unknown_fields=True):
     mean_square: float
 
 
+BEYOND_MEASURE = 1e300
+"""Stands for what is not finite, which JSON has no number for."""
+
+
 class Influence(Struct, frozen=True, forbid_unknown_fields=True):
     """How far one unit moved the clipped sum, in clip norms."""
 
@@ -315,17 +319,18 @@ def _influences(target: Target) -> tuple[Influence, ...]:
         found = []
         for one in sorted(moved, key=lambda unit: -moved[unit])[:LARGEST_UNITS] if len(some) > 1 else ():
             without = summed(_chosen(base, mine != one))
-            found.append(Influence(f"a {unit} of the largest gradients", float((whole - without).norm()) / clip))
-        found.append(
-            Influence(f"a {unit} of extreme features", float((summed(_with_extreme(base)) - whole).norm()) / clip)
-        )
+            found.append(Influence(f"a {unit} of the largest gradients", _moved(whole, without, clip)))
+        found.append(Influence(f"a {unit} of extreme features", _moved(summed(_with_extreme(base)), whole, clip)))
         for length in LENGTHS:
-            found.append(
-                Influence(f"a made gradient of norm {length:g}", float((summed(base, length) - whole).norm()) / clip)
-            )
+            found.append(Influence(f"a made gradient of norm {length:g}", _moved(summed(base, length), whole, clip)))
         finite = bool(torch.isfinite(summed(base, spoiled=True)).all())
-        found.append(Influence("a gradient that is not finite", 0.0 if finite else math.inf))
+        found.append(Influence("a gradient that is not finite", 0.0 if finite else BEYOND_MEASURE))
     return tuple(found)
+
+
+def _moved(with_it: torch.Tensor, without: torch.Tensor, clip: float) -> float:
+    moved = float((with_it - without).norm()) / clip
+    return moved if math.isfinite(moved) else BEYOND_MEASURE
 
 
 def _alone(target: Target, records: LabelledRecords) -> float:
@@ -513,7 +518,7 @@ def _judge_influence(evidence: ConformanceEvidence) -> Finding:
     broken = []
     if not largest.norm <= 1.0 + TOLERANCE:
         broken.append(f"one unit moved the sum by {largest.norm:.4g} times the clip norm ({largest.unit})")
-    detail = f"{len(evidence.influences)} units; the sum moved by at most {largest.norm:.4f} times the clip norm ({largest.unit})"
+    detail = f"{len(evidence.influences)} units; the sum moved by at most {largest.norm:.5g} times the clip norm ({largest.unit})"
     return _finding(
         "sensitivity",
         f"one {evidence.unit} moves the sum by at most the clip norm, over all parameters",

@@ -175,7 +175,8 @@ def _conformance(evidence: ConformanceEvidence) -> Figure:
 
     return Figure(
         "Noise and sampling",
-        "Left: noise on each parameter; every interval should reach the line at 1. Right: sizes of samples against independent coins.",
+        "Left: noise on each parameter; left of 1 is too little, but one interval in a hundred misses 1 by chance. "
+        "Right: sizes of samples against independent coins.",
         2,
         draw,
         1.2 + 0.18 * len(evidence.noise),

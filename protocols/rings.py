@@ -156,7 +156,11 @@ class IntegerRing:
         """See `Ring`."""
         for start, data in read():
             part = total[start : start + self.sum_chunk_values]
-            np.add(part, unpack(data, part.size, self._ring_bits), out=part)
+            try:
+                values = unpack(data, part.size, self._ring_bits)
+            except ValueError as error:
+                raise FrameBroken(str(error)) from None
+            np.add(part, values, out=part)
 
     def unmask(self, total: Total, masks: MaskSet) -> None:
         """See `Ring`."""

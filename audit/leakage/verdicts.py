@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import mannwhitneyu
+from scipy.stats import binom, mannwhitneyu
 
 from audit.findings import Finding, Status
 from audit.leakage.evidence import (
@@ -88,6 +88,8 @@ def _judge_membership(
     seen = [f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference]]
     detail = "; ".join([trainings, *seen])
     weak = [row.candidates for row in reference if not _works(row)]
+    strong = [row.candidates for row in reference if _works(row)]
+    of = f"of {' and '.join(strong)}: " if works and weak else ""
     if works and weak:
         detail += (
             f"; on {' and '.join(weak)} the attack is too weak on unprotected training, so nothing is said of them"
@@ -95,7 +97,7 @@ def _judge_membership(
     name = f"membership inference on {_SEEN[observation]}"
     if observation == "upload":
         chance = min(min(1.0, len(ours) * _away_from_chance(row)) for row in ours)
-        promise = "it tells nothing about any record, not even without the noise of training"
+        promise = f"{of}it tells nothing, not even without the noise of training"
         detail = f"{detail}; by chance with probability {chance:.2g}"
         return Finding("leakage", name, promise, _status(works, chance < CHANCE), detail)
     privacy = agreement.privacy
@@ -106,7 +108,7 @@ def _judge_membership(
     crossed = any(crosses(rate, epsilon, privacy.delta) for row in ours for rate in rates(row.members, row.others))
     bounds = ", ".join(f"TPR {dp_line(epsilon, privacy.delta, rate):.3g} at FPR {rate:g}" for rate in RATES)
     fails = all(_fails(row) for row in ours)
-    promise = f"the attack fails, where it succeeds on unprotected training, and {promise}"
+    promise = f"{of}the attack fails, where it succeeds on unprotected training, and {promise}"
     detail = f"{detail}; allowed by DP: {bounds}"
     succeeds = any(_works(row) for row in ours)
     if succeeds and not crossed:
@@ -159,23 +161,26 @@ def _judge_inversion(ours: Inversion, reference: Inversion) -> Finding:
         promise, broken = "it tells nothing about any record, not even without the noise of training", chance < CHANCE
         fails = not broken
     else:
-        promise = f"no step on a single record shows it: median correlation below {SUCCESS_SIMILARITY}"
-        broken = middle >= SUCCESS_SIMILARITY and chance < CHANCE
-        fails = middle < SUCCESS_SIMILARITY or chance >= PLAUSIBLE
+        promise = "what is made of a step on a single record is no nearer to it than guesses are"
+        near = _near_by_chance(ours)
+        broken = (middle >= SUCCESS_SIMILARITY and chance < CHANCE) or near < CHANCE
+        fails = min(chance, near) >= PLAUSIBLE
     detail = "; ".join(
         f"{row.protection}: median correlation {value:.3f} (guesses: {_guess(row):.3f}), "
-        f"by chance with probability {p:.2g}, {row.labels_right} of {len(row.similarity)} labels"
+        f"by chance with probability {p:.2g}, {_near(row)} of {len(row.similarity)} above {NEAR} ({_near_by_chance(row):.2g}), "
+        f"{row.labels_right} labels"
         for row, value, p in ((ours, middle, chance), (reference, middle_reference, chance_reference))
     )
     detail += _KNOWN.get(observation, "")
     if not works:
         detail += "; the attack fails on unprotected training, so that it shows nothing about ours"
     elif not fails and not broken:
-        detail += "; the attack succeeds on ours, on too few records to tell it from chance"
+        detail += "; nearer than chance makes them, but not so that it is certain"
     name = f"gradient inversion on {_SEEN[observation]}"
     return Finding("leakage", name, promise, _status(works and fails, broken), detail)
 
 
+NEAR = 0.9
 PERMUTATIONS = 30_000
 CERTAIN = 1.0 - 1e-6
 
@@ -193,6 +198,19 @@ def recovered(row: Inversion) -> tuple[float, float]:
     z = np.arctanh(np.clip(matrix, -CERTAIN, CERTAIN))
     as_good = int(np.count_nonzero(z[np.arange(len(z)), order].sum(axis=1) >= np.trace(z) - 1e-9))
     return float(np.median(np.diag(matrix))), (1 + as_good) / (1 + PERMUTATIONS)
+
+
+def _near(row: Inversion) -> int:
+    """How many records come back nearly as they are: whose does is lost, whatever becomes of the others."""
+    return int(np.count_nonzero(np.diag(_square(row)) > NEAR))
+
+
+def _near_by_chance(row: Inversion) -> float:
+    """The probability of so many, if reconstructions are as near to their records as to those of others."""
+    matrix = _square(row)
+    others = matrix[~np.eye(len(matrix), dtype=bool)]
+    rate = (1 + np.count_nonzero(others > NEAR)) / (1 + others.size)
+    return float(binom.sf(_near(row) - 1, len(matrix), rate))
 
 
 def _guess(row: Inversion) -> float:

@@ -313,10 +313,18 @@ def test_reconstructions_that_are_right_are_broken(observation, evidence, target
 
 
 def test_right_reconstructions_of_few_records_are_not_called_held(evidence, target):
-    few = change_inversion(evidence, "gram", similarity=np.eye(5).tolist(), labels_right=5)
+    few = change_inversion(evidence, "gram", similarity=np.eye(3).tolist(), labels_right=3)
     finding = judge(few, target.agreement)[-1]
     assert finding.status == "not testable"
-    assert "too few records" in finding.detail
+    assert "not so that it is certain" in finding.detail
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3, 5])
+def test_some_records_that_come_back_are_lost_whatever_the_median_is(lost: int, evidence, target):
+    similarity = np.diag([0.999] * lost + [0.1] * (12 - lost)).tolist()
+    finding = judge(change_inversion(evidence, "gram", similarity=similarity), target.agreement)[-1]
+    assert (finding.status == "broken") is (lost >= 3)
+    assert f"{lost} of 12 above 0.9" in finding.detail
 
 
 def test_findings_say_what_the_attacker_knows(evidence, target):
