@@ -12,7 +12,7 @@ import pytest
 
 from audit import records
 from audit.attacks.forged import opened, resign
-from audit.attacks.play import Bodies, Play, keep
+from audit.attacks.play import Bodies, Play, keep, record_bodies
 from keys.errors import VerificationFailed
 from keys.labels import Label
 from protocols import messages as m
@@ -21,7 +21,7 @@ from protocols.encoding import Uint32Vector
 from protocols.prg import TAG_PRIME
 from protocols.sealing import AttemptId
 from protocols.tags import Tagger
-from protocols.transcript import receipt_statement
+from protocols.transcript import Dropped, RoundRecord, Survivor, receipt_statement, survivor_statement
 from secgeo.records import RECEIPTS
 from tests.adversary import weaken
 from tests.adversary.attackers import MaliciousNode, behaving, wrong_sum
@@ -262,6 +262,51 @@ def test_sums_are_applied_in_the_order_in_which_they_build_on_each_other() -> No
 
 
 # --- 17
+
+
+def record_other_survivors(guard: AbstractContextManager[None]) -> Network:
+    """One member is lost, and recorded in the place of another, whose vector is in the sum. All but the victim sign it."""
+    network, victim, lost = make_network(6, threshold=5, minimum_cohort=5), "hospital-01", "hospital-05"
+    attack = Play(network)
+    attack.hear("UploadDone")(lambda message, data: [] if message.sender == lost else [data])
+
+    @attack.tell("RoundResult")
+    def another(message: m.Message, to: str) -> Bodies:
+        if to != victim:
+            return keep(message)
+        record = record_bodies([message.body.record])[0]
+        assert isinstance(record, RoundRecord)
+        digests = {s.node_id: s.upload_digest for s in record.survivors if s.node_id != victim} | {lost: "00" * 32}
+        statement = survivor_statement(
+            AttemptId(network.digest, record.round, record.attempt),
+            bytes.fromhex(record.senders_view),
+            [(name, bytes.fromhex(digest)) for name, digest in digests.items()],
+        )
+        survivors = tuple(
+            Survivor(
+                node_id=name,
+                upload_digest=digest,
+                signature=network.identities[name].sign(Label.SURVIVORS, statement).hex(),
+            )
+            for name, digest in digests.items()
+        )
+        dropped = (Dropped(node_id=victim, phase="upload"),)
+        line = resign(network.identities[AGGREGATOR], message.body.record, survivors=survivors, dropped=dropped)
+        return [(m.RoundResult(line), b"")]
+
+    with guard:
+        network.run()
+    return network
+
+
+def test_a_record_of_other_survivors_than_the_node_voted_for() -> None:
+    """It takes more colluders than are tolerated; the node that saw it still does not take another's sum for it."""
+    assert wrong(record_other_survivors(weaken.memory_of_survivors()), "hospital-01")
+
+    network = record_other_survivors(nullcontext())
+    blamed(network, "hospital-01", "recorded another survivor set than the one we voted for")
+    assert not network.sums["hospital-01"]
+    assert check_sum(network, "hospital-00") == tuple(names(5))
 
 
 def tell_two_stories(guard: AbstractContextManager[None]) -> tuple[Network, set[bytes]]:

@@ -19,6 +19,7 @@ import pytest
 import zmq
 from zmq.utils import z85
 
+from audit.attacks.wire import MEMBER_LIMITS
 from keys.errors import TransportError
 from keys.identity import Identity
 from protocols import messages as m
@@ -71,9 +72,18 @@ AGAIN: list[tuple[ModuleType, Callable[..., None], tuple[Any, ...]]] = [
         ({"colluders": test_results.COLLUDERS}, ""),
     ),
     (test_members, test_members.test_a_second_upload_with_another_digest, ()),
-    (test_members, test_members.test_a_node_that_stalls_costs_one_deadline, ("RoundKeys",)),
-    (test_members, test_members.test_a_node_that_stalls_costs_one_deadline, ("UploadDone",)),
-    (test_members, test_members.test_a_node_that_stalls_costs_one_deadline, ("Unmasking",)),
+    *(
+        (test_members, test_members.test_a_node_that_stalls_costs_one_deadline, (kind,))
+        for kind in test_members.STALLS
+        if kind != "UploadChunk"
+    ),
+    (
+        test_members,
+        test_members.test_a_node_that_falls_silent_costs_each_phase_that_it_is_due_in_one_deadline,
+        ("UploadChunk",),
+    ),
+    (test_members, test_members.test_broken_messages_of_a_node, ("random", "UploadChunk")),
+    (test_members, test_members.test_broken_messages_of_a_node, ("random length", "RoundKeys")),
     (test_members, test_members.test_broken_messages_of_a_node, ("one byte", "UploadChunk")),
     (test_members, test_members.test_broken_messages_of_the_aggregator, ("truncated", "KeySet")),
     (test_members, test_members.test_one_wrong_share_among_just_enough_cannot_have_its_owner_expelled, ()),
@@ -299,6 +309,22 @@ def test_oversized_frames_cost_the_sender_its_connection() -> None:
     everybody_but(LIAR, network)
     assert not set(network.faults) - {LIAR}
     assert not network.expelled  # nothing of it has come to where faults are found
+
+
+def test_an_oversized_message_of_the_aggregator() -> None:
+    """It is larger than a message may be, and smaller than what the node's own end of the connection cuts off here."""
+
+    def told(guard: AbstractContextManager[None]) -> tuple[WireNetwork, int]:
+        network = study()
+        network.limits = MEMBER_LIMITS  # its own end lets it send that
+        return network, test_members.tell_too_much(network, guard)
+
+    assert told(weaken.message_limit())[1] == m.MESSAGE_LIMIT_BYTES
+
+    network, decoded = told(contextlib.nullcontext())
+    assert decoded < m.MESSAGE_LIMIT_BYTES
+    test_cohort.blamed(network, LIAR, "over the limit")
+    everybody_but(LIAR, network)
 
 
 VICTIM = "hospital-02"

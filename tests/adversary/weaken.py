@@ -6,13 +6,13 @@ is for is told by the attack that its absence lets through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from audit.attacks.knowledge import peek
 from audit.attacks.network import MemoryJournal
-from protocols import attempt_node, messages, sealing, study_node
+from protocols import attempt_aggregator, attempt_node, messages, sealing, study_node
 from protocols.attempt_aggregator import AttemptAggregator, _Upload
 from protocols.attempt_node import AttemptNode, Parties, State
 from protocols.encoding import FixedPoint
@@ -214,6 +214,19 @@ def round_of_the_record() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def memory_of_survivors() -> Iterator[None]:
+    """A node does not ask whether a record has the survivors for whom it voted."""
+    genuine = NodeMachine._read_record
+
+    def weak(self: NodeMachine, number: int, line: bytes) -> Any:
+        with replaced(self, "_voted", {}):
+            return genuine(self, number, line)
+
+    with replaced(NodeMachine, "_read_record", weak):
+        yield
+
+
 def patience() -> Any:
     """A node asks for an incomplete sum for ever."""
     return replaced(study_node, "MAX_REPEATS", 1 << 60)
@@ -272,6 +285,98 @@ class CountingDecoder:
 def decoding_errors() -> Any:
     """What cannot be decoded ends the process."""
     return replaced(messages, "_decoder", CountingDecoder(fragile=True))
+
+
+def _mended(mend: Callable[[bytes], bytes]) -> Any:
+    """Messages are mended before they are decoded."""
+    genuine = messages.decode
+
+    def weak(data: bytes, *arguments: Any, **more: Any) -> messages.Message:
+        return genuine(mend(data), *arguments, **more)
+
+    return replaced(messages, "decode", weak)
+
+
+def length_of_a_head() -> Any:
+    """Nobody asks whether the head of a message is as long as it says."""
+    return _mended(lambda data: min(int.from_bytes(data[:4]), len(data) - 4).to_bytes(4) + data[4:])
+
+
+def bytes_behind_a_body() -> Any:
+    """Nobody asks whether there are bytes behind a message that has no tail."""
+
+    def cut(data: bytes) -> bytes:
+        head = peek(data)
+        whole = head is None or isinstance(head.body, messages.UploadChunk | messages.SumChunk)
+        return data if whole else data[: 4 + int.from_bytes(data[:4])]
+
+    return _mended(cut)
+
+
+def signatures() -> Any:
+    """Nobody verifies who has signed a message."""
+    return replaced(messages, "verify_signature", accept)
+
+
+class _AnyDigest(bytes):
+    __hash__ = bytes.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+def digest_of_a_chunk() -> Any:
+    """Nobody asks whether a chunk is the one that was signed."""
+    genuine = messages.decode
+
+    def weak(*arguments: Any, **more: Any) -> messages.Message:
+        with replaced(messages, "chunk_digest", lambda data: _AnyDigest()):
+            return genuine(*arguments, **more)
+
+    return replaced(messages, "decode", weak)
+
+
+@contextmanager
+def chunks() -> Iterator[None]:
+    """Nobody asks whether what comes as a chunk is one: not by its digest, not by its length; one that cannot be read ends the process."""
+    genuine = AttemptAggregator._on_chunk
+
+    def weak(self: AttemptAggregator, peer: str, body: messages.UploadChunk, data: memoryview) -> Any:
+        with replaced(self._ring, "sealed_bytes", lambda count: len(data)):
+            return genuine(self, peer, body, data)
+
+    with digest_of_a_chunk(), replaced(AttemptAggregator, "_on_chunk", weak), frames():
+        yield
+
+
+@contextmanager
+def frames() -> Iterator[None]:
+    """A chunk that cannot be read ends the process."""
+
+    class Another(Exception):
+        pass
+
+    with replaced(attempt_aggregator, "FrameBroken", Another), replaced(study_node, "FrameBroken", Another):
+        yield
+
+
+@contextmanager
+def credit() -> Iterator[None]:
+    """The aggregator does not ask whether a node may send a chunk yet."""
+    genuine = AttemptAggregator._on_chunk
+
+    def weak(self: AttemptAggregator, peer: str, body: messages.UploadChunk, data: memoryview) -> Any:
+        upload = self._uploads.get(peer)
+        if upload is None or body.index < upload.credit:
+            return genuine(self, peer, body, data)
+        with replaced(upload, "credit", 1 << 32):
+            return genuine(self, peer, body, data)
+
+    with replaced(AttemptAggregator, "_on_chunk", weak):
+        yield
 
 
 def message_limit() -> Any:

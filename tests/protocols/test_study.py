@@ -434,6 +434,22 @@ def test_attempts_only_move_forward_and_not_beyond_the_agreed_number() -> None:
     assert [entry[:2] for entry in network.journals["hospital-00"].entries] == [(1, 2)]
 
 
+def test_attempts_only_move_forward_across_a_restart_too() -> None:
+    network = make_network(4, size=8, max_attempts=3)
+    network.journals["hospital-00"].record(1, 2, "begun")
+    for attempt in (1, 2, 3):
+        machine = network.new_node("hospital-00")
+        machine.receive(from_aggregator(network, m.RoundOpen(0)))
+        machine.submit(1, np.zeros(8))
+        opened = from_aggregator(network, m.AttemptOpen(tuple(names(4))), 1, attempt)
+        if attempt == 3:
+            machine.receive(opened)
+        else:
+            with pytest.raises(RemoteProtocolError, match="that we began before a restart"):
+                machine.receive(opened)
+    assert [entry[:2] for entry in network.journals["hospital-00"].entries] == [(1, 2), (1, 3)]
+
+
 def test_rounds_only_move_forward() -> None:
     network = make_network(4, size=8, rounds=3)
     machine = network.nodes["hospital-00"]
