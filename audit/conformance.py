@@ -511,14 +511,18 @@ def _judge_reuse(evidence: ConformanceEvidence) -> Finding:
     return _finding(name, promise, broken, detail)
 
 
+def _told(norm: float) -> str:
+    return f"{norm:.4f}" if norm < BEYOND_MEASURE else "infinitely many"
+
+
 def _judge_influence(evidence: ConformanceEvidence) -> Finding:
     if not evidence.influences:
         raise ValueError("nobody's influence was measured")
     largest = max(evidence.influences, key=lambda influence: math.inf if math.isnan(influence.norm) else influence.norm)
     broken = []
     if not largest.norm <= 1.0 + TOLERANCE:
-        broken.append(f"one unit moved the sum by {largest.norm:.4g} times the clip norm ({largest.unit})")
-    detail = f"{len(evidence.influences)} units; the sum moved by at most {largest.norm:.5g} times the clip norm ({largest.unit})"
+        broken.append(f"one unit moved the sum by {_told(largest.norm)} times the clip norm ({largest.unit})")
+    detail = f"{len(evidence.influences)} units; the sum moved by at most {_told(largest.norm)} times the clip norm ({largest.unit})"
     return _finding(
         "sensitivity",
         f"one {evidence.unit} moves the sum by at most the clip norm, over all parameters",

@@ -430,12 +430,13 @@ def test_words_from_outside_stay_words(audited: tuple[Path, dict[str, Any]]) -> 
 
 
 @pytest.mark.timeout(PATIENCE)
-def test_a_planted_bug_is_found(demo: tuple[Path, str], tmp_path: Path) -> None:
-    done = secgeo("audit", "run", demo[0], "--plant", "half-noise", "--out", tmp_path / "b", "--json")
+@pytest.mark.parametrize(("plant", "found"), [("half-noise", "noise"), ("not-finite", "sensitivity")])
+def test_a_planted_bug_is_found(demo: tuple[Path, str], tmp_path: Path, plant: str, found: str) -> None:
+    done = secgeo("audit", "run", demo[0], "--plant", plant, "--out", tmp_path / "b", "--json")
     assert done.returncode == 8
     said = json.loads(done.stdout)
     broken = {finding["name"] for finding in said["findings"] if finding["status"] == "broken"}
-    assert "noise" in broken
+    assert found in broken
     assert "planted on purpose" in (tmp_path / "b" / "report.html").read_text()
     assert secgeo("audit", "verify", tmp_path / "b").returncode == 8
 
