@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from audit import deployment, protocol
+from audit import bundle, deployment, protocol
 from audit.attacks import CATALOGUE
 from audit.door import KNOCKS, Probe
 from audit.leakage import LeakageEvidence
@@ -321,3 +321,44 @@ def test_all_parts_are_of_as_many_units(study: OpenStudy) -> None:
     check_units(few, trained(1), None, demo, split=False)  # how many a real hospital has is its own
     crowd, most = watched(study.agreement, units=300), leaked(study.agreement, base_records=72)
     check_units(crowd, trained(300), most, demo, split=False)
+
+
+# --- a bundle of a node's configuration
+
+
+def configured(site: Site, **fields: Any) -> bundle.Evidence:
+    """A bundle that has nothing but the whole secure sum, and a look at a hospital's deployment with these fields."""
+    from secgeo.config import NodeConfig, read_config
+
+    config, now = site.config(HOSPITALS[0]), bundle.now()
+    study = open_study(read_config(config, NodeConfig).study, config.parent, now=now)
+    seen = deployment.collect_deployment(config, now, probe=False)
+    whole = played(study.agreement, attacks=len(CATALOGUE))
+    deployed = msgspec.structs.replace(seen, **{"probes": answered()} | fields)
+    about = bundle.About(
+        format=bundle.FORMAT, study=study.agreement.study.id, agreement_digest=study.agreement_digest.hex(),
+        kind="configuration", source="node.toml", node="", data="", authority=None, started=now, profile="fast",
+        plant=None, seconds={}, not_done={}, left_out=(), python="3", versions={},
+    )  # fmt: skip
+    nothing = dict.fromkeys((*bundle.PARTS, "records"))
+    return bundle.Evidence(
+        about, study, False, **nothing | {"protocol": msgspec.structs.replace(whole, deployment=deployed)}
+    )
+
+
+NO_KEYS = deployment.FileFacts("keys", "missing", 0, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "lacks"), [({}, False), ({"key_file": NO_KEYS}, True), ({"folders": (NO_KEYS,)}, True)]
+)
+def test_a_deployment_without_its_keys_makes_the_audit_incomplete(
+    fields: dict[str, Any], lacks: bool, site: Site
+) -> None:
+    verdict = bundle.judge(configured(site, **fields))
+    assert ("protocol" in verdict.missing) == lacks
+
+
+def test_a_node_s_configuration_is_no_aggregator_s(site: Site) -> None:
+    with pytest.raises(VerificationFailed, match="member or claim"):
+        bundle.judge(configured(site, role="aggregator", probes=()))
