@@ -36,7 +36,7 @@ from audit.plants import PLANTS
 from audit.rounds import collect_records
 from audit.target import SPLIT, study_of_folder
 from audit.threads import one_thread
-from audit.whole import check_leakage, check_protocol
+from audit.whole import check_leakage, check_protocol, check_units
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import read_public, write_public
 from keys.labels import Label
@@ -219,7 +219,7 @@ def judge(evidence: Evidence) -> Verdict:
     except (ArithmeticError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise VerificationFailed(f"the evidence cannot be judged: {error}") from None
     missing = {part for part in _due(evidence) if getattr(evidence, part) is None}
-    if any(finding.name == NOT_TRIED for finding in findings):
+    if any(finding.name == NOT_TRIED for finding in findings) or _without_keys(evidence):
         missing.add("protocol")
     ok = not missing and not any(finding.status == "broken" for finding in findings)
     return Verdict(ok, tuple(sorted(missing)), tuple(findings), evidence.about)
@@ -234,6 +234,12 @@ def _due(evidence: Evidence) -> set[str]:
     if about.kind == "configuration" or about.plant or evidence.split:
         due |= {"conformance", "training"} | (set() if about.plant else {"leakage"})
     return due
+
+
+def _without_keys(evidence: Evidence) -> bool:
+    """Whether a deployment was looked at that has no keys: then little of it was."""
+    deployed = evidence.protocol.deployment if evidence.protocol is not None else None
+    return deployed is not None and "missing" in (deployed.key_file.kind, deployed.folders[0].kind)
 
 
 def _check_belongs(evidence: Evidence) -> None:
@@ -286,6 +292,7 @@ def _of_another_kind(evidence: Evidence) -> list[bool]:
         evidence.records is not None and (not records or evidence.about.plant is not None),
         seen is not None and (seen.records is not None, seen.deployment is not None) != (records, not records),
         trained is not None and records and not trained.others,
+        seen is not None and seen.deployment is not None and seen.deployment.role != "node",
     ]
 
 
@@ -302,6 +309,7 @@ def _findings(evidence: Evidence) -> list[Finding]:
     if evidence.leakage is not None:
         check_leakage(evidence.leakage, evidence.study.agreement)
         findings += leakage.judge(evidence.leakage, evidence.study.agreement)
+    check_units(evidence.conformance, evidence.training, evidence.leakage, evidence.study, split=evidence.split)
     if evidence.protocol is not None:
         check_protocol(evidence.protocol, evidence.study, evidence.about.started)
         findings += protocol.judge(evidence.protocol)

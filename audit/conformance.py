@@ -37,6 +37,7 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
+from audit.counts import private_sizes, refuse
 from audit.findings import Finding
 from audit.target import Target
 from audit.watch import RandomCanaries, Seen, Watch, spoil
@@ -65,6 +66,9 @@ LENGTHS = (0.5, 1.0, 10.0, 1e4)
 
 CANDIDATES, LARGEST_UNITS = 48, 5
 """Units in the data of that test, and how many of them, those with the largest gradients, are left out in turn."""
+
+EMPTY_STEPS = 4
+"""Of those with nobody sampled so many are searched for values that come twice."""
 
 SMALL_PIECE = 16
 LAGS = (1, 2, 3, 4, 5)
@@ -230,10 +234,10 @@ class _Noise:
     start_correlation: float = 0.0
 
 
-def _steps(target: Target) -> int:
-    """Private steps of the study (the first round takes none), within limits."""
-    steps = target.agreement.training.steps_per_round * (target.agreement.study.rounds - 1)
-    return min(max(LEAST_STEPS, steps), MOST_STEPS)
+def _steps(agreement: Agreement, size: int) -> int:
+    """Private steps of the study (the first round takes none), within limits, of a model of so many private parameters."""
+    steps = agreement.training.steps_per_round * (agreement.study.rounds - 1)
+    return min(max(LEAST_STEPS, steps), MOST_STEPS, max(LEAST_STEPS, NOISE_VALUES // size))
 
 
 def _noise(target: Target) -> _Noise:
@@ -242,14 +246,14 @@ def _noise(target: Target) -> _Noise:
         return _Noise()
     trainer = target.trainer()
     size = sum(p.numel() for p in trainer._optimizer.params)
-    drawn = _drawn(trainer, min(_steps(target), max(LEAST_STEPS, NOISE_VALUES // size)), std)
+    drawn = _drawn(trainer, _steps(target.agreement, size), std)
     again = _drawn(target.trainer(), 1, std)
     names, at, by_parameter = {id(p): name for name, p in trainer.model.named_parameters()}, 0, []
     for p in trainer._optimizer.params:
         own = drawn[:, at : at + p.numel()]
         by_parameter.append(ParameterNoise(names[id(p)], own.size, float(np.mean(own**2))))
         at += p.numel()
-    empty = drawn[::3][:4]  # of more values some would meet by chance
+    empty = drawn[::3][:EMPTY_STEPS]  # of more values some would meet by chance
     lengths = np.linalg.norm(drawn, axis=1)
     alike = np.abs(drawn @ drawn.T / np.outer(lengths, lengths).clip(1e-300))
     return _Noise(
@@ -273,7 +277,7 @@ def _drawn(trainer: LocalTrainer, steps: int, std: float) -> NDArray[np.float64]
         sample[:] = False
         sample[random.permutation(count)[: (0, CROWD, 1 + count // 8)[step % 3]]] = True
         trainer.step()
-    return np.array(seen)
+    return np.array(seen[:steps])  # more steps than a trainer is told to take are left to the bookkeeping
 
 
 def _correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
@@ -316,16 +320,27 @@ def _influences(target: Target) -> tuple[Influence, ...]:
     with _small_pieces():
         whole = summed(base)
         moved = {int(one): _alone(target, _chosen(base, mine == one)) for one in some}
-        found = []
+        found = list[float]()
         for one in sorted(moved, key=lambda unit: -moved[unit])[:LARGEST_UNITS] if len(some) > 1 else ():
             without = summed(_chosen(base, mine != one))
-            found.append(Influence(f"a {unit} of the largest gradients", _moved(whole, without, clip)))
-        found.append(Influence(f"a {unit} of extreme features", _moved(summed(_with_extreme(base)), whole, clip)))
-        for length in LENGTHS:
-            found.append(Influence(f"a made gradient of norm {length:g}", _moved(summed(base, length), whole, clip)))
+            found.append(_moved(whole, without, clip))
+        found.append(_moved(summed(_with_extreme(base)), whole, clip))
+        found += [_moved(summed(base, length), whole, clip) for length in LENGTHS]
         finite = bool(torch.isfinite(summed(base, spoiled=True)).all())
-        found.append(Influence("a gradient that is not finite", 0.0 if finite else BEYOND_MEASURE))
-    return tuple(found)
+        found.append(0.0 if finite else BEYOND_MEASURE)
+    names = _influences_of(unit, int(owners.max()) + 1)
+    return tuple(Influence(name, norm) for name, norm in zip(names, found, strict=True))
+
+
+def _influences_of(unit: str, units: int) -> list[str]:
+    """Whose influence is measured where so many units are."""
+    some = min(CANDIDATES, units)
+    return [
+        *[f"a {unit} of the largest gradients"] * (min(LARGEST_UNITS, some) if some > 1 else 0),
+        f"a {unit} of extreme features",
+        *[f"a made gradient of norm {length:g}" for length in LENGTHS],
+        "a gradient that is not finite",
+    ]
 
 
 def _moved(with_it: torch.Tensor, without: torch.Tensor, clip: float) -> float:
@@ -367,17 +382,15 @@ def _sampling(target: Target) -> Sampling:
     Watch(trainer, lambda step: masks.append(step.sample), fixed=np.zeros(count, np.bool_))
     for _ in range(SAMPLING_STEPS):
         trainer.step()
-    drawn = np.array(
-        masks[:SAMPLING_STEPS]
-    )  # a trainer that takes more steps than it is told to is left to the bookkeeping
+    drawn = np.array(masks[:SAMPLING_STEPS])  # as in `_drawn`
     overlaps = tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in LAGS)
     expected = int(_owners(target).max()) + 1
     return Sampling(count, expected, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), overlaps)
 
 
-def _rounds(target: Target) -> int:
+def _rounds(agreement: Agreement) -> int:
     """So many private rounds are watched."""
-    return max(1, min(target.agreement.study.rounds - 1, MOST_STEPS // target.agreement.training.steps_per_round))
+    return max(1, min(agreement.study.rounds - 1, MOST_STEPS // agreement.training.steps_per_round))
 
 
 def _leaks(target: Target) -> tuple[tuple[str, ...], int, Bookkeeping]:
@@ -400,7 +413,11 @@ def _leaks(target: Target) -> tuple[tuple[str, ...], int, Bookkeeping]:
 
 def _left(target: Target, records: LabelledRecords, key: bytes) -> tuple[dict[str, NDArray[Any]], Bookkeeping]:
     """All that leaves or stays after each round of training on these records, with noise of this key instead of the noised sums."""
-    trainer, layout, rounds = target.trainer(records=records), Layout.from_agreement(target.agreement), _rounds(target)
+    trainer, layout, rounds = (
+        target.trainer(records=records),
+        Layout.from_agreement(target.agreement),
+        _rounds(target.agreement),
+    )
     left: dict[str, NDArray[Any]] = {}
     state = with_consensus(target, trainer)
     before, watch, reported = trainer.steps_taken, Watch(trainer, instead=NoiseSource(key)), 0
@@ -422,26 +439,83 @@ def _left(target: Target, records: LabelledRecords, key: bytes) -> tuple[dict[st
 
 
 def check_whole(evidence: ConformanceEvidence, agreement: Agreement) -> None:
-    """Check that every test was made, as often as it is made.
+    """Check that every test was made as often as `collect` makes it under this agreement, and that counts go together.
 
     Raises:
-        ValueError: something is left out.
+        VerificationFailed: something is left out, or smaller, or is no count of what was watched.
     """
-    steps, sampling = len(evidence.step_mean_squares), evidence.sampling
-    per_round = agreement.training.steps_per_round
-    left_out = [
-        evidence.noise_multiplier > 0.0 and (steps < LEAST_STEPS or not evidence.noise or not evidence.empty_values),
-        evidence.noise_multiplier > 0.0
-        and sum(parameter.count for parameter in evidence.noise) != evidence.noise_values,
+    sizes, seen = private_sizes(agreement, evidence.member), evidence.bookkeeping
+    _check_noise(evidence, agreement, sizes)
+    _check_sampling(evidence.sampling)
+    moved = {influence.unit: influence.norm for influence in evidence.influences}
+    refuse(
+        "the influences that were measured are not those that the audit measures",
+        [influence.unit for influence in evidence.influences]
+        != _influences_of(evidence.unit, evidence.sampling.expected_units),
+        any(influence.norm < 0.0 for influence in evidence.influences),
+        any(not moved.get(f"a made gradient of norm {length:g}") for length in LENGTHS),
+    )
+    rounds, layout = _rounds(agreement), Layout.from_agreement(agreement)
+    agreed = rounds * agreement.training.steps_per_round
+    refuse(
+        f"the bookkeeping is of {seen.agreed} steps, where {rounds} rounds have {agreed}",
+        seen.agreed != agreed,
+        min(seen.touched, seen.moved, seen.booked, seen.reported) < 0,
+    )
+    # parameters, shared or local, a weight for each layer, the Gram matrix and its weight, and the number of steps
+    due = rounds * (sum(sizes.values()) + len(layout.segments) + layout.anchors**2 + 2)
+    refuse(f"{evidence.compared} values were compared for side channels, not {due}", evidence.compared != due)
+
+
+def _check_noise(evidence: ConformanceEvidence, agreement: Agreement, sizes: dict[str, int]) -> None:
+    privacy, size = agreement.privacy, sum(sizes.values())
+    steps = _steps(agreement, size) if privacy.noise_multiplier * privacy.max_grad_norm > 0.0 else 0
+    empty = size * len(range(steps)[::3][:EMPTY_STEPS])
+    refuse(
+        f"noise of {len(evidence.step_mean_squares)} steps and {evidence.noise_values} values was looked at, not of {steps} steps "
+        f"and every of {size} parameters",
+        len(evidence.step_mean_squares) != steps,
         len(evidence.step_correlations) != max(0, steps - 1),
-        len(evidence.influences) < 2 + len(LENGTHS),
-        len(sampling.sizes) != SAMPLING_STEPS or len(sampling.inclusions) != sampling.units or not sampling.units,
-        len(sampling.overlaps) != len(LAGS),
-        evidence.bookkeeping.agreed < per_round or evidence.bookkeeping.agreed % per_round != 0,
-        evidence.compared < 1,
-    ]
-    if any(left_out):
-        raise ValueError("white-box tests were left out")
+        evidence.noise_values != steps * size,
+        len(evidence.noise) != (len(sizes) if steps else 0),
+        any(sizes.get(parameter.name, 0) * steps != parameter.count for parameter in evidence.noise),
+        len({parameter.name for parameter in evidence.noise}) != len(evidence.noise),
+        evidence.empty_values != empty,
+    )
+    correlations = [*evidence.step_correlations, evidence.start_correlation]
+    refuse(
+        "what is told of the noise cannot be",
+        any(square < 0.0 for square in evidence.step_mean_squares),
+        any(parameter.mean_square < 0.0 for parameter in evidence.noise),
+        any(abs(one) > 1.0 + TOLERANCE for one in correlations),
+        not 0.0 <= evidence.kolmogorov_smirnov <= 1.0,
+        not min(1, empty) <= evidence.distinct_values <= empty,
+    )
+    total = sum(parameter.count * parameter.mean_square for parameter in evidence.noise)
+    refuse(
+        "the noise on parameters is not the noise of the steps",
+        not math.isclose(total, size * sum(evidence.step_mean_squares), rel_tol=1e-6),
+    )
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    sizes, units = sampling.sizes, sampling.units
+    refuse(
+        "samples that were looked at are not those that the audit takes",
+        len(sizes) != SAMPLING_STEPS or len(sampling.inclusions) != units or len(sampling.overlaps) != len(LAGS),
+        min(units, sampling.expected_units) < 1,
+    )
+    together = [list(zip(sizes, sizes[lag:], strict=False)) for lag in LAGS]
+    refuse(
+        "sizes of samples and how often units are in them do not go together",
+        any(not 0 <= size <= units for size in sizes),
+        any(not 0 <= often <= SAMPLING_STEPS for often in sampling.inclusions),
+        sum(sizes) != sum(sampling.inclusions),
+        any(
+            not sum(max(0, a + b - units) for a, b in pairs) <= overlap <= sum(min(pair) for pair in pairs)
+            for pairs, overlap in zip(together, sampling.overlaps, strict=False)
+        ),
+    )
 
 
 def judge(evidence: ConformanceEvidence) -> list[Finding]:

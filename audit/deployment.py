@@ -46,6 +46,7 @@ from secgeo.study import OpenStudy, open_study
 RECEIPTS_FILE = "receipts.jsonl"
 """In a node's state: see `secgeo.journal`."""
 FILES_LOOKED_AT = 1000
+NOT_COMPARED = "not compared"
 
 
 class FileFacts(Struct, frozen=True, forbid_unknown_fields=True):
@@ -180,7 +181,7 @@ def _facts(path: Path, *, key_file: bool = False) -> FileFacts:
 def _own_certificate(path: Path, study: OpenStudy | None, role: str) -> str:
     """Why the certificate in the key folder is not that of a party of this study in this role; empty if it is."""
     if study is None:
-        return "not compared: the study's documents do not check"
+        return f"{NOT_COMPARED}: the study's documents do not check"
     try:
         certificate = certificates.from_pem(read_public(path, certificates.CERTIFICATE_LIMIT_BYTES))
     except SecGeoError as error:
@@ -307,5 +308,5 @@ def judge_strangers(evidence: DeploymentEvidence | None) -> tuple[Status, str]:
 
 
 def _judge_text(name: str, promise: str, problem: str, note: str = "") -> Finding:
-    status: Status = "not testable" if problem.startswith("not compared") else "broken" if problem else "held"
+    status: Status = "not testable" if problem.startswith(NOT_COMPARED) else "broken" if problem else "held"
     return finding(name, promise, status, problem or note or "it does")

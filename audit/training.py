@@ -28,6 +28,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from audit.counts import DEVIATIONS, private_sizes, refuse, unfair
 from audit.findings import Finding
 from audit.lower_bounds import Poisson, many_run_fdp, one_run_fdp, one_run_steinke, over_guesses
 from audit.target import Target
@@ -41,6 +42,7 @@ from secgeo.update import Layout, SharedState, apply_sum
 
 Profile = Literal["fast", "full"]
 Progress = Callable[[str, float], None]
+Sizes = tuple[int, int]
 
 NOTHING = "the agreement has no noise, so that epsilon is infinite, or a single round, which spends nothing"
 NO_OTHERS = (
@@ -428,35 +430,52 @@ def check_whole(evidence: TrainingEvidence, agreement: Agreement, profile: Profi
     """Check that the attacks are those that the profile calls for, each on as many canaries and steps as `collect` gives it.
 
     Raises:
-        VerificationFailed: one is missing, or is smaller.
+        VerificationFailed: one is missing, or is on more or fewer, or coins or scores are none.
     """
+    parameters = sum(private_sizes(agreement, evidence.member).values())
+    refuse(
+        f"a model of {evidence.parameters} private parameters and {evidence.units} units was trained, not one of {parameters}",
+        evidence.parameters != parameters,
+        evidence.units < 1,
+    )
     due, short = _called_for(evidence, agreement, profile), _shortened(agreement, profile)
     steps = (short.study.rounds - 1) * short.training.steps_per_round
     if [(attack.canaries, attack.view) for attack in evidence.attacks] != list(due):
         raise VerificationFailed(f"the attacks on training are not those that the profile {profile} calls for")
+    coins: dict[str, tuple[bool, ...]] = {}
     for attack in evidence.attacks:
-        count, least = len(attack.scores), due[attack.canaries, attack.view]
-        if count < least or count != len(attack.included) or attack.claim.steps != steps:
-            raise VerificationFailed(
-                f"{attack.canaries} canaries, {attack.view}: {count} canaries and {attack.claim.steps} steps, where the profile "
-                f"{profile} calls for {least} and {steps}"
-            )
+        count, (least, most) = len(attack.scores), due[attack.canaries, attack.view]
+        name, inside = f"{attack.canaries} canaries, {attack.view}", sum(attack.included)
+        refuse(
+            f"{name}: {count} canaries and {attack.claim.steps} steps, where the profile {profile} calls for {least} and {steps}",
+            not least <= count <= most,
+            count != len(attack.included),
+            attack.claim.steps != steps,
+        )
+        first = coins.setdefault(attack.canaries, attack.included)
+        refuse(
+            f"{name}: {inside} of {count} coins put a canary in, which fair ones, or those of the same canaries, do not",
+            unfair(inside, count),
+            attack.view != ADAPTER and attack.included != first,
+            inside > sum(first) or count - inside > len(first) - sum(first),
+        )
+        refuse(f"{name}: all scores are the same", count > 1 and len(set(attack.scores)) == 1)
 
 
-def _called_for(evidence: TrainingEvidence, agreement: Agreement, profile: Profile) -> dict[tuple[str, str], int]:
-    """The attacks in their order, by canaries and view, and how many canaries each has at least."""
+def _called_for(evidence: TrainingEvidence, agreement: Agreement, profile: Profile) -> dict[tuple[str, str], Sizes]:
+    """The attacks in their order, by canaries and view, and how many canaries each has at least and at most."""
     if not _can_be_bounded(agreement):
         return {}
     released = sum(rows * columns for rows, columns in (s.shape for s in Layout.from_agreement(agreement).segments))
-    if evidence.parameters < released:
-        raise VerificationFailed(f"a model of {evidence.parameters} parameters cannot release {released}")
     count, runs, few = _gradient_canaries(agreement, profile, evidence.parameters)
-    seen = count * runs * released / evidence.parameters  # drawn by lot, if not all are taken
-    due = {("Dirac", EVERY_STEP): count * runs, ("Dirac", ADAPTER): max(1, math.floor(seen - 6.0 * math.sqrt(seen)))}
+    seen, all_of_them = count * runs * released / evidence.parameters, count * runs
+    spread = DEVIATIONS * math.sqrt(seen) if count < evidence.parameters else 0.0  # drawn by lot, if not all are taken
+    shown = max(1, math.floor(seen - spread)), min(all_of_them, math.ceil(seen + spread))
+    due = {("Dirac", EVERY_STEP): (all_of_them, all_of_them), ("Dirac", ADAPTER): shown}
     if evidence.others:
-        due |= {(kind, view): INPUT_CANARIES for kind in INPUT_KINDS for view in (EVERY_STEP, LOSS)}
+        due |= {(kind, view): (INPUT_CANARIES,) * 2 for kind in INPUT_KINDS for view in (EVERY_STEP, LOSS)}
     if profile == "full":
-        due["random directions", EVERY_STEP] = few
+        due["random directions", EVERY_STEP] = few, few
     return due
 
 

@@ -17,21 +17,21 @@ import msgspec
 from audit import protocol, uploads
 from audit.attacks import CATALOGUE
 from audit.attacks.stage import Played
-from audit.deployment import DeploymentEvidence
+from audit.conformance import ConformanceEvidence
+from audit.counts import refuse, unfair
+from audit.deployment import NOT_COMPARED, DeploymentEvidence
 from audit.door import KNOCKS
 from audit.leakage import LeakageEvidence
-from audit.leakage.evidence import LEAST_RECORDS
+from audit.leakage.evidence import CROWD, LEAST_RECORDS
 from audit.leakage.membership import WHAT_IS_SEEN
 from audit.leakage.scene import LEAST_TRAININGS, SIZES
 from audit.protocol import ProtocolEvidence
 from audit.rounds import Certificate, certificates_of
-from keys.errors import VerificationFailed
+from audit.training import TrainingEvidence
 from protocols.agreement import Agreement
 from protocols.messages import AGGREGATOR
 from secgeo.study import OpenStudy
 
-DEVIATIONS = 8.0
-"""A fair coin is called a forger's so seldom."""
 DRAWN = ("self seeds", "share masters", "pair masters", "tag seeds")
 PER_UPLOAD = (
     "share public keys", "pair public keys", "commitments to self seeds", "commitments to tag seeds", "sealed shares",
@@ -55,11 +55,12 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     counts = {"records": told["candidate_records"], "canaries": told["canaries"]}
     trainings = {"ours": told["trainings"], "unprotected": told["trainings_unprotected"]}
     least = LEAST_TRAININGS if math.isfinite(size.work) else size.trainings
-    _refuse(
+    refuse(
         "sizes of the leakage audit are not those of its profile",
         any(not least[kind] <= trainings[kind] <= count for kind, count in size.trainings.items()),
-        own < LEAST_RECORDS,
+        not LEAST_RECORDS <= own <= CROWD,
         others < LEAST_RECORDS,
+        told["records_of_others"] > 2 * CROWD,
         counts["records"] != min(size.records, own // 2),
         counts["canaries"] != min(size.canaries, others // 2),
         told["inverted_records"] != min(size.inverted, told["base_records"]),
@@ -68,7 +69,7 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     )
     shown = [(group, observation, of) for group, rows in WHAT_IS_SEEN.items() for _, observation, of in rows]
     due = [(group, observation, of, kind) for group, observation, of in shown for kind in counts]
-    _refuse(
+    refuse(
         "the attacks of the leakage audit are not those that it makes",
         [(row.observation, row.protection, row.candidates) for row in evidence.membership]
         != [(observation, of, kind) for _, observation, of, kind in due],
@@ -77,24 +78,51 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     coins: dict[tuple[str, str], int] = {}
     for (group, observation, of, kind), row in zip(due, evidence.membership, strict=True):
         members, scores = len(row.members), len(row.members) + len(row.others)
-        _refuse(
+        refuse(
             f"membership inference on {observation}, {of}, {kind}: {scores} scores, {members} of members, where the profile "
             f"{evidence.profile} calls for {trainings[group]:g} trainings with {counts[kind]:g} candidates",
             scores != trainings[group] * counts[kind],
-            abs(members - scores / 2) > DEVIATIONS * math.sqrt(scores) / 2,
+            unfair(members, scores),
             coins.setdefault((group, kind), members) != members,
             row.steps != per_round * (rounds if observation == "adapter" else 1),
         )
     for turned in evidence.inversion:
-        _refuse(
+        refuse(
             f"inversion of {turned.observation}, {turned.protection}: {len(turned.similarity)} records, not {told['inverted_records']:g}",
             len(turned.similarity) != told["inverted_records"],
         )
 
 
-def _refuse(why: str, *wrong: bool) -> None:
-    if any(wrong):
-        raise VerificationFailed(why)
+def check_units(
+    watched: ConformanceEvidence | None,
+    trained: TrainingEvidence | None,
+    leaked: LeakageEvidence | None,
+    study: OpenStudy,
+    *,
+    split: bool,
+) -> None:
+    """Check that all parts are of as many units, and of as many as a demonstration's hospital has (`split`).
+
+    A real hospital's number of records is its own; the batch size that it agreed to is a nominal one.
+
+    Raises:
+        VerificationFailed: they are not.
+    """
+    if watched is None:
+        return
+    units, privacy = watched.sampling.expected_units, study.agreement.privacy
+    refuse(
+        "training was audited on another number of units than was watched",
+        trained is not None and trained.units != watched.sampling.units,
+    )
+    if leaked is not None:
+        own = leaked.settings["candidate_records"] + leaked.settings["base_records"]
+        refuse(f"leakage was measured on {own:g} records, where there are {units} units", own != min(CROWD, units))
+    batch = {member.node_id: member.expected_batch_size for member in study.agreement.members}[watched.member]
+    refuse(
+        f"a demonstration's hospital has not {units} units: its batches are of {batch:g} at rate {privacy.sample_rate:g}",
+        split and not math.isclose(units * privacy.sample_rate, batch, rel_tol=1e-9),
+    )
 
 
 def check_protocol(evidence: ProtocolEvidence, study: OpenStudy, started: datetime) -> None:
@@ -107,7 +135,7 @@ def check_protocol(evidence: ProtocolEvidence, study: OpenStudy, started: dateti
     """
     agreement = study.agreement
     due, told = protocol._parameters(agreement, evidence.profile), evidence.parameters
-    _refuse(
+    refuse(
         "parameters of the secure sum are not those that follow from the agreement",
         msgspec.structs.replace(told, failure_bits=due.failure_bits) != due,
         not math.isclose(told.failure_bits, due.failure_bits, rel_tol=1e-9),
@@ -117,7 +145,7 @@ def check_protocol(evidence: ProtocolEvidence, study: OpenStudy, started: dateti
     for attack in evidence.played:
         _check_played(attack, {member.node_id for member in agreement.members})
     keys = Counter((attack.name, attack.tried, attack.over) for attack in evidence.played)
-    _refuse("an attack was played twice", any(count > 1 for count in keys.values()))
+    refuse("an attack was played twice", any(count > 1 for count in keys.values()))
     if evidence.deployment is not None:
         _check_deployment(evidence.deployment, study, started)
     if evidence.records is not None and not evidence.records.problems:
@@ -134,7 +162,7 @@ def _check_measured(evidence: ProtocolEvidence, agreement: Agreement) -> None:
     }
     bits = uploads.bits_of(protocol._worlds(agreement, evidence.profile)[0].agreement)
     series = {f"{kind}, {what}": kind for kind in bits for what in uploads.UPLOADED}
-    _refuse(
+    refuse(
         "uploads that were measured are not those of the profile",
         any(sum(counts) != members * rounds * values for s in evidence.series for counts in (s.top, s.low)),
         bool(evidence.series) and {s.name for s in evidence.series} != series.keys(),
@@ -149,7 +177,7 @@ def _check_measured(evidence: ProtocolEvidence, agreement: Agreement) -> None:
     )
     made = len(uploads.UPLOADED) * rounds * members
     secrets = (4 * made if ring.masked else 0) + (len(uploads.UPLOADED) if ring.encrypted else 0)
-    _refuse(
+    refuse(
         f"{evidence.secrets_searched} secrets were looked for on the wire; the profile {evidence.profile} calls for {secrets}",
         evidence.secrets_searched < secrets,
         evidence.secrets_found not in range(evidence.secrets_searched + 1),
@@ -161,7 +189,7 @@ def _check_measured(evidence: ProtocolEvidence, agreement: Agreement) -> None:
     if ring.encrypted:
         least |= {"seeds of ciphertexts": made, "sealed study keys": members - 1}
     short = [kind for kind, count in least.items() if seen.get(kind, 0) < count]
-    _refuse(
+    refuse(
         f"too few {', '.join(short) or 'values'} were compared",
         bool(short) and bool(evidence.repeats),
         len(seen) != len(evidence.repeats),
@@ -177,7 +205,7 @@ def _check_played(attack: Played, members: set[str]) -> None:
         "aggregator": culprits == {AGGREGATOR},
         "stranger": len(culprits) == 1 and not culprits & members and AGGREGATOR not in culprits,
     }.get(attack.adversary, 0 < len(culprits) < len(members) and culprits <= members)
-    _refuse(
+    refuse(
         f"{attack.name} is not as it is in the catalogue",
         not known,
         any((a.adversary, a.success) != (attack.adversary, attack.success) for a in known),
@@ -188,13 +216,15 @@ def _check_played(attack: Played, members: set[str]) -> None:
 
 
 def _check_deployment(evidence: DeploymentEvidence, study: OpenStudy, started: datetime) -> None:
-    """Whoever opened the study has also its certificates, and has knocked: the bundle has that study."""
+    """Whoever opened the study has also its certificates, compared its own, and has knocked: the bundle has that study."""
     kinds, first = [probe.kind for probe in evidence.probes], evidence.probes[:1]
     whole = kinds == list(KNOCKS) or (kinds == [KNOCKS[0]] and not first[0].reached)
-    _refuse(
+    refuse(
         "the look at the deployment is not whole",
         not evidence.study_problem and evidence.role == "node" and not whole,
         not evidence.study_problem and evidence.study is None,
+        not evidence.study_problem and evidence.certificate_problem.startswith(NOT_COMPARED),
+        any(problem.startswith(NOT_COMPARED) for problem in (evidence.study_problem, evidence.policy_problem)),
     )
     if not evidence.study_problem:
         _check_certificates(evidence.certificates, study, evidence.taken_at, started)
@@ -202,7 +232,7 @@ def _check_deployment(evidence: DeploymentEvidence, study: OpenStudy, started: d
 
 def _check_certificates(certs: Sequence[Certificate], study: OpenStudy, taken_at: datetime, started: datetime) -> None:
     due = certificates_of(study.roster, {member.node_id for member in study.agreement.members})
-    _refuse(
+    refuse(
         "certificates are not those of the roster, or were not looked at when the audit was made",
         tuple(certs) != due,
         not timedelta(minutes=-1) < taken_at - started < timedelta(days=2),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from audit import protocol
+from audit import conformance, protocol
 from audit.attacks import CATALOGUE
+from audit.conformance import Bookkeeping, ConformanceEvidence, Influence, ParameterNoise, Sampling
+from audit.counts import private_sizes
 from audit.leakage import Inversion, LeakageEvidence, Membership
 from audit.leakage.membership import WHAT_IS_SEEN
 from audit.leakage.scene import SIZES
 from audit.protocol import ProtocolEvidence
 from protocols.agreement import Agreement
+from secgeo.update import Layout
 
 
 def played(agreement: Agreement, profile: str = "fast", attacks: int = 3) -> ProtocolEvidence:
@@ -50,3 +54,36 @@ def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvi
     member, protocol_name = agreement.members[0].node_id, agreement.secure_sum.protocol
     settings = {name: float(value) for name, value in told.items()}
     return LeakageEvidence(member, "fast", "made", protocol_name, 1, settings, 1.0, membership, inversion)
+
+
+def watched(agreement: Agreement, member: str = "", units: int = 48) -> ConformanceEvidence:
+    """Of a sound trainer of so many units: fair samples, and noise of exactly the agreed scale."""
+    member, privacy = member or agreement.members[0].node_id, agreement.privacy
+    sizes = private_sizes(agreement, member)
+    size = sum(sizes.values())
+    steps, rounds = conformance._steps(agreement, size), conformance._rounds(agreement)
+    drawn = np.random.default_rng(5).random((conformance.SAMPLING_STEPS, units)) < privacy.sample_rate
+    overlaps = tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in conformance.LAGS)
+    sampling = Sampling(units, units, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), overlaps)
+    names, agreed = conformance._influences_of(privacy.unit, units), rounds * agreement.training.steps_per_round
+    layout, empty = Layout.from_agreement(agreement), size * min(conformance.EMPTY_STEPS, -(-steps // 3))
+    return ConformanceEvidence(
+        member=member,
+        noise_multiplier=privacy.noise_multiplier,
+        sample_rate=privacy.sample_rate,
+        unit=privacy.unit,
+        noise=tuple(ParameterNoise(name, steps * count, 1.0) for name, count in sizes.items()),
+        kolmogorov_smirnov=0.0,
+        noise_values=steps * size,
+        step_mean_squares=(1.0,) * steps,
+        empty_values=empty,
+        distinct_values=empty,
+        step_correlations=(0.0,) * (steps - 1),
+        start_correlation=0.0,
+        influences=tuple(Influence(name, 0.5 if "made" in name else 0.0) for name in names),
+        sampling=sampling,
+        bookkeeping=Bookkeeping(*[agreed] * 5),
+        leaks=(),
+        compared=rounds * (size + len(layout.segments) + layout.anchors**2 + 2),
+        seconds=1.0,
+    )

@@ -22,8 +22,11 @@ def target(plant: str | None = None, **sections: Any) -> Target:
 
 @cache
 def judged(plant: str | None) -> dict[str, str]:
-    """Status of each white-box test, by name."""
+    """Status of each white-box test, by name; what was seen is whole."""
     from audit import conformance
 
     longer = {"study": {"rounds": 9}} if plant in SHOWS_LATE else {}
-    return {finding.name: finding.status for finding in conformance.judge(conformance.collect(target(plant, **longer)))}
+    hospital = target(plant, **longer)
+    evidence = conformance.collect(hospital)
+    conformance.check_whole(evidence, hospital.agreement)
+    return {finding.name: finding.status for finding in conformance.judge(evidence)}

@@ -168,6 +168,19 @@ def none_among_the_records(training: Any) -> None:
     training.update(attacks=training["attacks"][:2], others=False)
 
 
+def of_one_unit(conformance: Any) -> None:
+    sampling = conformance["sampling"]
+    often = round(300 * conformance["sample_rate"])
+    sampling.update(
+        units=1, expected_units=1, sizes=[1] * often + [0] * (300 - often), inclusions=[often], overlaps=[0] * 5
+    )
+
+
+def all_in(training: Any) -> None:
+    for attack in training["attacks"]:
+        attack.update(included=[True] * len(attack["included"]))
+
+
 def all_skipped(protocol: Any) -> None:
     protocol["skipped"] += [{"name": a["name"], "row": a["row"], "why": "no time"} for a in protocol["played"]]
     protocol["played"] = []
@@ -212,6 +225,16 @@ CAREFUL: dict[str, Callable[[Path], None]] = {
     "a model of few parameters": edit("evidence/training.json", lambda v: v.update(parameters=4)),
     "the profile of another audit": edit("evidence/about.json", lambda v: v.update(profile="full")),
     "no attacks on the sum": edit("evidence/protocol.json", lambda v: v.update(played=[])),
+    "samples of one unit": edit("evidence/conformance.json", of_one_unit),
+    "samples without bound": edit("evidence/conformance.json", lambda v: v["sampling"].update(sizes=[10**15] * 300)),
+    "influences of nobody": edit(
+        "evidence/conformance.json", lambda v: v.update(influences=[{"unit": "x", "norm": 0.0}] * len(v["influences"]))
+    ),
+    "one value compared": edit("evidence/conformance.json", lambda v: v.update(compared=1)),
+    "training of one unit": edit("evidence/training.json", lambda v: v.update(units=1)),
+    "a larger model": edit("evidence/training.json", lambda v: v.update(parameters=10**9)),
+    "all canaries in": edit("evidence/training.json", all_in),
+    "one score": edit("evidence/training.json", lambda v: v["attacks"][1].update(scores=[0.5] * len(v["attacks"][1]["scores"]))),
     "one attack on the sum left out": edit("evidence/protocol.json", lambda v: v["played"].pop()),
     "attacks on the sum that were skipped": edit("evidence/protocol.json", all_skipped),
     "attacks that never took place": edit("evidence/protocol.json", nothing_took_place),

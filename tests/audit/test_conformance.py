@@ -1,6 +1,8 @@
 """White-box tests of training: silent about a sound trainer, and each planted bug found by the test that is meant for it."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -8,9 +10,14 @@ import pytest
 
 from audit import conformance
 from audit.conformance import ConformanceEvidence, Influence, ParameterNoise, judge
+from audit.counts import private_sizes
 from audit.plants import PLANTS
-from keys.errors import LocalProtocolError
+from keys.errors import LocalProtocolError, VerificationFailed
+from secgeo.model import Tokeniser, build_model
+from tests.audit.evidence import watched
 from tests.audit.targets import judged, target
+from tests.secgeo.tiny_study import agreement as study
+from tests.secgeo.tiny_study import anchors
 
 FOUND_BY = {
     "no-noise": "noise",
@@ -188,6 +195,125 @@ def test_chance_accuses_nobody() -> None:
         assert {finding.status for finding in found} == {"held"}
 
 
-def test_evidence_of_a_trainer_that_takes_steps_twice_is_whole() -> None:
-    hospital = target("unaccounted-steps")
-    conformance.check_whole(conformance.collect(hospital), hospital.agreement)
+def same(name: str, /, **fields: Any) -> Callable[[ConformanceEvidence], ConformanceEvidence]:
+    """Other fields, of the evidence itself, of a part of it, or of the first of a list."""
+
+    def change(evidence: ConformanceEvidence) -> ConformanceEvidence:
+        part = getattr(evidence, name) if name else evidence
+        if isinstance(part, tuple):
+            return msgspec.structs.replace(evidence, **{name: (msgspec.structs.replace(part[0], **fields), *part[1:])})
+        changed = msgspec.structs.replace(part, **fields)
+        return msgspec.structs.replace(evidence, **{name: changed}) if name else changed
+
+    return change
+
+
+def less(name: str) -> Callable[[ConformanceEvidence], ConformanceEvidence]:
+    return lambda evidence: msgspec.structs.replace(evidence, **{name: getattr(evidence, name)[1:]})
+
+
+def short(evidence: ConformanceEvidence) -> ConformanceEvidence:
+    """Of the least number of steps, where the study has more."""
+    steps, of = conformance.LEAST_STEPS, len(evidence.step_mean_squares)
+    return msgspec.structs.replace(
+        evidence,
+        noise=tuple(msgspec.structs.replace(p, count=p.count * steps // of) for p in evidence.noise),
+        noise_values=evidence.noise_values * steps // of,
+        step_mean_squares=evidence.step_mean_squares[:steps],
+        step_correlations=evidence.step_correlations[: steps - 1],
+    )
+
+
+def one_value(evidence: ConformanceEvidence) -> ConformanceEvidence:
+    steps, noise = len(evidence.step_mean_squares), (ParameterNoise("x", 1, 1.0),)
+    return msgspec.structs.replace(
+        evidence, noise=noise, noise_values=1, empty_values=1, distinct_values=1, step_mean_squares=(1.0,) * steps
+    )
+
+
+def one_round(evidence: ConformanceEvidence) -> ConformanceEvidence:
+    return msgspec.structs.replace(evidence, bookkeeping=conformance.Bookkeeping(3, 3, 3, 3, 3))
+
+
+def renamed(evidence: ConformanceEvidence) -> ConformanceEvidence:
+    return msgspec.structs.replace(evidence, influences=tuple(Influence("x", 0.0) for _ in evidence.influences))
+
+
+def sizes(*of: int) -> Callable[[ConformanceEvidence], ConformanceEvidence]:
+    return lambda e: same("sampling", sizes=(*of, *e.sampling.sizes[len(of) :]))(e)
+
+
+HOLLOW: dict[str, Callable[[ConformanceEvidence], ConformanceEvidence]] = {
+    "few steps": short,
+    "few steps of one study": same("", step_mean_squares=(1.0,) * 12),
+    "few correlations": less("step_correlations"),
+    "noise of one value": one_value,
+    "a parameter left out": less("noise"),
+    "a parameter of another name": same("noise", name="x"),
+    "a parameter of few values": same("noise", count=1),
+    "a parameter twice": lambda e: msgspec.structs.replace(e, noise=(e.noise[0], *e.noise[:-1])),
+    "more values than there are": same("", noise_values=10**12),
+    "few values of nobody": same("", empty_values=1, distinct_values=1),
+    "more different values than there are": same("", distinct_values=10**9),
+    "other noise on steps than on parameters": lambda e: same("", step_mean_squares=(3.0, *e.step_mean_squares[1:]))(e),
+    "a negative square": same("noise", mean_square=-1.0),
+    "a distance that is none": same("", kolmogorov_smirnov=-1.0),
+    "a correlation that is none": same("", start_correlation=1e300),
+    "no influences": same("", influences=()),
+    "an influence left out": less("influences"),
+    "influences of nobody": renamed,
+    "a negative influence": same("influences", norm=-5.0),
+    "a made gradient that moves nothing": lambda e: msgspec.structs.replace(
+        e, influences=tuple(msgspec.structs.replace(i, norm=0.0) for i in e.influences)
+    ),
+    "few samples": lambda e: same("sampling", sizes=e.sampling.sizes[1:])(e),
+    "a sample larger than all": sizes(10**15),
+    "a sample of less than nobody": sizes(-1),
+    "other samples than inclusions": lambda e: sizes(e.sampling.sizes[0] ^ 1)(e),
+    "a unit in more samples than there are": lambda e: same("sampling", inclusions=(301, *e.sampling.inclusions[1:]))(e),
+    "more units than are told of": same("sampling", units=10**15),
+    "no units expected": same("sampling", expected_units=0),
+    "more met again than there are": same("sampling", overlaps=(10**9,) * 5),
+    "one round": one_round,
+    "steps that were not": same("bookkeeping", touched=-1),
+    "one value compared": same("", compared=1),
+    "another member": same("", member="charite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HOLLOW)
+def test_hollow_evidence_is_refused(how: str) -> None:
+    agreement = study(study={"rounds": 9})
+    whole = watched(agreement)
+    conformance.check_whole(whole, agreement)
+    assert {finding.status for finding in judge(msgspec.structs.replace(whole, kolmogorov_smirnov=1e-5))} == {"held"}
+    with pytest.raises(VerificationFailed):
+        conformance.check_whole(HOLLOW[how](whole), agreement)
+
+
+@pytest.mark.parametrize("units", [1, 2, 4, 48])
+def test_few_units_are_left_out_in_turn(units: int) -> None:
+    hospital = target()
+    few = conformance._chosen(hospital.records, np.arange(48) < units)
+    evidence = conformance.collect(dataclasses.replace(hospital, records=few))
+    conformance.check_whole(evidence, hospital.agreement)
+    assert len(evidence.influences) == 6 + (min(5, units) if units > 1 else 0)
+
+
+@pytest.mark.parametrize("member", range(3))
+def test_how_many_values_each_parameter_has_follows_from_the_agreement(member: int) -> None:
+    agreement = study()
+    own = agreement.members[member]
+    model = build_model(agreement, own.modality, anchors(own.modality))
+    assert private_sizes(agreement, own.node_id) == {name: p.numel() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", [(2, 500), (1, 126), (3, 7)])
+def test_so_it_does_for_long_and_short_signals_and_large_images(shape: tuple[int, ...]) -> None:
+    agreement = study()
+    for kind, full in (("signal", shape), ("image", (*shape, 9))):
+        modality = msgspec.structs.replace(agreement.modalities[0], tokeniser=kind, shape=full)
+        made = Tokeniser(modality, agreement.model, np.zeros((4, *full), np.float32))
+        changed = msgspec.structs.replace(agreement, modalities=(modality, *agreement.modalities[1:]))
+        size = private_sizes(changed, agreement.members[0].node_id)["tokeniser.projector.weight"]
+        assert size == made.projector.weight.numel()

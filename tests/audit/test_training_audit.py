@@ -1,5 +1,6 @@
 """Canaries in training: bounds stay below the claim for a sound trainer and pass it for bugs that cost much privacy."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -132,6 +133,61 @@ def test_evidence_that_is_not_whole_is_refused(sound: training.TrainingEvidence)
             check_whole(msgspec.structs.replace(sound, attacks=attacks), target().agreement, "fast")
 
 
+def attack(number: int, **fields: Any) -> Callable[[training.TrainingEvidence], training.TrainingEvidence]:
+    def change(evidence: training.TrainingEvidence) -> training.TrainingEvidence:
+        attacks = list(evidence.attacks)
+        attacks[number] = msgspec.structs.replace(attacks[number], **fields)
+        return msgspec.structs.replace(evidence, attacks=tuple(attacks))
+
+    return change
+
+
+def all_in(evidence: training.TrainingEvidence) -> training.TrainingEvidence:
+    """Every canary of every attack."""
+    attacks = tuple(msgspec.structs.replace(a, included=(True,) * len(a.included)) for a in evidence.attacks)
+    return msgspec.structs.replace(evidence, attacks=attacks)
+
+
+def few_of_a_large_model(evidence: training.TrainingEvidence) -> training.TrainingEvidence:
+    """Of a model of 10^9 parameters it would be ten canaries."""
+    white, black, *rest = (
+        msgspec.structs.replace(a, included=a.included[:10], scores=a.scores[:10]) if a.canaries == "Dirac" else a
+        for a in evidence.attacks
+    )
+    return msgspec.structs.replace(evidence, parameters=10**9, attacks=(white, black, *rest))
+
+
+def other_coins(evidence: training.TrainingEvidence) -> training.TrainingEvidence:
+    return attack(3, included=tuple(not coin for coin in evidence.attacks[3].included))(evidence)
+
+
+def twice_the_canaries(evidence: training.TrainingEvidence) -> training.TrainingEvidence:
+    first = evidence.attacks[0]
+    return attack(0, included=first.included * 2, scores=first.scores * 2)(evidence)
+
+
+HOLLOW: dict[str, Callable[[training.TrainingEvidence], training.TrainingEvidence]] = {
+    "a larger model": lambda e: msgspec.structs.replace(e, parameters=10**9),
+    "few canaries in a larger model": few_of_a_large_model,
+    "a smaller model": lambda e: msgspec.structs.replace(e, parameters=e.parameters - 1),
+    "no units": lambda e: msgspec.structs.replace(e, units=0),
+    "all canaries in": all_in,
+    "no canary in": lambda e: attack(0, included=(False,) * len(e.attacks[0].included))(e),
+    "two views of other coins": other_coins,
+    "more canaries": twice_the_canaries,
+    "one score": lambda e: attack(0, scores=(0.25,) * len(e.attacks[0].scores))(e),
+    "one loss": lambda e: attack(3, scores=(0.0,) * len(e.attacks[3].scores))(e),
+    "another member": lambda e: msgspec.structs.replace(e, member="charite"),
+}
+
+
+@pytest.mark.parametrize("how", HOLLOW)
+def test_hollow_evidence_is_refused(how: str, sound: training.TrainingEvidence) -> None:
+    check_whole(sound, target().agreement, "fast")
+    with pytest.raises(VerificationFailed):
+        check_whole(HOLLOW[how](sound), target().agreement, "fast")
+
+
 def test_without_other_records_the_canaries_among_records_are_said_to_be_missing() -> None:
     evidence = training.collect(replace(target(), others=None))
     told = judge(evidence)[-1]
@@ -142,7 +198,10 @@ def test_without_other_records_the_canaries_among_records_are_said_to_be_missing
 @pytest.mark.parametrize("plant", ["no-noise", "half-noise", "clip-off"])
 def test_bugs_that_cost_much_privacy_are_proved_by_canaries(plant: str) -> None:
     study = {"privacy": {"sample_rate": 0.5}, "training": {"steps_per_round": 10}}
-    found = judge(training.collect(target(plant, **study)))
+    hospital = target(plant, **study)
+    evidence = training.collect(hospital)
+    check_whole(evidence, hospital.agreement, "fast")
+    found = judge(evidence)
     assert found[0].status == "broken"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from audit import deployment, protocol
+from audit import bundle, deployment, protocol
 from audit.attacks import CATALOGUE
 from audit.door import KNOCKS, Probe
 from audit.leakage import LeakageEvidence
 from audit.protocol import ProtocolEvidence
-from audit.whole import check_leakage, check_protocol
+from audit.training import TrainingEvidence
+from audit.whole import check_leakage, check_protocol, check_units
 from keys.errors import VerificationFailed
 from secgeo.study import OpenStudy, open_study
-from tests.audit.evidence import leaked, played
+from tests.audit.evidence import leaked, played, watched
 from tests.audit.factory import make_study
 from tests.secgeo.site import HOSPITALS, Site, make_site
 
@@ -171,6 +173,9 @@ DEPLOYED: dict[str, dict[str, Any]] = {
     "looked at before": {"taken_at": timedelta(days=-100)},
     "looked at long after": {"taken_at": timedelta(days=9)},
     "no look at the rounds": {"study": None},
+    "a certificate that was not compared": {"certificate_problem": "not compared: the card was elsewhere"},
+    "a policy that was not compared": {"policy_problem": "not compared"},
+    "documents that were not compared": {"study_problem": "not compared"},
 }
 
 
@@ -254,6 +259,8 @@ SHALLOW: dict[str, Callable[[LeakageEvidence], LeakageEvidence]] = {
     "few reconstructions, told": settings(inverted_records=2),
     "more rounds": settings(rounds_of_adapter=2),
     "more steps": row(0, steps=6),
+    "more records than a hospital counts": settings(base_records=400),
+    "more records of others": settings(records_of_others=10**12),
     "the other profile": lambda e: msgspec.structs.replace(e, profile="full"),
 }
 
@@ -287,3 +294,71 @@ def test_a_hospital_with_few_records_is_audited_on_few(study: OpenStudy) -> None
     """Half of eight records, at least, are candidates; fewer nobody audits."""
     few = {"candidate_records": 4, "canaries": 4, "base_records": 4, "records_of_others": 5, "inverted_records": 4}
     check_leakage(leaked(study.agreement, **few), study.agreement)
+
+
+# --- all parts alike
+
+
+def trained(units: int) -> TrainingEvidence:
+    return TrainingEvidence("hospital-00", (), 1, units, True)
+
+
+def test_all_parts_are_of_as_many_units(study: OpenStudy) -> None:
+    seen, attacked = watched(study.agreement, units=48), leaked(study.agreement)  # 8 candidates, and 40 others
+    own = msgspec.structs.replace(study.agreement.members[0], expected_batch_size=48 * seen.sample_rate)
+    agreement = msgspec.structs.replace(study.agreement, members=(own, *study.agreement.members[1:]))
+    demo = dataclasses.replace(study, agreement=agreement)
+    check_units(seen, trained(48), attacked, demo, split=True)
+    check_units(seen, None, None, demo, split=True)
+    check_units(None, trained(1), attacked, demo, split=True)  # then a part is missing
+    with pytest.raises(VerificationFailed, match="watched"):
+        check_units(seen, trained(1), attacked, demo, split=True)
+    few = watched(study.agreement, units=1)
+    with pytest.raises(VerificationFailed, match="leakage"):
+        check_units(few, trained(1), attacked, demo, split=False)
+    with pytest.raises(VerificationFailed, match="demonstration"):
+        check_units(few, trained(1), None, demo, split=True)
+    check_units(few, trained(1), None, demo, split=False)  # how many a real hospital has is its own
+    crowd, most = watched(study.agreement, units=300), leaked(study.agreement, base_records=72)
+    check_units(crowd, trained(300), most, demo, split=False)
+
+
+# --- a bundle of a node's configuration
+
+
+def configured(site: Site, **fields: Any) -> bundle.Evidence:
+    """A bundle that has nothing but the whole secure sum, and a look at a hospital's deployment with these fields."""
+    from secgeo.config import NodeConfig, read_config
+
+    config, now = site.config(HOSPITALS[0]), bundle.now()
+    study = open_study(read_config(config, NodeConfig).study, config.parent, now=now)
+    seen = deployment.collect_deployment(config, now, probe=False)
+    whole = played(study.agreement, attacks=len(CATALOGUE))
+    deployed = msgspec.structs.replace(seen, **{"probes": answered()} | fields)
+    about = bundle.About(
+        format=bundle.FORMAT, study=study.agreement.study.id, agreement_digest=study.agreement_digest.hex(),
+        kind="configuration", source="node.toml", node="", data="", authority=None, started=now, profile="fast",
+        plant=None, seconds={}, not_done={}, left_out=(), python="3", versions={},
+    )  # fmt: skip
+    nothing = dict.fromkeys((*bundle.PARTS, "records"))
+    return bundle.Evidence(
+        about, study, False, **nothing | {"protocol": msgspec.structs.replace(whole, deployment=deployed)}
+    )
+
+
+NO_KEYS = deployment.FileFacts("keys", "missing", 0, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "lacks"), [({}, False), ({"key_file": NO_KEYS}, True), ({"folders": (NO_KEYS,)}, True)]
+)
+def test_a_deployment_without_its_keys_makes_the_audit_incomplete(
+    fields: dict[str, Any], lacks: bool, site: Site
+) -> None:
+    verdict = bundle.judge(configured(site, **fields))
+    assert ("protocol" in verdict.missing) == lacks
+
+
+def test_a_node_s_configuration_is_no_aggregator_s(site: Site) -> None:
+    with pytest.raises(VerificationFailed, match="member or claim"):
+        bundle.judge(configured(site, role="aggregator", probes=()))

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from audit import bundle, conformance, protocol
+from audit import bundle, protocol
 from audit.bundle import PARTS, About, Auditor, Evidence, Verdict
 from audit.findings import Finding
 from audit.rounds import collect_records
@@ -28,7 +28,7 @@ from keys.labels import Label
 from keys.signed import sign_document
 from secgeo.records import MANIFEST
 from secgeo.study import OpenStudy
-from tests.audit.evidence import leaked, played
+from tests.audit.evidence import leaked, played, watched
 from tests.fuzz import mutate
 from tests.fuzz.documents import DEEP, scratch
 from tests.fuzz.property import Target, require
@@ -127,26 +127,11 @@ def _parts() -> dict[str, bytes]:
         "about": _about(),
         "auditor": Auditor("the auditor", "ab" * 32),
         "verdict": Verdict(False, ("leakage",), (Finding("protocol", "a", "b", "held", "c"),), _about()),
-        "conformance": _conformance(),
+        "conformance": watched(agreement, NODE),
         "leakage": msgspec.structs.replace(leaked(agreement), member=NODE),
         "protocol": msgspec.structs.replace(played(agreement), records=collect_records(scratch() / "audited", NOW)),
     }
     return {name: msgspec.json.encode(value) for name, value in values.items()}
-
-
-def _conformance() -> conformance.ConformanceEvidence:
-    from tests.audit.targets import target
-
-    privacy, steps = study().agreement.privacy, study().agreement.training.steps_per_round
-    seen = conformance.collect(target())
-    return msgspec.structs.replace(
-        seen,
-        member=NODE,
-        noise_multiplier=privacy.noise_multiplier,
-        sample_rate=privacy.sample_rate,
-        unit=privacy.unit,
-        bookkeeping=conformance.Bookkeeping(steps, steps, steps, steps, steps),
-    )
 
 
 def _file_seeds() -> list[bytes]:
