@@ -381,7 +381,7 @@ class NodeMachine:
     def _on_attempt_body(self, number: int, attempt: int, body: m.AnyBody) -> list[Output]:
         if not self._round or (number, attempt) <= self._abandoned:
             return []  # Meant for our life before a restart, or we left it with a lost connection; its messages may still come.
-        if self._attempt is None and self._reconnected:
+        if self._reconnected and (self._attempt is None or (number, attempt) > (self._round, self._attempt_number)):
             return []  # It was opened to our old connection.
         self._check(
             self._attempt is not None and (number, attempt) == (self._round, self._attempt_number),

@@ -110,7 +110,7 @@ def test_the_sizes_that_were_used_are_told(target):
     assert evidence.settings["trainings_unprotected"] == LEAST_TRAININGS["unprotected"]
     scores = [row for row in evidence.membership if (row.observation, row.protection) == ("update", "ours")]
     assert sum(len(row.members) + len(row.others) for row in scores) == LEAST_TRAININGS["ours"] * (4 + 16)
-    assert set(verdicts(evidence, target).values()) == {"held"}
+    assert "broken" not in verdicts(evidence, target).values()
     assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 12 unprotected; ")
 
 
