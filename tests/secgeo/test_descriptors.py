@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import subprocess
@@ -18,8 +19,8 @@ import pytest
 
 from audit.records import verify_folder
 from tests.keys.factory import AGGREGATOR
-from tests.secgeo.site import HOSPITALS, make_site
-from tests.secgeo.test_crash import free_port, start, transcript
+from tests.secgeo.site import HOSPITALS, Site, make_site
+from tests.secgeo.test_crash import free_port, transcript
 from tests.secgeo.test_node import collect
 
 ALL_TAKEN = """
@@ -88,6 +89,14 @@ def flood(port: int, process: int) -> Iterator[Counter[str]]:
         thread.join()
 
 
+def start(site: Site, role: str, name: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "secgeo.cli", role, str(site.config(name)), "--json"]
+    with (site.base / name / "stderr").open("a") as errors:
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+
+
 @pytest.mark.slow
 def test_a_study_ends_well_although_strangers_hold_every_connection(tmp_path: Path) -> None:
     site = make_site(tmp_path, rounds=3)
@@ -95,8 +104,8 @@ def test_a_study_ends_well_although_strangers_hold_every_connection(tmp_path: Pa
     site.write_config(AGGREGATOR, listen_address=f"tcp://127.0.0.1:{port}")
     for name in HOSPITALS:
         site.write_config(name, aggregator_address=f"tcp://127.0.0.1:{port}")
-    processes = {AGGREGATOR: start(site, "aggregator", AGGREGATOR, None)}
-    processes |= {name: start(site, "node", name, None) for name in HOSPITALS}
+    processes = {AGGREGATOR: start(site, "aggregator", AGGREGATOR)}
+    processes |= {name: start(site, "node", name) for name in HOSPITALS}
     try:
         deadline = time.monotonic() + 120
         records = site.base / AGGREGATOR / "records" / "sums"
