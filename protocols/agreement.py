@@ -382,10 +382,7 @@ def _rules(agreement: Agreement) -> list[tuple[str, bool]]:
 
 
 def _hospital_rules(agreement: Agreement) -> list[tuple[str, bool]]:
-    ring = agreement.secure_sum
-    if ring.minimum_cohort <= agreement.colluders_tolerated:
-        return []  # that breaks a rule above
-    share = agreement.noise_share
+    ring, share = agreement.secure_sum, agreement.noise_share
     if share is None:
         return []
     limit = (2 ** (ring.value_bits - 1) - 1) / 2**ring.fraction_bits
