@@ -154,6 +154,8 @@ class AggregatorMachine:
         self._ready: set[str] = set()
         self._trained: set[str] = set()
         """Who has said in this round that it has an update, also if it is away for the moment."""
+        self._overtime = False
+        """Whether too few were ready in time, and those who are missing are waited for, once."""
         self._chunks: tuple[int, list[bytes]] = 0, []
         """The messages of the sum that was sent last, and of which round: all nodes that it is for share them."""
         self._attempt: AttemptAggregator | None = None
@@ -460,20 +462,21 @@ class AggregatorMachine:
             return []
         self._ready.add(peer)
         self._trained.add(peer)
+        if self._overtime and len(self._ready) >= self._parties.minimum:  # The others have as long as for any message.
+            self._deadline = min(self._deadline, now + self._agreement.deadlines.phase_seconds)
         return self._begin_sum(now) if self._all_ready else []
 
     @property
     def _all_ready(self) -> bool:
-        """Nobody who is here still trains. If they are too few, who has an update and is away has until the deadline to come back."""
-        short = len(self._ready) < self._parties.minimum <= len(self._trained - self._out.keys())
-        return self._ready >= self._joined and not short
+        """Nobody who is here still trains."""
+        return self._ready >= self._joined
 
     def _lose(self, peer: str, now: float, *, for_good: bool = False) -> list[Output]:
         match self.stage:
             case Stage.SUM if self._attempt is not None:
                 attempt = self._attempt
                 return self._carry(attempt.put_out(peer) if for_good else attempt.leave(peer), now)
-            case Stage.TRAIN if self._ready and self._all_ready:
+            case Stage.TRAIN if self._hopeless or (self._ready and self._all_ready):
                 return self._begin_sum(now)
             case Stage.RECEIPTS:
                 return self._maybe_close(now)
@@ -503,7 +506,7 @@ class AggregatorMachine:
     def _next_round(self, now: float) -> list[Output]:
         if self._round == self._agreement.study.rounds:
             return self._end("all rounds are done", now)
-        if len(self._joined) < self._parties.minimum:
+        if len(self._joined) < self._parties.minimum or self._overtime:
             return self._wait_for_hospitals(now)
         self._round += 1
         self._ready.clear()
@@ -521,21 +524,33 @@ class AggregatorMachine:
         ]
 
     def _wait_for_hospitals(self, now: float) -> list[Output]:
-        """Too few are here. If that is because lines are broken, they have as long to come back as they had to join."""
-        if self.stage is Stage.GATHER or len(self._agreement.members) - len(self._out) < self._parties.minimum:
+        """Too few are here. If that is because lines are broken, they have as long to come back as they had to join, once."""
+        if self.stage is Stage.GATHER or self._overtime or self._hopeless:
             return self._end("too few hospitals are left", now)
         self.stage, self._resume_at = Stage.GATHER, Stage.TRAIN
         self._deadline = now + self._agreement.deadlines.join_seconds
         return [Progress("waits for hospitals", {"joined": len(self._joined)})]
 
+    @property
+    def _hopeless(self) -> bool:
+        """Whether too few could ever come back."""
+        return len(self._agreement.members) - len(self._out) < self._parties.minimum
+
     def _begin_sum(self, now: float) -> list[Output]:
         cohort = self._ready & self._joined
         if len(cohort) < self._parties.minimum:
-            return self._abandon("too few nodes were ready", (), now)
+            if self._hopeless or (self._overtime and now >= self._deadline):
+                return self._abandon("too few nodes were ready", (), now)
+            if self._overtime:
+                return []
+            # Perhaps a line is down and nobody noticed. To open the next round would not help, and would throw updates away.
+            self._overtime = True
+            self._deadline = now + self._agreement.deadlines.join_seconds
+            return [Progress("waits for hospitals", {"joined": len(self._joined), "ready": len(cohort)})]
         number = self._attempts.get(self._round, 0) + 1
         if number > self._agreement.secure_sum.max_attempts:
             return self._abandon("every agreed attempt was used up", (), now)
-        self._attempts[self._round] = number
+        self._attempts[self._round], self._overtime = number, False
         self._chunks = 0, []  # Uploads need the memory.
         self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
         attempt = AttemptId(self._parties.agreement_digest, self._round, number)

@@ -34,6 +34,9 @@ STUCK, STILL = 1e6, 0.01
 MOST_SLOPES = 2e7
 """Values of all Jacobians that are in memory together."""
 
+TINY = 1e-30
+"""Variance below every other: nothing is divided by zero where nothing is seen."""
+
 DIFFERENCE = 1e-5
 """Of forward differences, in deviations; everything is in float64."""
 
@@ -175,15 +178,15 @@ def _gram_clue(scene: Scene, target: Target, prior: Prior, whitebox: Whitebox, a
     hidden, labels = prior.draw(scene.chance, target.agreement.study.classes)
     moved = changes(steps(*prior.tensors(hidden, labels)))
     _, sizes, rows = np.linalg.svd(moved, full_matrices=False)
-    along = rows[:DIRECTIONS][sizes[:DIRECTIONS] > 1e-6 * sizes[0]]
+    along = rows[: max(1, np.count_nonzero(sizes[:DIRECTIONS] > 1e-6 * sizes[0]))]  # one also where nothing moves it
     seen = (grams[:, *triangle] - before) @ along.T
     slopes = whitebox.gram_slopes(along)
     std = privacy.noise_multiplier * privacy.max_grad_norm
     noise = 0.0
     if std > 0.0:
         cloud = changes(scene.chance.normal(size=(scene.size.noise_samples, len(at))) * speed * std) @ along.T
-        inner = np.cov(cloud.T)
-        inner += DRIFT * np.trace(inner) / len(inner) * np.eye(len(inner))
+        inner = np.atleast_2d(np.cov(cloud.T))
+        inner += (DRIFT * np.trace(inner) / len(inner) + TINY) * np.eye(len(inner))
         whiten = np.linalg.inv(np.linalg.cholesky(inner))
         centred = (seen - cloud.mean(axis=0)) @ whiten.T
         # There may be less noise than was agreed; the attacker looks.
@@ -252,7 +255,7 @@ def _match(scene: Scene, target: Target, prior: Prior, clue: Clue) -> tuple[Valu
     columns = count * together * len(prior.components)
     tries = min(scene.size.starts * classes, max(1, scene.size.columns // columns))
     power = np.square(clue.seen).mean(axis=1)
-    scale = 1.0 / np.sqrt(np.minimum(clue.noise, power) + 1e-6 * power + 1e-30)
+    scale = 1.0 / np.sqrt(np.minimum(clue.noise, power) + 1e-6 * power + TINY)
     groups = min(count, math.ceil(columns * tries * clue.seen.shape[1] / MOST_SLOPES))
     found = []
     for part in np.array_split(np.arange(count), groups):

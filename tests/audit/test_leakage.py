@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from audit.leakage import OBSERVATIONS, LeakageEvidence, Rate, auc, collect, dp_line, judge, rate_at, recovered, roc
 from audit.leakage.evidence import UNCLIPPED
 from audit.leakage.first_order import Whitebox
-from audit.leakage.inversion import ROUNDING, Clue, Prior, clues_of
+from audit.leakage.inversion import ROUNDING, Clue, Prior, clues_of, invert_all
 from audit.leakage.scene import LEAST_TRAININGS, SIZES, STEP_OVERHEAD, Scene, protected_as, take_records, vary
 from audit.leakage.scores import clopper_pearson, rates
 from audit.leakage.sent import Uploads
@@ -210,6 +210,17 @@ def test_patients_and_a_target_without_others(target):
     sizes = {"trainings": {"unprotected": 3, "ours": 3}, "starts": 1, "inverted": 2}
     evidence = run(replace(make_target(privacy=privacy), records=records, others=None), **sizes)
     assert evidence.settings["base_records"] + evidence.settings["candidate_records"] == 12
+
+
+def test_a_gram_matrix_that_nothing_moves_shows_nothing(monkeypatch, target):
+    """A model may be such that no record moves it: attacks find nothing, and go on."""
+    upper = Whitebox(target)._gram().detach()
+    monkeypatch.setattr(Whitebox, "_gram", lambda whitebox: upper + 0.0 * sum(p.sum() for p in whitebox.parameters))
+    scene = Scene(target, replace(SMALL, inverted=2, starts=1), np.random.default_rng(5))
+    rows = {(row.observation, row.protection): row for row in invert_all(scene)}
+    assert len(rows) == 10
+    for protection in ("ours", "unprotected"):
+        assert max(rows["gram", protection].similarity) < 0.9
 
 
 # --- uploads

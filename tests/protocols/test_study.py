@@ -139,6 +139,61 @@ def test_the_train_deadline_leaves_a_slow_node_out_of_this_round_only() -> None:
     assert check_sum(network, "hospital-03", 2) == tuple(names(4))
 
 
+def cut_all_lines(network: Network, stage: Stage) -> list[str]:
+    """From this stage of round 2 on nothing arrives anywhere and nobody is told, until the list is emptied."""
+    dead: list[str] = []
+
+    def tap(_sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        if (network.aggregator._round, network.aggregator.stage) == (2, stage) and not network.now:
+            dead.append("cut")
+        return [] if dead else [data]
+
+    network.tap = tap
+    network.start()
+    while network._queue:
+        network._deliver(*network._queue.popleft())
+    assert dead
+    return dead
+
+
+@pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.SUM, Stage.RECEIPTS])
+def test_an_outage_that_nobody_is_told_of_costs_time_and_no_round(stage: Stage) -> None:
+    network = make_network(4, rounds=4, threshold=3)
+    dead = cut_all_lines(network, stage)
+    while not network.aggregator._overtime:
+        network.pass_time()
+    dead.clear()
+    for name in names(4):
+        network._from_node(name, network.nodes[name].rejoin())
+    network.finish()
+    check_outcome(network, names(4))
+    assert {len(network.sums[name]) for name in names(4)} == {4}
+    assert network.now <= 30.0  # nobody waited for longer than the outage: at most two phases, and the time to train
+
+
+@pytest.mark.parametrize("back", [2, 3])
+def test_after_an_outage_the_round_begins_with_those_who_are_back_soon_after_they_are_enough(back: int) -> None:
+    network = make_network(4, rounds=2, threshold=3)
+    dead = cut_all_lines(network, Stage.TRAIN)
+    network.pass_time()
+    assert network.aggregator._overtime
+    dead.clear()
+    for name in names(back):
+        network._from_node(name, network.nodes[name].rejoin())
+    network.finish()
+    check_outcome(network, names(4))
+    assert len(network.sums["hospital-00"]) == (2 if back == 3 else 1)
+
+
+def test_an_outage_that_does_not_end_ends_the_study() -> None:
+    network = make_network(4, rounds=9, threshold=3)
+    cut_all_lines(network, Stage.TRAIN)
+    network.finish()
+    limits = network.agreement.deadlines
+    assert network.aggregator._end_reason == "too few hospitals are left"
+    assert network.now == limits.train_seconds + limits.join_seconds + limits.train_seconds  # the last for farewells
+
+
 def test_a_node_that_uploaded_and_is_known_to_be_gone_counts_but_is_not_waited_for() -> None:
     network, victim = make_network(4, threshold=3), "hospital-00"
     deliver, gone = network._deliver, False
