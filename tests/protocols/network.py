@@ -30,7 +30,6 @@ from protocols.agreement import (
     write_agreement,
 )
 from protocols.attempt_aggregator import ClosedAttempt
-from protocols.bfv import InProcess
 from protocols.encoding import Float64Vector
 from protocols.packing import choose
 from tests.keys.factory import AGGREGATOR, Consortium, make_consortium
@@ -81,7 +80,7 @@ class Network(memory.Network):
     def __init__(
         self, consortium: Consortium, agreement: Agreement, vectors: Callable[[str, int], Float64Vector], size: int
     ) -> None:
-        super().__init__(consortium.identities, agreement, vectors, size, InProcess())
+        super().__init__(consortium.identities, agreement, vectors, size, memory.SharedCiphers())
         self.consortium = consortium
         self.lost: dict[str, list[node.RoundLost]] = {name: [] for name in self.names}
         self.ended: dict[str, str] = {}
