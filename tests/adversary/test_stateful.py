@@ -32,6 +32,14 @@ from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import make_network, names
 
 SIZE = 40
+SHAPES: list[tuple[int, dict[str, int]]] = [
+    (3, {}),
+    (4, {}),
+    (6, {}),
+    (17, {"threshold": 11, "minimum_cohort": 11, "neighbours": 8, "share_threshold": 4}),
+]
+"""Members, and the graph of those who share masks, if it is not complete."""
+
 SETTINGS = settings(
     max_examples=int(os.environ.get("SECGEO_STATEFUL_EXAMPLES", "40")),
     stateful_step_count=40,
@@ -48,13 +56,14 @@ class Study(RuleBasedStateMachine):
     guard: AbstractContextManager[None] = nullcontext()
 
     @initialize(
-        count=st.sampled_from([3, 4, 6]),
+        shape=st.sampled_from(SHAPES),
         rounds=st.integers(1, 2),
         patience=st.integers(0, 5),
         protocol=st.sampled_from(get_args(Protocol)),
     )
-    def open(self, count: int, rounds: int, patience: int, protocol: str) -> None:
-        self.network = make_network(count, size=SIZE, rounds=rounds, max_attempts=16, protocol=protocol)
+    def open(self, shape: tuple[int, dict[str, int]], rounds: int, patience: int, protocol: str) -> None:
+        count, graph = shape if protocol != "homomorphic" else (min(shape[0], 6), {})
+        self.network = make_network(count, size=SIZE, rounds=rounds, max_attempts=16, protocol=protocol, **graph)
         vectors = {name: self.network.vectors(name, 1) for name in names(count)}
         self.network.vectors = lambda name, _: vectors[name]  # so that equal chunks mean equal masks
         self.knowledge = Knowledge(self.network)
