@@ -24,7 +24,7 @@ from secgeo.update import Layout, SharedState, apply_sum
 STEP_OVERHEAD = 50_000
 """A step takes about as long as if its model had so many parameters more."""
 
-LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 12, "ours": 24}
+LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 24, "ours": 24}
 """Of ours, in `fast`, about 96 scores of records that are in and 192 of canaries, and as many of those that are not."""
 
 
@@ -61,7 +61,7 @@ class _Size:
 
 SIZES: dict[Profile, _Size] = {
     "fast": _Size(
-        trainings={"unprotected": 20, "ours": 40},
+        trainings={"unprotected": 40, "ours": 40},
         records=8,
         canaries=16,
         pool=5,
