@@ -46,7 +46,7 @@ from secgeo.accountant import epsilon_after
 from secgeo.records import MANIFEST, file_digests, list_files
 from secgeo.study import AGREEMENT, DOCUMENTS, ROOT, OpenStudy
 
-FORMAT = "secgeo-audit/2"
+FORMAT = "secgeo-audit/3"
 """Changes with what is collected, and with how it is judged: what other rules made cannot be computed again by these."""
 EVIDENCE, RECORDS, STUDY, ABOUT = "evidence", "evidence/records", "evidence/study", "evidence/about.json"
 VERDICT, REPORT, AUDITOR = "verdict.json", "report.html", "auditor.json"

@@ -79,6 +79,24 @@ class Inversion(Struct, frozen=True, forbid_unknown_fields=True):
     labels_right: int
 
 
+class Settings(Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of the experiment."""
+
+    trainings: int
+    trainings_unprotected: int
+    candidate_records: int
+    canaries: int
+    base_records: int
+    records_of_others: int
+    simulated_hospitals: int
+    rounds_of_adapter: int
+    steps_per_round: int
+    warmup_steps: int
+    sample_rate: float
+    expected_batch_size: float
+    inverted_records: int
+
+
 class LeakageEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     """What the attacks gave. `judge` needs nothing else but the agreement.
 
@@ -96,7 +114,7 @@ class LeakageEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     protocol: str
     seed: int
-    settings: dict[str, float]
+    settings: Settings
     seconds: float
     membership: list[Membership]
     inversion: list[Inversion]

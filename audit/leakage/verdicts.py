@@ -50,8 +50,7 @@ def judge(evidence: LeakageEvidence, agreement: Agreement) -> list[Finding]:
 
 def _trainings(evidence: LeakageEvidence) -> str:
     """How many trainings there were, which depends on the profile and the size of the model."""
-    ours, unprotected = (evidence.settings.get(name, 0.0) for name in ("trainings", "trainings_unprotected"))
-    return f"{ours:.0f} trainings of ours, {unprotected:.0f} unprotected"
+    return f"{evidence.settings.trainings} trainings of ours, {evidence.settings.trainings_unprotected} unprotected"
 
 
 def _inverted(evidence: LeakageEvidence, observation: Observation) -> tuple[Inversion, Inversion]:

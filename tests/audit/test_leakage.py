@@ -115,8 +115,8 @@ def test_a_large_model_is_trained_less_often_but_often_enough(target):
 
 def test_the_sizes_that_were_used_are_told(target):
     evidence = run(target, work=1.0, trainings=SIZES["fast"].trainings)
-    assert evidence.settings["trainings"] == LEAST_TRAININGS["ours"]
-    assert evidence.settings["trainings_unprotected"] == LEAST_TRAININGS["unprotected"]
+    assert evidence.settings.trainings == LEAST_TRAININGS["ours"]
+    assert evidence.settings.trainings_unprotected == LEAST_TRAININGS["unprotected"]
     scores = [row for row in evidence.membership if (row.observation, row.protection) == ("update", "ours")]
     assert sum(len(row.members) + len(row.others) for row in scores) == LEAST_TRAININGS["ours"] * (4 + 16)
     assert "broken" not in verdicts(evidence, target).values()
@@ -219,7 +219,7 @@ def test_patients_and_a_target_without_others(target):
     privacy = {"unit": "patient", "records_per_patient": 2, "noise_multiplier": 2.0}
     sizes = {"trainings": {"unprotected": 3, "ours": 3}, "starts": 1, "inverted": 2}
     evidence = run(replace(make_target(privacy=privacy), records=records, others=None), **sizes)
-    assert evidence.settings["base_records"] + evidence.settings["candidate_records"] == 12
+    assert evidence.settings.base_records + evidence.settings.candidate_records == 12
 
 
 def test_a_gram_matrix_that_nothing_moves_shows_nothing(monkeypatch, target):
