@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from audit.leakage.evidence import (
     CAREFUL,
@@ -34,7 +35,7 @@ from secgeo.update import Layout, SharedState, apply_sum
 STEP_OVERHEAD = 50_000
 """A step takes about as long as if its model had so many parameters more."""
 
-LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 24, "ours": 24}
+LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 12, "ours": 24}
 """Of ours, in `fast`, about 96 scores of records that are in and 192 of canaries, and as many of those that are not."""
 
 
@@ -71,7 +72,7 @@ class _Size:
 
 SIZES: dict[Profile, _Size] = {
     "fast": _Size(
-        trainings={"unprotected": 40, "ours": 40},
+        trainings={"unprotected": 20, "ours": 40},
         records=8,
         canaries=16,
         pool=5,
@@ -189,9 +190,10 @@ class Scene:
             "records": slice(0, records),
             "canaries": slice(records, records + canaries),
         }
-        self.base = take_records(own, np.arange(records, len(own)))
         self.strangers = take_records(strangers, np.arange(canaries, len(strangers))[: 2 * CROWD])
-        self.start, wrong = self._begin(strangers.features[:canaries])
+        self.start, wrong, misfit = self._begin(strangers.features[:canaries], own)
+        own = take_records(own, misfit.argsort()[::-1])
+        self.base = take_records(own, np.arange(records, len(own)))
         self.candidates = join_records(
             take_records(own, np.arange(records)), LabelledRecords(strangers.features[:canaries], wrong)
         )
@@ -215,8 +217,11 @@ class Scene:
             inverted_records=min(size.inverted, len(self.base)),
         )
 
-    def _begin(self, features: NDArray[np.float32]) -> tuple[_Start, NDArray[np.int64]]:
-        """After the first round, and one without noise on the others' records; and what `features` are least likely to be then."""
+    def _begin(
+        self, features: NDArray[np.float32], own: LabelledRecords
+    ) -> tuple[_Start, NDArray[np.int64], NDArray[np.float32]]:
+        """After the first round, and one without noise on the others' records; what `features` are least likely to be then, and how
+        little each of the hospital's own records is what the model expects: those that it expects least give the most away."""
         target = vary(self.target, privacy={"noise_multiplier": 0.0}, hospital_privacy=None)
         trainer = target.trainer(records=self.strangers)
         state = SharedState.initial(target.agreement)
@@ -225,7 +230,9 @@ class Scene:
             state = apply_sum(state, self.layout, vector * self.members, target.agreement)
         with torch.no_grad():
             unlikely = trainer.model(torch.from_numpy(features)).argmin(dim=1).numpy()
-        return _Start(state, trainer.local_state()), unlikely
+            logits = trainer.model(torch.from_numpy(own.features))
+            misfit = functional.cross_entropy(logits, torch.from_numpy(own.labels), reduction="none").numpy()
+        return _Start(state, trainer.local_state()), unlikely, misfit
 
     def trainer(self, target: Target, records: LabelledRecords) -> Any:
         """A real trainer at the start."""

@@ -120,7 +120,7 @@ def test_the_sizes_that_were_used_are_told(target):
     scores = [row for row in evidence.membership if (row.observation, row.protection) == ("update", "ours")]
     assert sum(len(row.members) + len(row.others) for row in scores) == LEAST_TRAININGS["ours"] * (4 + 16)
     assert "broken" not in verdicts(evidence, target).values()
-    assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 24 unprotected; ")
+    assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 12 unprotected; ")
 
 
 @pytest.mark.parametrize("limit", [0.3, UNCLIPPED])
@@ -186,8 +186,7 @@ def test_attacks_work_where_nothing_protects(evidence):
 def test_they_fail_on_ours(evidence, target):
     found = verdicts(evidence, target)
     assert len(found) == 15
-    assert {status for name, status in found.items() if not name.endswith("records")} == {"held"}
-    assert "broken" not in found.values()
+    assert set(found.values()) == {"held"}
     for row in evidence.membership:
         if row.protection == "ours":
             assert auc(row.members, row.others) < 0.75

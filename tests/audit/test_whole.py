@@ -246,8 +246,8 @@ def few_reconstructions(evidence: LeakageEvidence) -> LeakageEvidence:
 SHALLOW: dict[str, Callable[[LeakageEvidence], LeakageEvidence]] = {
     "few scores of one attack": row(3, members=[0.0] * 5, others=[0.0] * 5),
     "few scores of all": fewer,
-    "scores of one kind moved to the other": row(0, members=[0.0] * 310, others=[0.0] * 10),
-    "another coin for one observation": row(0, members=[0.0] * 161, others=[0.0] * 159),
+    "scores of one kind moved to the other": row(0, members=[0.0] * 150, others=[0.0] * 10),
+    "another coin for one observation": row(0, members=[0.0] * 81, others=[0.0] * 79),
     "an attack left out": lambda e: msgspec.structs.replace(e, membership=e.membership[1:]),
     "an attack that counts twice": lambda e: msgspec.structs.replace(e, membership=[*e.membership, e.membership[0]]),
     "records in the place of canaries": row(1, candidates="records"),
