@@ -1,0 +1,54 @@
+"""What can be tried with shares of one secret: interpolate with however few there are, or take off coefficients that are known.
+
+Sound shares (`protocols.shamir`) of fewer than the threshold fit every secret equally well, so that none of these guesses is ever right.
+Shares are field elements here, by holder index from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from protocols.shamir import PRIME, SECRET_BYTES
+
+Offsets = Mapping[int, Iterable[int]]
+"""What coefficients that are known add to a secret, by the place of the share that they make."""
+
+
+def weights(holders: Sequence[int]) -> list[int]:
+    """What each of these holders' shares counts for in the value at 0 of the polynomial of least degree through them all."""
+    points, found = [holder + 1 for holder in holders], []
+    for x in points:
+        numerator = denominator = 1
+        for other in points:
+            if other != x:
+                numerator = numerator * other % PRIME
+                denominator = denominator * (other - x) % PRIME
+        found.append(numerator * pow(denominator, -1, PRIME) % PRIME)
+    return found
+
+
+def value_at_zero(shares: Mapping[int, int]) -> int:
+    """The value at 0 of the polynomial of least degree through these shares."""
+    terms = zip(weights(list(shares)), shares.values(), strict=True)
+    return sum(weight * share for weight, share in terms) % PRIME
+
+
+def interpolations(shares: Mapping[int, int], needed: int) -> Iterator[bytes]:
+    """The secret, if so many of the shares give it: first as many as are needed, then all of them, then fewer and fewer."""
+    held = sorted(shares.items())
+    counts = dict.fromkeys((needed, len(held), *range(min(needed, len(held)) - 1, 0, -1)))
+    for count in counts:
+        if count <= len(held):
+            yield from _secret(value_at_zero(dict(held[:count])))
+
+
+def without(shares: Mapping[int, int], offsets: Offsets) -> Iterator[bytes]:
+    """The secret, if its share at one place is made with coefficients that are known."""
+    for holder, share in shares.items():
+        for offset in offsets.get(holder, ()):
+            yield from _secret((share - offset) % PRIME)
+
+
+def _secret(value: int) -> Iterator[bytes]:
+    if value < 1 << 8 * SECRET_BYTES:
+        yield value.to_bytes(SECRET_BYTES)
