@@ -14,23 +14,24 @@ Offsets = Mapping[int, Iterable[int]]
 """What coefficients that are known add to a secret, by the place of the share that they make."""
 
 
-def weights(holders: Sequence[int]) -> list[int]:
-    """What each of these holders' shares counts for in the value at 0 of the polynomial of least degree through them all."""
+def basis(holders: Sequence[int]) -> list[list[int]]:
+    """For each of these holders the polynomial, by its coefficients, that is 1 at its place and 0 at those of the others (Lagrange)."""
     points, found = [holder + 1 for holder in holders], []
     for x in points:
-        numerator = denominator = 1
+        polynomial, denominator = [1], 1
         for other in points:
             if other != x:
-                numerator = numerator * other % PRIME
-                denominator = denominator * (other - x) % PRIME
-        found.append(numerator * pow(denominator, -1, PRIME) % PRIME)
+                shifted, scaled = [0, *polynomial], [-other * c for c in polynomial] + [0]
+                polynomial = [(a + b) % PRIME for a, b in zip(shifted, scaled, strict=True)]
+                denominator = denominator * (x - other) % PRIME
+        inverse = pow(denominator, -1, PRIME)
+        found.append([c * inverse % PRIME for c in polynomial])
     return found
 
 
 def value_at_zero(shares: Mapping[int, int]) -> int:
     """The value at 0 of the polynomial of least degree through these shares."""
-    terms = zip(weights(list(shares)), shares.values(), strict=True)
-    return sum(weight * share for weight, share in terms) % PRIME
+    return sum(b[0] * share for b, share in zip(basis(list(shares)), shares.values(), strict=True)) % PRIME
 
 
 def interpolations(shares: Mapping[int, int], needed: int) -> Iterator[bytes]:

@@ -212,7 +212,8 @@ class Knowledge:
         secrets = self.attempts[address].secrets
         if owner in secrets:
             return secrets[owner].self_seed if kind == "self_seed" else secrets[owner].pair_master
-        return self._once((owner, kind), address, lambda: self._interpolate(owner, kind, address))
+        found: bytes | None = self._once((owner, kind), address, lambda: self._interpolate(owner, kind, address))
+        return found
 
     def _interpolate(self, owner: str, kind: Kind, address: Address) -> bytes | None:
         needed = self._network.agreement.secure_sum.shares_needed
@@ -228,7 +229,9 @@ class Knowledge:
     def _once(self, what: tuple[object, ...], address: Address, follow: Callable[[], Any]) -> Any:
         """What follows from what is known of an attempt: worked out once, and again when there are more shares or secrets."""
         seen = self.attempts[address]
-        known = [len(seen.secrets)] + [sum(map(len, seen.shares(kind).values())) for kind in KINDS]
+        known = [len(seen.keys), len(seen.digests), len(seen.secrets)] + [
+            sum(map(len, seen.shares(kind).values())) for kind in KINDS
+        ]
         key = what, address, tuple(known)
         if key not in self._followed:
             self._followed[key] = follow()

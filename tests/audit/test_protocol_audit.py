@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from audit import deployment, protocol, rounds
+from audit import deployment, protocol, rounds, splits
 from audit import door as door_of
 from audit.attacks import CATALOGUE, by_aggregator_documents, stage, wire
 from audit.attacks.stage import Played, World, reduced, vector_values
@@ -163,7 +163,7 @@ def test_every_theme_is_in_the_catalogue_and_has_its_place() -> None:
 
 
 def test_large_agreements_are_played_small_and_say_so() -> None:
-    large = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+    large = sparse_agreement()
     small = reduced(large, 6)
     assert len(small.members) == 6
     assert small.secure_sum.threshold <= small.secure_sum.minimum_cohort <= 6
@@ -233,8 +233,7 @@ def test_a_weakened_copy_is_broken(name: str, honest: ProtocolEvidence) -> None:
 
 
 def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
-    sparse = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
-    world = World(reduced(sparse, 17), 1100)
+    world = World(reduced(sparse_agreement(), 17), 1100)
     assert protocol.harms_of(play("a victim cut off", nullcontext(), world)) == []
     harms = protocol.harms_of(play("a victim cut off", weaken.connectivity(), world))
     assert "the vector of hospital-00 was read" in harms
@@ -243,12 +242,84 @@ def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
 @pytest.mark.parametrize("name", ["a false complaint", "withheld round keys"])
 def test_in_a_sparse_graph_attacks_are_on_who_shares_masks(name: str) -> None:
     """Who does follows from a hash over fresh keys: half of the members, each time others."""
-    sparse = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
-    world = World(reduced(sparse, 17), 1100)
+    world = World(reduced(sparse_agreement(), 17), 1100)
     for _ in range(5):
         attack = play(name, nullcontext(), world)
         assert attack.took_place
         assert protocol.harms_of(attack) == []
+
+
+# --- shares
+
+
+def sparse_agreement() -> Agreement:
+    return agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+
+
+TOLD_BY_FEWER = {
+    "one fewer": weaken.degree_of_shares,
+    "constants": weaken.coefficients_of_shares,
+    "two secrets": weaken.coefficients_of_two_secrets,
+    "every share": weaken.secrets_for_shares,
+}
+
+
+@pytest.mark.parametrize("graph", ["complete", "sparse"])
+@pytest.mark.parametrize("how", [*TOLD_BY_FEWER, "sound"])
+def test_fewer_colluders_than_the_threshold_read_a_vector_where_shares_are_weak(
+    how: str, graph: str, honest: ProtocolEvidence
+) -> None:
+    """The attacker does not believe in the threshold: it takes what its shares give, and checks it against what is public."""
+    agreement = agreed() if graph == "complete" else sparse_agreement()
+    world = World(reduced(agreement, len(agreement.members)), 1100)
+    guard = TOLD_BY_FEWER.get(how, nullcontext)
+    played = play("colluders below the threshold", guard(), world)
+    assert played.took_place
+    assert len(world.names) - len(played.summed) == agreement.secure_sum.shares_needed - 1
+    assert (world.names[0] in played.read) == (how != "sound")
+    status = "held" if how == "sound" else "broken"
+    assert status_of(msgspec.structs.replace(honest, played=(played,)), "colluders") == status
+
+
+WEAK_SHARES: dict[str, tuple[Guard, str]] = {
+    "one fewer": (weaken.degree_of_shares, "fewer than 4 shares gave a secret of zeros away in 5000 of"),
+    "constants": (weaken.coefficients_of_shares, "shares of two splits of a secret of zeros are equal at"),
+    "one coefficient": (
+        weaken.one_coefficient_of_shares,
+        "coefficients beside a secret of zeros only 5000 are different",
+    ),
+    "two secrets": (weaken.coefficients_of_two_secrets, "shares of two splits of a secret of ones are equal at"),
+    "every share": (weaken.secrets_for_shares, "fewer than 4 shares gave a secret of ones away in 15000 of 15000"),
+    "little entropy": (weaken.low_entropy_of_shares, "are different"),
+    "small coefficients": (
+        weaken.small_coefficients_of_shares,
+        "the top bytes of shares of a secret of ones are not uniform",
+    ),
+}
+
+
+@pytest.mark.parametrize("graph", ["complete", "sparse"])
+@pytest.mark.parametrize("how", WEAK_SHARES)
+def test_weak_shares_are_seen(how: str, graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CATALOGUE", [])
+    monkeypatch.setattr(protocol, "UPLOAD_ROUNDS", {"fast": 1})
+    guard, says = WEAK_SHARES[how]
+    with guard():
+        found = finding(judge(run(agreed() if graph == "complete" else sparse_agreement())), "shares of secrets")
+    assert found.status == "broken"
+    assert says in found.detail
+
+
+def test_sound_shares_say_nothing_of_their_secret(honest: ProtocolEvidence) -> None:
+    found = finding(judge(honest), "shares of secrets")
+    assert found.status == "held"
+    assert "a source of 20 bits or less would have repeated itself" in found.detail
+    sparse = sparse_agreement()
+    assert splits.shape(sparse, reduced(sparse, 6)) == (4, 9)
+    assert splits.judge_splits(splits.measure_splits(4, 9)).status == "held"
+    assert splits.judge_splits(splits.measure_splits(2, 3)).status == "held"
+    lost = msgspec.structs.replace(honest.splits[0], recovered=4999)
+    assert splits.judge_splits([lost]).status == "broken"
 
 
 def test_everything_that_this_agreement_allows_is_tried(honest: ProtocolEvidence) -> None:
@@ -257,6 +328,7 @@ def test_everything_that_this_agreement_allows_is_tried(honest: ProtocolEvidence
     assert not_tried(msgspec.structs.replace(honest, played=idle), agreed()) == [honest.played[0].name]
     assert not_tried(msgspec.structs.replace(honest, control=None), agreed()) == ["control"]
     assert not_tried(msgspec.structs.replace(honest, repeats=()), agreed()) == ["freshness"]
+    assert not_tried(msgspec.structs.replace(honest, splits=honest.splits[1:]), agreed()) == ["shares of secrets"]
     few = tuple(msgspec.structs.replace(series, low=(5,) * 256) for series in honest.series)
     assert not_tried(msgspec.structs.replace(honest, series=few), agreed()) == [series.name for series in few]
     assert not_tried(run(agreed(count=3)), agreed(count=3)) == []
