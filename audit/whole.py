@@ -239,6 +239,9 @@ def _check_deployment(evidence: DeploymentEvidence, study: OpenStudy, started: d
         "the look at the deployment is not whole",
         not evidence.study_problem and evidence.role == "node" and not whole,
         not evidence.study_problem and evidence.study is None,
+        evidence.configuration.what != "configuration" or evidence.configuration.kind == "missing",
+        evidence.role == "node" and not evidence.data,
+        any(reach.what == "configuration" for reach in evidence.data),
         not evidence.study_problem and evidence.certificate_problem.startswith(NOT_COMPARED),
         any(problem.startswith(NOT_COMPARED) for problem in (evidence.study_problem, evidence.policy_problem)),
     )

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +30,10 @@ from audit.findings import Finding
 from audit.promises import COLLUSION, PROMISES
 from audit.protocol import ProtocolEvidence, collect, from_json, judge, not_tried, to_json
 from audit.uploads import Series
-from keys.errors import ConfigError, SecGeoError, TransportError
+from keys import files as key_files
+from keys.errors import ConfigError, KeyFileError, SecGeoError, TransportError
+from keys.files import read_secret
+from keys.labels import Label
 from protocols import messages as m
 from protocols.agreement import Agreement, read_agreement
 from protocols.attempt_aggregator import AttemptAggregator
@@ -578,6 +582,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return make_site(tmp_path_factory.mktemp("site"))
 
 
+def copied(site: Site, folder: Path) -> Site:
+    copy = Site(folder / "site", site.consortium, site.digest)
+    shutil.copytree(site.base, copy.base)
+    return copy
+
+
 def look(site: Site, name: str, **options: Any) -> list[Finding]:
     evidence = deployment.collect_deployment(site.config(name), datetime.now(UTC), **{"probe": False, **options})
     assert msgspec.json.decode(msgspec.json.encode(evidence), type=deployment.DeploymentEvidence) == evidence
@@ -645,10 +655,168 @@ def spoil(site: Site, name: str, how: str) -> None:
     ],
 )
 def test_what_is_wrong_with_a_site_is_found(how: str, broken: str, site: Site, tmp_path: Path) -> None:
-    copy = Site(tmp_path / "site", site.consortium, site.digest)
-    shutil.copytree(site.base, copy.base)
+    copy = copied(site, tmp_path)
     spoil(copy, HOSPITALS[2], how)
     assert statuses(look(copy, HOSPITALS[2]))[broken] == "broken"
+
+
+SALT, NONCE = bytes([7]) * 16, bytes([8]) * 12
+GARBAGE: dict[str, bytes] = {
+    "a header and no ciphertext": b"\1" + bytes((17, 8, 1)) + SALT + NONCE,
+    "a header without salt and nonce": b"\1" + bytes((17,)),
+    "a ciphertext that is a tag": b"\1" + bytes((17, 8, 1)) + SALT + NONCE + bytes(16),
+    "an N of 2^255": b"\1" + bytes((255, 1, 1)) + bytes(28) + bytes(120),
+    "an N of 2^19": b"\1" + bytes((19, 8, 1)) + SALT + NONCE + bytes(120),
+    "another r": b"\1" + bytes((17, 1, 1)) + SALT + NONCE + bytes(120),
+    "another p": b"\1" + bytes((17, 8, 2)) + SALT + NONCE + bytes(120),
+    "a salt of zeros": b"\1" + bytes((17, 8, 1)) + bytes(16) + NONCE + bytes(120),
+    "a nonce of zeros": b"\1" + bytes((17, 8, 1)) + SALT + bytes(12) + bytes(120),
+    "too large": b"\1" + bytes((17, 8, 1)) + SALT + NONCE + bytes(1 << 16),
+    "a wrong checksum": b"\0" + bytes(120),
+    "another kind": b"\2" + bytes((17, 8, 1)) + SALT + NONCE + bytes(120),
+}
+
+
+@pytest.mark.parametrize("how", GARBAGE)
+def test_a_key_file_that_no_node_would_read_is_broken(how: str, site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    path = copy.base / HOSPITALS[2] / "keys" / "identity.key"
+    path.write_bytes(Label.KEY_FILE + GARBAGE[how])
+    found = finding(look(copy, HOSPITALS[2]), "key files are encrypted")
+    assert found.status == "broken", found
+    assert "scrypt with N" not in found.detail
+    if how != "a ciphertext that is a tag":
+        with pytest.raises(KeyFileError) as caught:
+            read_secret(path, b"correct horse")
+        assert found.detail in str(caught.value)
+
+
+def test_a_weak_but_readable_scrypt_is_broken(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(site, tmp_path)
+    keys = copy.base / HOSPITALS[2] / "keys"
+    shutil.rmtree(keys)
+    monkeypatch.setattr(key_files, "SCRYPT_LOG2_N", 14)
+    site.consortium.identities[HOSPITALS[2]].save(keys, b"correct horse")
+    found = finding(look(copy, HOSPITALS[2]), "key files are encrypted")
+    assert (found.status, found.detail) == ("broken", "scrypt with N = 2^14")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "status"),
+    [
+        (b"correct horse\n", 0o600, "held"),
+        (b"", 0o600, "broken"),
+        (b"\n", 0o600, "broken"),
+        (b"x" * 5000, 0o600, "broken"),
+        (b"correct horse\n", 0o644, "broken"),
+        (b"correct horse\n", 0o640, "broken"),
+    ],
+)
+def test_passphrase_files(content: bytes, mode: int, status: str, site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    config = copy.write_config(HOSPITALS[2], passphrase_file="passphrase")
+    (config.parent / "passphrase").write_bytes(content)
+    (config.parent / "passphrase").chmod(mode)
+    found = finding(look(copy, HOSPITALS[2]), "key files are private")
+    assert found.status == status, found
+    assert "horse" not in found.detail
+
+
+def test_a_passphrase_file_that_is_not_there_is_told(site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    copy.write_config(HOSPITALS[2], passphrase_file="passphrase")
+    found = finding(look(copy, HOSPITALS[2]), "key files are private")
+    assert found.status == "held"
+    assert "is not there" in found.detail
+
+
+@pytest.fixture
+def public(site: Site) -> Iterator[Site]:
+    """A site in a folder that everybody may enter."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        copy = copied(site, Path(folder))
+        for path in (copy.base, *copy.base.iterdir()):
+            path.chmod(0o755)
+        for path in copy.base.glob("*/records.npz"):
+            path.chmod(0o600)
+        yield copy
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "broken"),
+    [
+        ("records.npz", 0o600, ""),
+        ("records.npz", 0o640, ""),
+        ("records.npz", 0o604, "data are private"),
+        ("records.npz", 0o602, "data are private"),
+        ("records.npz", 0o660, "data are private"),
+        ("config.toml", 0o644, ""),
+        ("config.toml", 0o664, "configuration is protected"),
+        ("config.toml", 0o646, "configuration is protected"),
+        ("", 0o1777, ""),
+    ],
+)
+def test_who_can_read_or_change_records_and_configuration(name: str, mode: int, broken: str, public: Site) -> None:
+    (public.base / HOSPITALS[2] / name).chmod(mode)
+    found = statuses(look(public, HOSPITALS[2]))
+    for what in ("data are private", "configuration is protected"):
+        assert found[what] == ("broken" if what == broken else "held")
+
+
+def test_a_folder_in_which_everybody_can_write_lets_everybody_change_its_files(public: Site) -> None:
+    (public.base / HOSPITALS[2]).chmod(0o777)
+    found = statuses(look(public, HOSPITALS[2]))
+    assert found["data are private"] == found["configuration is protected"] == "broken"
+
+
+def test_a_folder_that_nobody_else_may_enter_keeps_its_files(public: Site) -> None:
+    for name in ("records.npz", "config.toml"):
+        (public.base / HOSPITALS[2] / name).chmod(0o666)
+    (public.base / HOSPITALS[2]).chmod(0o700)
+    found = statuses(look(public, HOSPITALS[2]))
+    assert found["data are private"] == found["configuration is protected"] == "held"
+
+
+def test_records_for_evaluation_and_programs_that_give_records(public: Site) -> None:
+    folder = public.base / HOSPITALS[2]
+    shutil.copy(folder / "records.npz", folder / "held-out.npz")
+    (folder / "held-out.npz").chmod(0o644)
+    (folder / "program").mkdir(0o755)
+    evaluation = {"kind": "arrays", "path": "held-out.npz"}
+    public.write_config(HOSPITALS[2], evaluation=evaluation)
+    found = finding(look(public, HOSPITALS[2]), "data are private")
+    assert (found.status, found.detail) == ("broken", "held-out.npz can be read by everybody")
+    program = {"kind": "entry-point", "function": "hospital:records", "folder": "program"}
+    public.write_config(HOSPITALS[2], data=program)
+    assert finding(look(public, HOSPITALS[2]), "data are private").status == "held"
+    (folder / "program").chmod(0o775)
+    found = finding(look(public, HOSPITALS[2]), "data are private")
+    assert (found.status, found.detail) == ("broken", "program can be changed by its group")
+    public.write_config(HOSPITALS[2], data={"kind": "arrays", "path": "nowhere.npz"})
+    assert finding(look(public, HOSPITALS[2]), "data are private").status == "not testable"
+
+
+def test_whoever_audits_a_site_finds_it_its_owners(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root looks at the node of a service user."""
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    found = statuses(look(site, HOSPITALS[2]))
+    assert found["key files are private"] == found["folders are private"] == "held"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("given", ["all", "all but the configuration", "the key file"])
+def test_files_that_belong_to_another_user(given: str, site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    folder = copy.base / HOSPITALS[2]
+    (folder / "state").mkdir(0o700)
+    paths = [folder / "keys" / "identity.key"] if given == "the key file" else [folder, *folder.rglob("*")]
+    for path in paths:
+        if given != "all but the configuration" or path != copy.config(HOSPITALS[2]):
+            os.chown(path, 1000, 1000)
+    found = look(copy, HOSPITALS[2])
+    assert finding(found, "folders are private").status == "held"
+    assert finding(found, "key files are private").status == ("broken" if given == "the key file" else "held")
 
 
 def test_a_certificate_that_ends_soon_is_found(site: Site) -> None:
@@ -688,8 +856,7 @@ ROUNDS: dict[str, tuple[Callable[[Study, list[bytes]], list[bytes]], str, str]] 
 @pytest.mark.parametrize("how", ROUNDS)
 def test_rounds_that_the_running_aggregator_has_signed(how: str, site: Site, tmp_path: Path) -> None:
     change, status, says = ROUNDS[how]
-    copy = Site(tmp_path / "site", site.consortium, site.digest)
-    shutil.copytree(site.base, copy.base)
+    copy = copied(site, tmp_path)
     study = Study(site.consortium, read_agreement((site.base / "study" / "agreement.toml").read_bytes()))
     state = copy.base / HOSPITALS[1] / "state" / f"test-study-{site.digest[:16]}"
     state.mkdir(parents=True, mode=0o700)

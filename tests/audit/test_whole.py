@@ -183,6 +183,8 @@ DEPLOYED: dict[str, dict[str, Any]] = {
     "looked at before": {"taken_at": timedelta(days=-100)},
     "looked at long after": {"taken_at": timedelta(days=9)},
     "no look at the rounds": {"study": None},
+    "no look at the data": {"data": ()},
+    "no look at the configuration": {"configuration": deployment.Reach("config.toml", "configuration", "missing", 0)},
     "a certificate that was not compared": {"certificate_problem": "not compared: the card was elsewhere"},
     "a policy that was not compared": {"policy_problem": "not compared"},
     "documents that were not compared": {"study_problem": "not compared"},
