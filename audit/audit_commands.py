@@ -93,6 +93,7 @@ def audit_verify(
     auditor: Annotated[
         str | None, typer.Option(help="The auditor's public key in hexadecimal, from a source you trust.")
     ] = None,
+    authority: Annotated[str | None, typer.Option(help="The authority's fingerprint, from a source you trust.")] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Draw the report anew into this file instead of comparing: for bundles of other versions."),
@@ -101,14 +102,22 @@ def audit_verify(
 ) -> None:
     """Check a bundle without trust in its auditor's program: the signature, then verdict and report computed again from the evidence.
 
-    Exits 8 if a byte was changed, if verdict or report do not follow from the evidence, or if the verdict is that a promise was broken.
+    Exits 8 if a byte was changed, if verdict or report do not follow from the evidence, or if the verdict is that a promise was broken
+    (with --json, only the last prints an object).
 
-    Example: secgeo audit verify audits/demo
+    Examples:
+
+      secgeo audit verify audits/demo
+
+      secgeo audit verify audits/demo --auditor "9b1c..." --authority "3f0a 91c2 ..." --json
     """
     from audit.bundle import verify
     from audit.report import render
 
-    verdict, signed, notes = verify(folder, auditor, render, report)
+    if report is not None and report.exists():
+        raise ConfigError(f"{report} exists; give --report a new file")
+    pinned = ungroup_digits(authority) if authority else None
+    verdict, signed, notes = verify(folder, auditor, pinned, render, report)
     if not json:
         show(f"signed by {signed.name}: {signed.public_key}")
         for note in notes:

@@ -34,18 +34,19 @@ from audit.findings import Finding
 from audit.ledgers import BudgetReport, verify_budgets
 from audit.plants import PLANTS
 from audit.rounds import collect_records
-from audit.target import SPLIT, study_of_folder
+from audit.target import SPLIT, split_of_folder, study_of_folder, whose
 from audit.threads import one_thread
 from audit.whole import check_leakage, check_protocol, check_units
 from keys.errors import ConfigError, SecGeoError, VerificationFailed
 from keys.files import read_public, write_public
 from keys.labels import Label
+from keys.roster import load_root
 from keys.signed import Signer, sign_document, verify_document
 from secgeo.accountant import epsilon_after
 from secgeo.records import MANIFEST, file_digests, list_files
-from secgeo.study import AGREEMENT, OpenStudy
+from secgeo.study import AGREEMENT, DOCUMENTS, ROOT, OpenStudy
 
-FORMAT = "secgeo-audit/2"
+FORMAT = "secgeo-audit/3"
 """Changes with what is collected, and with how it is judged: what other rules made cannot be computed again by these."""
 EVIDENCE, RECORDS, STUDY, ABOUT = "evidence", "evidence/records", "evidence/study", "evidence/about.json"
 VERDICT, REPORT, AUDITOR = "verdict.json", "report.html", "auditor.json"
@@ -85,7 +86,7 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
     started: datetime
     profile: training.Profile
     plant: str | None
-    seconds: dict[str, float]
+    seconds: dict[str, Annotated[float, Meta(ge=0.0)]]
     not_done: dict[str, str]
     left_out: tuple[str, ...]
     python: str
@@ -119,11 +120,11 @@ class Verdict(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything in a bundle that findings come from; `split`: its records say which public data each hospital had."""
+    """Everything in a bundle that findings come from; `split`: of which public data its records say that the hospitals had them, if so."""
 
     about: About
     study: OpenStudy
-    split: bool
+    split: str
     conformance: conformance.ConformanceEvidence | None
     training: training.TrainingEvidence | None
     leakage: leakage.LeakageEvidence | None
@@ -137,6 +138,12 @@ PARTS: dict[str, type[Struct]] = {
     "leakage": leakage.LeakageEvidence,
     "protocol": protocol.ProtocolEvidence,
 }
+
+FILES = {
+    VERDICT, REPORT, AUDITOR, MANIFEST, f"{MANIFEST}.sig", ABOUT, *(f"{STUDY}/{name}" for name in DOCUMENTS),
+    *(f"{EVIDENCE}/{name}.json" for name in PARTS),
+}  # fmt: skip
+"""Beside those in `RECORDS`."""
 
 Kind = TypeVar("Kind", bound=Struct)
 
@@ -153,8 +160,24 @@ def python_version() -> str:
 
 def write_struct(path: Path, value: Struct) -> None:
     """Write a struct as JSON, one spelling for one value."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_public(path, msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=1) + b"\n")
+    make_folder(path.parent)
+    write_public(path, _spelled(value))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder in a bundle, and those above.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _spelled(value: Struct | dict[str, str]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=1) + b"\n"
 
 
 def _read(folder: Path, name: str, kind: type[Kind]) -> Kind:
@@ -187,7 +210,7 @@ def read_evidence(folder: Path) -> Evidence:
         if read_public(folder / RECORDS / AGREEMENT) != study.documents[AGREEMENT]:
             raise VerificationFailed(f"{RECORDS} and {STUDY} are of different agreements")
         _check_repeats(folder / RECORDS, about, found.get("protocol"))
-    split = (folder / RECORDS / SPLIT).exists()
+    split = split_of_folder(folder / RECORDS)[0] if (folder / RECORDS / SPLIT).exists() else ""
     return Evidence(about, study, split, records=records, **{name: found.get(name) for name in PARTS})  # type: ignore[arg-type]
 
 
@@ -254,6 +277,7 @@ def _check_belongs(evidence: Evidence) -> None:
         about.agreement_digest != evidence.study.agreement_digest.hex() or about.study != agreement.study.id,
         bool(about.node) and not any(member.node_id == about.node for member in agreement.members),
         about.plant is not None and about.plant not in PLANTS,
+        about.data != _data(evidence) and not (about.plant and about.data.endswith(_data(evidence))),
     ]
     for part in (evidence.conformance, evidence.training, evidence.leakage):
         wrong.append(part is not None and part.member != about.node)
@@ -285,6 +309,11 @@ def _check_belongs(evidence: Evidence) -> None:
         raise VerificationFailed("the evidence is not of the agreement, member or claim that the bundle names")
 
 
+def _data(evidence: Evidence) -> str:
+    """Whose records were trained on, as far as a bundle tells: where a bug was planted there is no copy of the study's records in it."""
+    return whose(evidence.split, evidence.about.node) if evidence.about.node else ""
+
+
 def _of_another_kind(evidence: Evidence) -> list[bool]:
     """What cannot be in an audit of this kind: of a folder of records, or of a node's configuration."""
     records, seen, trained = evidence.about.kind == "records", evidence.protocol, evidence.training
@@ -309,7 +338,7 @@ def _findings(evidence: Evidence) -> list[Finding]:
     if evidence.leakage is not None:
         check_leakage(evidence.leakage, evidence.study.agreement)
         findings += leakage.judge(evidence.leakage, evidence.study.agreement)
-    check_units(evidence.conformance, evidence.training, evidence.leakage, evidence.study, split=evidence.split)
+    check_units(evidence.conformance, evidence.training, evidence.leakage, evidence.study, split=bool(evidence.split))
     if evidence.protocol is not None:
         check_protocol(evidence.protocol, evidence.study, evidence.about.started)
         findings += protocol.judge(evidence.protocol)
@@ -364,7 +393,7 @@ def _rendered(render: Callable[[Verdict, Evidence], str], verdict: Verdict, evid
 def seal(folder: Path, auditor: Auditor, sign: Signer) -> None:
     """Sign every byte in `folder`."""
     write_struct(folder / AUDITOR, auditor)
-    document = msgspec.json.format(msgspec.json.encode(file_digests(folder), order="sorted"), indent=1) + b"\n"
+    document = _spelled(file_digests(folder))
     write_public(folder / f"{MANIFEST}.sig", sign_document(sign, Label.AUDIT, document))
     write_public(folder / MANIFEST, document)
 
@@ -399,27 +428,43 @@ def check_seal(folder: Path, auditor_key: str | None) -> Auditor:
     for name in sorted(listed.keys() | found.keys()):
         if listed.get(name) != found.get(name):
             raise VerificationFailed(f"{name} was changed, added or removed since the bundle was signed")
+    for name in found:
+        if name not in FILES and not name.startswith(f"{RECORDS}/"):
+            raise VerificationFailed(
+                f"{name} is no part of a bundle: nothing was computed from it, and it is not to be believed"
+            )
     return auditor
 
 
 @one_thread()
 def verify(
-    folder: Path, auditor_key: str | None, render: Callable[[Verdict, Evidence], str], redrawn: Path | None = None
+    folder: Path,
+    auditor_key: str | None,
+    authority: str | None,
+    render: Callable[[Verdict, Evidence], str],
+    redrawn: Path | None = None,
 ) -> tuple[Verdict, Auditor, list[str]]:
     """Check the seal, then compute verdict and report again from the evidence and compare; gives notes beside.
 
-    With `redrawn` the report is written there anew and not compared, for bundles that other versions have made.
+    `auditor_key` and `authority` are from sources that the caller trusts, or None. With `redrawn` the report is written there anew
+    and not compared, for bundles that other versions have made.
 
     Raises:
         ConfigError, KeyFileError, VerificationFailed: the seal, the verdict or the report does not hold.
     """
     auditor = check_seal(folder, auditor_key)
     evidence = read_evidence(folder)
+    if authority is not None:
+        load_root(evidence.study.documents[ROOT], authority)
     verdict, notes = judge(evidence), []
-    if verdict != _read(folder, VERDICT, Verdict):
+    if _spelled(verdict) != read_public(folder / VERDICT, FILE_LIMIT_BYTES):
         raise VerificationFailed(f"{VERDICT} does not follow from the evidence")
     if auditor_key is None:
         notes.append("no auditor was pinned: this shows only that the bundle agrees with itself; give --auditor KEY")
+    if authority is None:
+        notes.append(
+            "no authority was pinned here: who says so in the bundle is its auditor; give --authority FINGERPRINT"
+        )
     differing = [f"{name} {there} (here {here})" for name, there, here in _differences(evidence.about)]
     page = _rendered(render, verdict, evidence)
     if redrawn is not None:

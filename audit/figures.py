@@ -48,7 +48,9 @@ class Figure:
         from matplotlib import pyplot as plt
 
         self.title, self.says = title, says
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # whatever the user's own settings are
+            matplotlib.rcParams.update(STYLE)
             rows = math.ceil(panels / PANELS_IN_A_ROW)
             columns = math.ceil(panels / rows)
             drawing, axes = plt.subplots(
@@ -106,7 +108,7 @@ def _budgets(report: BudgetReport) -> Figure:
 
 def _bounds(evidence: TrainingEvidence) -> Figure:
     def draw(axes: Sequence[Axes]) -> None:
-        names = [f"{attack.canaries}\n{attack.view}" for attack in evidence.attacks]
+        names = [f"{len(attack.scores)} {attack.canaries}\n{attack.view}" for attack in evidence.attacks]
         found = [bounds(attack) for attack in evidence.attacks]
         kinds = (
             ("steinke", "one run, any mechanism", GREY),
@@ -216,7 +218,7 @@ def _rocs(evidence: LeakageEvidence, agreement: Agreement) -> Figure:
     return Figure(
         "Membership inference",
         "How many members an attacker finds (up) against how many others it accuses (right), both on a log scale. Ours should follow the "
-        "line of guessing, and must stay below the dashed line.",
+        "line of guessing, and must stay below the dashed line. Rates below 0.001, and those of nobody, are drawn at 0.001.",
         len(kinds) + 1,
         draw,
     )

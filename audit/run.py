@@ -92,7 +92,7 @@ def run_audit(request: Request, report: Report) -> Verdict:
     Raises:
         ConfigError: there is nothing to audit, or nowhere to write.
     """
-    source, out, started = request.source, request.out, bundle.now()
+    source, out, started = request.source, request.out.resolve(), bundle.now()
     if not source.exists():
         raise ConfigError(f"{source} does not exist; give a study's folder of records or a node's configuration")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -100,13 +100,15 @@ def run_audit(request: Request, report: Report) -> Verdict:
     if request.plant is not None and request.plant not in PLANTS:
         raise ConfigError(f"there is no planted bug {request.plant!r}; choose one of: {', '.join(PLANTS)}")
     records, left_out = source.is_dir(), tuple[str, ...]()
+    if records and out.is_relative_to(source.resolve()):
+        raise ConfigError(f"{out} is in the folder that is audited, where nothing may be added; give --out another one")
     study, authority = _study(request, started)
     if request.node is not None and not (records and any(m.node_id == request.node for m in study.agreement.members)):
         raise ConfigError(
             f"{request.node} is no member of the study, or not the node of this configuration; leave --node out"
         )
     target, why = _target(request, study)
-    _make(out)
+    _make(out, confidential=not records)
     for name, document in study.documents.items():
         write_public(out / bundle.STUDY / name, document)
     parts = _Parts(report)
@@ -188,11 +190,14 @@ def _target(request: Request, study: OpenStudy) -> tuple[Target | None, str]:
     return (target if request.plant is None else PLANTS[request.plant].target(target)), ""
 
 
-def _make(out: Path) -> None:
+def _make(out: Path, *, confidential: bool) -> None:
     try:
-        (out / bundle.STUDY).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if confidential:
+            out.chmod(0o700)
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}") from None
+    bundle.make_folder(out / bundle.STUDY)
 
 
 def _training_parts(
@@ -204,7 +209,7 @@ def _training_parts(
 
 
 def _copy_records(source: Path, to: Path) -> tuple[str, ...]:
-    """Copy what the signed manifest lists, and nothing else: a folder may hold what is nobody's business. Gives the names of the rest."""
+    """Copy what the manifest lists, and nothing else: a folder may hold what is nobody's business. Gives the names of the rest."""
     listed = {MANIFEST, f"{MANIFEST}.sig", *DOCUMENTS, TRANSCRIPT}
     if (source / MANIFEST).exists():
         with suppress(msgspec.DecodeError, UnicodeDecodeError):  # the verification of the copy will say so
@@ -213,8 +218,11 @@ def _copy_records(source: Path, to: Path) -> tuple[str, ...]:
     found = list_files(source)
     for name in found:
         if name in listed:
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, to / name, follow_symlinks=False)
+            bundle.make_folder((to / name).parent)
+            try:
+                shutil.copyfile(source / name, to / name, follow_symlinks=False)
+            except OSError as error:
+                raise ConfigError(f"{name} cannot be copied to {to}: {error.strerror}") from None
     return tuple(name for name in found if name not in listed)
 
 

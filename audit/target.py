@@ -99,6 +99,24 @@ def study_of_config(config: Path, now: datetime) -> OpenStudy:
     return open_study(read_config(config, NodeConfig).study, config.parent, now=now)
 
 
+def split_of_folder(folder: Path) -> tuple[str, dict[str, Any]]:
+    """What a demonstration says of its data: which they are, in words, and the whole of it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        split = msgspec.json.decode(read_public(folder / SPLIT, SPLIT_LIMIT_BYTES), type=dict[str, Any])
+        return f"{split['data']}, seed {split['seed']:d}", split
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{SPLIT} cannot be read: {error}") from None
+
+
+def whose(data: str, node: str) -> str:
+    """Whose records, in words; `data` are those of a demonstration, or nothing is known of them."""
+    return f"{data}: the records of {node}" if data else f"the records of {node}"
+
+
 def target_of_folder(folder: Path, study: OpenStudy, node: str | None) -> Target:
     """A hospital of the demonstration that left this folder; the first member if none is named.
 
@@ -109,10 +127,10 @@ def target_of_folder(folder: Path, study: OpenStudy, node: str | None) -> Target
         raise ConfigError(
             f"{folder} has no {SPLIT}: only the demonstration's data are public. Audit the training with a node's configuration"
         )
+    told, split = split_of_folder(folder)
     try:
-        split = msgspec.json.decode(read_public(folder / SPLIT, SPLIT_LIMIT_BYTES), type=dict[str, Any])
         data = datasets.demo_split(split["data"], len(split["nodes"]), split["seed"])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{SPLIT} cannot be read: {error}") from None
     if msgspec.to_builtins(data.split_record()) != split:
         raise ConfigError(f"{SPLIT} names other rows than the demonstration's data would give")
@@ -128,7 +146,7 @@ def target_of_folder(folder: Path, study: OpenStudy, node: str | None) -> Target
         data.nodes[index].records,
         LabelledRecords(data.test_views[modality], data.test_labels),
         data.anchors[modality],
-        f"{data.name}, seed {data.seed}: the records of {names[index]}",
+        whose(told, names[index]),
     )
 
 
@@ -157,6 +175,6 @@ def target_of_config(config: Path, study: OpenStudy) -> Target:
         datasets.load_anchors(
             base / settings.study.folder / ANCHORS / f"{modality.name}.npy", modality, agreement.anchors.count
         ),
-        f"the records of {member.node_id}",
+        whose("", member.node_id),
         settings.autocast,
     )

@@ -53,6 +53,9 @@ NO_OTHERS = (
 CONFIDENCE, ALARM_CONFIDENCE = 0.95, 0.999
 """Of the bounds that are shown, and of those that accuse: they are conservative, and accuse by chance far less often."""
 
+SHOWS_NOTHING = 0.01
+"""An attack whose bounds on epsilon are all below this is too weak to be heard."""
+
 GUESSES = (0.05, 0.25)
 """Shares of the canaries that are called "in" and, as many, "out". Fixed beforehand; the bounds pay for trying all (Bonferroni)."""
 
@@ -494,6 +497,9 @@ def _judge_attack(attack: CanaryScores, promise: str) -> Finding:
         )
     if refuted(attack):
         return Finding("training", name, promise, "broken", detail)
+    if max(found.one_run, found.many_run, found.steinke) < SHOWS_NOTHING:
+        detail += "; the attack shows nothing at all, so nothing is said of what a better one would show"
+        return Finding("training", name, promise, "not testable", detail)
     if max(found.one_run, found.many_run, found.steinke) > claimed:
         detail += f"; that would happen by chance once in {1 / (1 - CONFIDENCE):.0f} audits, so run it again or with more canaries (full)"
         return Finding("training", name, promise, "not testable", detail)

@@ -51,21 +51,21 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
     """
     size, told, per_round = SIZES[evidence.profile], evidence.settings, agreement.training.steps_per_round
     rounds = min(size.rounds, max(1, agreement.study.rounds - 1))
-    own, others = told["candidate_records"] + told["base_records"], told["canaries"] + told["records_of_others"]
-    counts = {"records": told["candidate_records"], "canaries": told["canaries"]}
-    trainings = {"ours": told["trainings"], "unprotected": told["trainings_unprotected"]}
+    own, others = told.candidate_records + told.base_records, told.canaries + told.records_of_others
+    counts = {"records": told.candidate_records, "canaries": told.canaries}
+    trainings = {"ours": told.trainings, "unprotected": told.trainings_unprotected}
     least = LEAST_TRAININGS if math.isfinite(size.work) else size.trainings
     refuse(
         "sizes of the leakage audit are not those of its profile",
         any(not least[kind] <= trainings[kind] <= count for kind, count in size.trainings.items()),
         not LEAST_RECORDS <= own <= CROWD,
         others < LEAST_RECORDS,
-        told["records_of_others"] > 2 * CROWD,
+        told.records_of_others > 2 * CROWD,
         counts["records"] != min(size.records, own // 2),
         counts["canaries"] != min(size.canaries, others // 2),
-        told["inverted_records"] != min(size.inverted, told["base_records"]),
-        told["rounds_of_adapter"] != rounds,
-        told["steps_per_round"] != per_round,
+        told.inverted_records != min(size.inverted, told.base_records),
+        told.rounds_of_adapter != rounds,
+        told.steps_per_round != per_round,
     )
     shown = [(group, observation, of) for group, rows in WHAT_IS_SEEN.items() for _, observation, of in rows]
     due = [(group, observation, of, kind) for group, observation, of in shown for kind in counts]
@@ -88,8 +88,8 @@ def check_leakage(evidence: LeakageEvidence, agreement: Agreement) -> None:
         )
     for turned in evidence.inversion:
         refuse(
-            f"inversion of {turned.observation}, {turned.protection}: {len(turned.similarity)} records, not {told['inverted_records']:g}",
-            len(turned.similarity) != told["inverted_records"],
+            f"inversion of {turned.observation}, {turned.protection}: {len(turned.similarity)} records, not {told.inverted_records}",
+            len(turned.similarity) != told.inverted_records,
         )
 
 
@@ -116,7 +116,7 @@ def check_units(
         trained is not None and trained.units != watched.sampling.units,
     )
     if leaked is not None:
-        own = leaked.settings["candidate_records"] + leaked.settings["base_records"]
+        own = leaked.settings.candidate_records + leaked.settings.base_records
         refuse(f"leakage was measured on {own:g} records, where there are {units} units", own != min(CROWD, units))
     batch = {member.node_id: member.expected_batch_size for member in study.agreement.members}[watched.member]
     refuse(

@@ -9,6 +9,9 @@ without sampling, as strong as epsilon at delta 1e-5 says, on orthogonal canarie
 * `one_run_steinke` and `one_run_fdp` (a Gaussian curve): one run with so many canaries;
 * `many_run` and `many_run_gdp`: as many runs as there are canaries, half of them with the one canary. What one run saves.
 
+The lines `sampled` are of steps of noise on Poisson samples, as in training: the true epsilon is that of Google's PLD, which is a little
+above it, and the attack is the likelihood ratio, the best there is; bounds by curves take that of the sampled mechanism.
+
 How many canaries are guessed is fixed before any score is seen: the number that is best if the right guesses are as many as this
 noise makes one expect.
 
@@ -26,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 from scipy import optimize, stats
@@ -34,10 +38,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from audit.lower_bounds import (  # noqa: E402
+    Poisson,
     gaussian_epsilon,
     gaussian_mu,
     guesses,
     many_run,
+    many_run_fdp,
     many_run_gdp,
     one_run_fdp,
     one_run_steinke,
@@ -102,6 +108,69 @@ def audits(epsilon: float, canaries: int, method: str, seeds: int, delta: float,
     return row | ({"guesses": 2 * top} if top else {}) | {"seconds": round(time.perf_counter() - began, 3)}
 
 
+SAMPLED = ((0.1, 20, 1.0), (0.2, 60, 2.49))
+"""Sample rate, steps and noise multiplier; the second about as in a study."""
+
+SAMPLED_METHODS = {
+    "one_run_steinke": "one run (Steinke et al. 2023)",
+    "one_run_fdp": "one run, curve of sampled noise",
+    "many_run": "as many runs, (epsilon, delta)",
+    "many_run_fdp": "as many runs, curve of sampled noise",
+}
+
+
+def sampled_scores(
+    random: np.random.Generator, mechanism: Poisson, noise: float, members: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Log-likelihood ratios [canaries] of orthogonal canaries: whether each is among those that are sampled."""
+    rate, found = mechanism.sample_rate, np.zeros(len(members))
+    for _ in range(mechanism.steps):
+        seen = random.normal(0.0, noise, len(members)) + (random.random(len(members)) < rate) * members
+        found += np.log1p(rate * np.expm1((2.0 * seen - 1.0) / (2.0 * noise**2)))
+    return found
+
+
+def sampled(
+    settings: tuple[float, int, float], canaries: int, method: str, seeds: int, delta: float, tick: Callable[[], None]
+) -> Row:
+    """The bounds of one method over the seeds, on sampled noise."""
+    rate, steps, noise = settings
+    mechanism, found, began = Poisson(rate, steps), [], time.perf_counter()
+    truth = mechanism.epsilon(noise, delta)
+
+    def bound(correct: int, guessed: int) -> float:
+        if method == "one_run_steinke":
+            return one_run_steinke(correct, guessed, canaries, delta)
+        return one_run_fdp(correct, guessed, canaries, delta, family=mechanism).epsilon
+
+    top = 0
+    if method.startswith("one_run"):  # from scores of other seeds
+        random = np.random.default_rng([canaries])
+        members = random.random(canaries) < 0.5
+        scores = sampled_scores(random, mechanism, noise, members)
+        tops = {max(1, round(share * canaries / 2)) for share in SHARES}
+        top = max(
+            sorted(tops), key=lambda top: one_run_steinke(guesses(scores, members, top, top), 2 * top, canaries, delta)
+        )
+    for seed in range(seeds):
+        random = np.random.default_rng([seed, canaries, steps])
+        members = random.random(canaries) < 0.5
+        scores = sampled_scores(random, mechanism, noise, members)
+        if top:
+            found.append(bound(guesses(scores, members, top, top), 2 * top))
+        elif method == "many_run":
+            found.append(many_run(scores[members], scores[~members], delta))
+        else:
+            found.append(many_run_fdp(scores[members], scores[~members], delta, family=mechanism).epsilon)
+        tick()
+    low, high = np.quantile(found, [0.025, 0.975])
+    row: Row = {"part": "sampled", "sample_rate": rate, "steps": steps, "noise_multiplier": noise, "delta": delta}
+    row |= {"true_epsilon": round(truth, 4), "canaries": canaries, "method": method}
+    row |= {"mean": round(float(np.mean(found)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+    row |= {"above_the_truth": sum(one > truth for one in found), "audits": seeds}
+    return row | ({"guesses": 2 * top} if top else {}) | {"seconds": round(time.perf_counter() - began, 3)}
+
+
 def published(noise_multiplier: float, delta: float) -> Row:
     """A row of the papers' table, and ours. Guesses and right guesses are the papers' way: no run, and no price for the choice."""
     canaries, steinke, fdp = PUBLISHED[noise_multiplier]
@@ -117,6 +186,9 @@ def published(noise_multiplier: float, delta: float) -> Row:
     return row | {"published_steinke": steinke, "published_fdp": fdp}
 
 
+SAYS = {"audit": "true ", "sampled": "sampled, true "}
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """One panel per true epsilon, and one for the papers' table."""
     import matplotlib as mpl
@@ -125,21 +197,31 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     papers = [row for row in rows if row["part"] == "published"]
-    truths = sorted({float(str(row["true_epsilon"])) for row in rows if row["part"] == "audit"})
-    count = len(truths) + 1
-    figure, panels = plt.subplots(1, count, figsize=(3.4 * count, 3.9), layout="constrained", squeeze=False)
-    for panel, truth in zip(panels[0], truths, strict=False):
-        for method, style in zip(METHODS, ("o-", "s-", "o:", "s:"), strict=True):
-            mine = [row for row in rows if row["true_epsilon"] == truth and row.get("method") == method]
+    kinds = sorted({(str(row["part"]), float(str(row["true_epsilon"]))) for row in rows if row["part"] != "published"})
+    count = len(kinds) + 1
+    figure, panels = plt.subplots(1, count, figsize=(3.0 * count, 3.9), layout="constrained", squeeze=False)
+    for panel, (part, truth) in zip(panels[0], kinds, strict=False):
+        methods = METHODS if part == "audit" else SAMPLED_METHODS
+        for method, style in zip(methods, ("o-", "s-", "o:", "s:"), strict=True):
+            mine = [
+                row for row in rows if (row["part"], row["true_epsilon"], row.get("method")) == (part, truth, method)
+            ]
             columns = {
                 key: np.array([row[key] for row in mine], dtype=float) for key in ("canaries", "mean", "low", "high")
             }
             color = "C0" if style[0] == "s" else "C1"
-            panel.plot(columns["canaries"], columns["mean"], style, color=color, label=METHODS[method], markersize=4)
+            panel.plot(
+                columns["canaries"], columns["mean"], style, color=color, label=METHODS.get(method), markersize=4
+            )
             if style[1] == "-":
                 panel.fill_between(columns["canaries"], columns["low"], columns["high"], color=color, alpha=0.15, lw=0)
         panel.axhline(truth, color="black", linestyle="--", linewidth=1, label="true epsilon")
-        panel.set(xscale="log", ylim=(0, 1.12 * truth), xlabel="canaries, or runs", title=f"true epsilon {truth:g}")
+        panel.set(
+            xscale="log",
+            ylim=(0, 1.12 * truth),
+            xlabel="canaries, or runs",
+            title=f"{'' if part == 'audit' else 'sampled: '}true epsilon {truth:.3g}",
+        )
     panels[0][0].set_ylabel("epsilon shown at 95 % confidence")
     last, true = panels[0][-1], [float(str(row["true_epsilon"])) for row in papers]
     for method, paper, style, color in (
@@ -178,6 +260,18 @@ def main() -> None:
             )
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("sampled noise", total=len(SAMPLED) * 3 * len(SAMPLED_METHODS) * arguments.seeds)
+        for settings in SAMPLED:
+            for canaries in (1000, 10_000, 100_000):
+                for method in SAMPLED_METHODS:
+                    rows.append(
+                        sampled(
+                            settings, canaries, method, arguments.seeds, arguments.delta, lambda: progress.advance(task)
+                        )
+                    )
+                    sys.stdout.write(json.dumps(rows[-1]) + "\n")
+                    sys.stdout.flush()
     for noise_multiplier in PUBLISHED:
         rows.append(published(noise_multiplier, arguments.delta))
         sys.stdout.write(json.dumps(rows[-1]) + "\n")

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from audit.leakage.evidence import CAREFUL, CROWD, LEAST_RECORDS, UNCLIPPED, Candidates, Profile, Protection, Values
+from audit.leakage.evidence import (
+    CAREFUL,
+    CROWD,
+    LEAST_RECORDS,
+    UNCLIPPED,
+    Candidates,
+    Profile,
+    Protection,
+    Settings,
+    Values,
+)
 from audit.target import Target
 from keys.errors import ConfigError
 from protocols.agreement import Agreement
@@ -24,7 +34,7 @@ from secgeo.update import Layout, SharedState, apply_sum
 STEP_OVERHEAD = 50_000
 """A step takes about as long as if its model had so many parameters more."""
 
-LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 12, "ours": 24}
+LEAST_TRAININGS: dict[Protection, int] = {"unprotected": 24, "ours": 24}
 """Of ours, in `fast`, about 96 scores of records that are in and 192 of canaries, and as many of those that are not."""
 
 
@@ -61,7 +71,7 @@ class _Size:
 
 SIZES: dict[Profile, _Size] = {
     "fast": _Size(
-        trainings={"unprotected": 20, "ours": 40},
+        trainings={"unprotected": 40, "ours": 40},
         records=8,
         canaries=16,
         pool=5,
@@ -186,24 +196,24 @@ class Scene:
             take_records(own, np.arange(records)), LabelledRecords(strangers.features[:canaries], wrong)
         )
 
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> Settings:
         """Sizes, for the report."""
         size, agreement = self.size, self.target.agreement
-        return {
-            "trainings": size.trainings["ours"],
-            "trainings_unprotected": size.trainings["unprotected"],
-            "candidate_records": len(self.candidates) - _length(self.parts["canaries"]),
-            "canaries": _length(self.parts["canaries"]),
-            "base_records": len(self.base),
-            "records_of_others": len(self.strangers),
-            "simulated_hospitals": size.pool,
-            "rounds_of_adapter": self.rounds,
-            "steps_per_round": agreement.training.steps_per_round,
-            "warmup_steps": agreement.training.warmup_steps,
-            "sample_rate": agreement.privacy.sample_rate,
-            "expected_batch_size": self.target.member.expected_batch_size,
-            "inverted_records": min(size.inverted, len(self.base)),
-        }
+        return Settings(
+            trainings=size.trainings["ours"],
+            trainings_unprotected=size.trainings["unprotected"],
+            candidate_records=len(self.candidates) - _length(self.parts["canaries"]),
+            canaries=_length(self.parts["canaries"]),
+            base_records=len(self.base),
+            records_of_others=len(self.strangers),
+            simulated_hospitals=size.pool,
+            rounds_of_adapter=self.rounds,
+            steps_per_round=agreement.training.steps_per_round,
+            warmup_steps=agreement.training.warmup_steps,
+            sample_rate=agreement.privacy.sample_rate,
+            expected_batch_size=self.target.member.expected_batch_size,
+            inverted_records=min(size.inverted, len(self.base)),
+        )
 
     def _begin(self, features: NDArray[np.float32]) -> tuple[_Start, NDArray[np.int64]]:
         """After the first round, and one without noise on the others' records; and what `features` are least likely to be then."""

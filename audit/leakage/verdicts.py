@@ -9,6 +9,7 @@ from scipy.stats import binom, mannwhitneyu
 
 from audit.findings import Finding, Status
 from audit.leakage.evidence import (
+    CANDIDATES,
     CHANCE,
     OBSERVATIONS,
     PLAUSIBLE,
@@ -37,18 +38,19 @@ def judge(evidence: LeakageEvidence, agreement: Agreement) -> list[Finding]:
     findings = []
     for observation in OBSERVATIONS:
         found = [row for row in evidence.membership if row.observation == observation]
-        ours = [row for row in found if row.protection == "ours"]
-        reference = [row for row in found if row.protection == "unprotected"]
-        if not ours or not reference:
-            raise ConfigError(f"the evidence has no membership scores of the {observation}, ours and unprotected")
-        findings.append(_judge_membership(ours, reference, agreement, _trainings(evidence)))
+        for candidates in CANDIDATES:
+            rows = {row.protection: row for row in found if row.candidates == candidates}
+            if len(rows) != 2 or len(found) != 2 * len(CANDIDATES):
+                raise ConfigError(
+                    f"the evidence has not one attack each on {candidates} by the {observation}, ours and unprotected"
+                )
+            findings.append(_judge_membership(rows["ours"], rows["unprotected"], agreement, _trainings(evidence)))
     return findings + [_judge_inversion(ours, reference) for ours, reference in inversions]
 
 
 def _trainings(evidence: LeakageEvidence) -> str:
     """How many trainings there were, which depends on the profile and the size of the model."""
-    ours, unprotected = (evidence.settings.get(name, 0.0) for name in ("trainings", "trainings_unprotected"))
-    return f"{ours:.0f} trainings of ours, {unprotected:.0f} unprotected"
+    return f"{evidence.settings.trainings} trainings of ours, {evidence.settings.trainings_unprotected} unprotected"
 
 
 def _inverted(evidence: LeakageEvidence, observation: Observation) -> tuple[Inversion, Inversion]:
@@ -77,40 +79,31 @@ _KNOWN: dict[Observation, str] = {
 """What the attacker knows in an inversion, beside the model."""
 
 
-def _judge_membership(
-    ours: list[Membership], reference: list[Membership], agreement: Agreement, trainings: str
-) -> Finding:
-    observation, steps, per_round = ours[0].observation, ours[0].steps, agreement.training.steps_per_round
+def _judge_membership(ours: Membership, reference: Membership, agreement: Agreement, trainings: str) -> Finding:
+    observation, steps, per_round = ours.observation, ours.steps, agreement.training.steps_per_round
     allowed = range(per_round, agreement.total_steps + 1, per_round) if observation == "adapter" else [per_round]
-    if any(row.steps != steps for row in ours) or steps not in allowed:
+    if reference.steps != steps or steps not in allowed:
         raise ConfigError(f"the evidence on the {observation} is not of whole rounds of this agreement")
-    works = any(_works(row) for row in reference)
-    seen = [f"{row.protection}, {row.candidates}: {_numbers(row)}" for row in [*ours, *reference]]
-    detail = "; ".join([trainings, *seen])
-    weak = [row.candidates for row in reference if not _works(row)]
-    strong = [row.candidates for row in reference if _works(row)]
-    of = f"of {' and '.join(strong)}: " if works and weak else ""
-    if works and weak:
-        detail += (
-            f"; on {' and '.join(weak)} the attack is too weak on unprotected training, so nothing is said of them"
-        )
-    name = f"membership inference on {_SEEN[observation]}"
+    works = _works(reference)
+    detail = "; ".join([trainings, *(f"{row.protection}: {_numbers(row)}" for row in (ours, reference))])
+    if not works:
+        detail += "; the attack is too weak on unprotected training, so that it shows nothing about ours"
+    name = f"membership inference on {_SEEN[observation]}, {ours.candidates}"
     if observation == "upload":
-        chance = min(min(1.0, len(ours) * _away_from_chance(row)) for row in ours)
-        promise = f"{of}it tells nothing, not even without the noise of training"
+        chance = _away_from_chance(ours)
+        promise = "it tells nothing of who is in the data, not even without the noise of training"
         detail = f"{detail}; by chance with probability {chance:.2g}"
-        return Finding("leakage", name, promise, _status(works, chance < CHANCE), detail)
+        return Finding("leakage", name, promise, _status(works, chance < CHANCE / len(CANDIDATES)), detail)
     privacy = agreement.privacy
     epsilon = epsilon_after(privacy, steps, privacy.delta)
     promise = f"TPR <= e^epsilon FPR + delta with epsilon {epsilon:.3g}, delta {privacy.delta:g} ({steps} steps)"
     if math.isinf(epsilon):
         return Finding("leakage", name, "none: the agreement has no noise", "not testable", detail)
-    crossed = any(crosses(rate, epsilon, privacy.delta) for row in ours for rate in rates(row.members, row.others))
+    crossed = any(crosses(rate, epsilon, privacy.delta) for rate in rates(ours.members, ours.others))
     bounds = ", ".join(f"TPR {dp_line(epsilon, privacy.delta, rate):.3g} at FPR {rate:g}" for rate in RATES)
-    fails = all(_fails(row) for row in ours)
-    promise = f"{of}the attack fails, where it succeeds on unprotected training, and {promise}"
+    promise = f"the attack fails, where it succeeds on unprotected training, and {promise}"
     detail = f"{detail}; allowed by DP: {bounds}"
-    succeeds = any(_works(row) for row in ours)
+    succeeds, fails = _works(ours), _fails(ours)
     if succeeds and not crossed:
         detail = f"{detail}; the attack succeeds within what DP allows: epsilon is large"
     elif not fails:

@@ -10,6 +10,7 @@ from audit.attacks import CATALOGUE
 from audit.conformance import Bookkeeping, ConformanceEvidence, Influence, ParameterNoise, Sampling
 from audit.counts import private_sizes
 from audit.leakage import Inversion, LeakageEvidence, Membership
+from audit.leakage.evidence import Settings
 from audit.leakage.membership import WHAT_IS_SEEN
 from audit.leakage.scene import SIZES
 from audit.protocol import ProtocolEvidence
@@ -39,6 +40,9 @@ def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvi
         "rounds_of_adapter": rounds,
         "steps_per_round": per_round,
     } | sizes
+    settings = Settings(
+        simulated_hospitals=size.pool, warmup_steps=0, sample_rate=0.1, expected_batch_size=10.0, **told
+    )
     counts = {"records": told["candidate_records"], "canaries": told["canaries"]}
     membership, inversion = [], []
     for group, rows in WHAT_IS_SEEN.items():
@@ -52,7 +56,6 @@ def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvi
                 steps = per_round * (rounds if observation == "adapter" else 1)
                 membership.append(Membership(observation, of, kind, steps, *parts))  # type: ignore[arg-type]
     member, protocol_name = agreement.members[0].node_id, agreement.secure_sum.protocol
-    settings = {name: float(value) for name, value in told.items()}
     return LeakageEvidence(member, "fast", "made", protocol_name, 1, settings, 1.0, membership, inversion)
 
 

@@ -84,7 +84,10 @@ def test_an_audit_of_the_demonstration_breaks_no_promise(audited: tuple[Path, di
     assert len(held) > len(said["findings"]) / 2
     for part in ("records", "training", "leakage", "protocol"):
         assert any(finding["part"] == part for finding in held)
-    assert {finding["status"] for finding in said["findings"] if finding["part"] == "training"} == {"held"}
+    tested = {f["name"]: f["status"] for f in said["findings"] if f["part"] == "training"}
+    weak = {name for name, status in tested.items() if status == "not testable"}
+    assert "broken" not in tested.values()
+    assert all(name.startswith(("mislabelled", "out of distribution")) for name in weak), weak
     assert said["about"]["not_done"] == {}
     assert json.loads((folder / "verdict.json").read_bytes())["findings"] == said["findings"]
 
@@ -148,6 +151,12 @@ LIES: dict[str, Callable[[Path], None]] = {
     "another study": edit("evidence/about.json", lambda v: v.update(study="another")),
     "another hospital": edit("evidence/about.json", lambda v: v.update(node="charite")),
     "another agreement": edit("evidence/about.json", lambda v: v.update(agreement_digest="ab" * 32)),
+    "data of another name": edit("evidence/about.json", lambda v: v.update(data="40,000 patients of a large hospital")),
+    "a time below none": edit("evidence/about.json", lambda v: v["seconds"].update(training=-5.0)),
+    "one more page": lambda folder: (folder / "evidence" / "addendum.html").write_text("<h1>All is well</h1>") and None,
+    "a verdict that says two things": lambda folder: (folder / "verdict.json").write_text(
+        (folder / "verdict.json").read_text().replace('"ok": true', '"ok": false,\n "ok": true')
+    ) and None,
     "another format": edit("evidence/about.json", lambda v: v.update(format="secgeo-audit/9")),
 }  # fmt: skip
 
@@ -284,8 +293,8 @@ def test_a_report_of_another_version_is_drawn_anew_not_believed(copy: Path, tmp_
     (copy / f"{MANIFEST}.sig").unlink()
     reseal(copy)
     with pytest.raises(VerificationFailed, match="--report"):
-        bundle.verify(copy, None, render)
-    verdict, _, notes = bundle.verify(copy, None, render, tmp_path / "new.html")
+        bundle.verify(copy, None, None, render)
+    verdict, _, notes = bundle.verify(copy, None, None, render, tmp_path / "new.html")
     assert verdict.ok
     assert any("not compared" in note for note in notes)
     assert "perfect" not in (tmp_path / "new.html").read_text()
@@ -307,7 +316,40 @@ def test_a_verdict_that_does_not_follow_is_found_although_it_is_signed(copy: Pat
     (copy / f"{MANIFEST}.sig").unlink()
     reseal(copy)
     with pytest.raises(SecGeoError):
-        bundle.verify(copy, None, render)
+        bundle.verify(copy, None, None, render)
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_whoever_verifies_pins_the_authority(audited: tuple[Path, dict[str, Any]], demo: tuple[Path, str]) -> None:
+    _, _, notes = bundle.verify(audited[0], None, demo[1], render)
+    assert not any("authority" in note for note in notes)
+    _, _, notes = bundle.verify(audited[0], None, None, render)
+    assert any("--authority" in note for note in notes)
+    with pytest.raises(SecGeoError, match="fingerprint"):
+        bundle.verify(audited[0], None, "ab" * 32, render)
+
+
+@pytest.mark.timeout(PATIENCE)
+def test_the_users_own_settings_of_plots_change_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 5.0)
+    bundle.verify(copy, None, None, render)
+    assert matplotlib.rcParams["lines.linewidth"] == 5.0
+
+
+@pytest.mark.parametrize("out", ["{}/audit", "{}/nowhere/../audit", "{}/nowhere/.."])
+def test_an_audit_adds_nothing_to_what_it_audits(demo: tuple[Path, str], out: str) -> None:
+    before = sorted(demo[0].rglob("*"))
+    with pytest.raises(SecGeoError, match=r"not empty|nothing may be added"):
+        run_audit(Request(demo[0], Path(out.format(demo[0]))), lambda *_: None)
+    assert sorted(demo[0].rglob("*")) == before
+
+
+def test_a_report_is_not_written_over_another_file(copy: Path) -> None:
+    done = secgeo("audit", "verify", copy, "--report", copy / "report.html")
+    assert done.returncode == 3
+    assert "exists" in done.stderr
 
 
 def spoilt(value: Any, random: np.random.Generator) -> Any:
@@ -412,7 +454,7 @@ def test_an_audit_computes_on_one_thread(demo: tuple[Path, str], copy: Path, tmp
     try:
         with threadpool_limits(2):
             before = threads()
-            bundle.verify(copy, None, draw)
+            bundle.verify(copy, None, None, draw)
             with pytest.raises(StopError):
                 run_audit(Request(demo[0], tmp_path / "new"), report)
             after = threads()
@@ -471,6 +513,7 @@ def test_a_hospital_audits_its_own_training(tmp_path: Path) -> None:
     assert done.returncode == 8, done.stderr
     said = json.loads(done.stdout)
     assert said["about"]["node"] == "hospital-1"
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o700  # it is confidential
     assert {f["name"] for f in said["findings"] if f["status"] == "broken"} >= {"sensitivity"}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from audit.leakage import OBSERVATIONS, LeakageEvidence, Rate, auc, collect, dp_line, judge, rate_at, recovered, roc
-from audit.leakage.evidence import UNCLIPPED
+from audit.leakage.evidence import CANDIDATES, UNCLIPPED
 from audit.leakage.first_order import Whitebox
 from audit.leakage.inversion import ROUNDING, Clue, Prior, clues_of, invert_all
 from audit.leakage.scene import LEAST_TRAININGS, SIZES, STEP_OVERHEAD, Scene, protected_as, take_records, vary
@@ -35,7 +35,11 @@ INVERSIONS = tuple(
     f"gradient inversion on {seen}"
     for seen in ("a raw update", "the aggregate", "the released adapter", "the Gram matrix of the anchors")
 )
-UPLOADS = ("membership inference on a protected upload", "gradient inversion on a protected upload")
+UPLOADS = (
+    "membership inference on a protected upload, canaries",
+    "membership inference on a protected upload, records",
+    "gradient inversion on a protected upload",
+)
 
 
 def make_target(**sections: dict) -> Target:
@@ -50,6 +54,11 @@ def run(target: Target, **sizes: object) -> LeakageEvidence:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "fast", replace(SMALL, **sizes))
         return collect(target, profile="fast", progress=lambda what, done: None, seed=5)
+
+
+def place(observation: str, candidates: str) -> int:
+    """Of a finding of membership inference among all of leakage."""
+    return 2 * OBSERVATIONS.index(observation) + CANDIDATES.index(candidates)
 
 
 def verdicts(evidence: LeakageEvidence, target: Target) -> dict[str, str]:
@@ -105,13 +114,13 @@ def test_a_large_model_is_trained_less_often_but_often_enough(target):
 
 
 def test_the_sizes_that_were_used_are_told(target):
-    evidence = run(target, work=1.0)
-    assert evidence.settings["trainings"] == LEAST_TRAININGS["ours"]
-    assert evidence.settings["trainings_unprotected"] == LEAST_TRAININGS["unprotected"]
+    evidence = run(target, work=1.0, trainings=SIZES["fast"].trainings)
+    assert evidence.settings.trainings == LEAST_TRAININGS["ours"]
+    assert evidence.settings.trainings_unprotected == LEAST_TRAININGS["unprotected"]
     scores = [row for row in evidence.membership if (row.observation, row.protection) == ("update", "ours")]
     assert sum(len(row.members) + len(row.others) for row in scores) == LEAST_TRAININGS["ours"] * (4 + 16)
     assert "broken" not in verdicts(evidence, target).values()
-    assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 12 unprotected; ")
+    assert judge(evidence, target.agreement)[0].detail.startswith("24 trainings of ours, 24 unprotected; ")
 
 
 @pytest.mark.parametrize("limit", [0.3, UNCLIPPED])
@@ -176,8 +185,9 @@ def test_attacks_work_where_nothing_protects(evidence):
 
 def test_they_fail_on_ours(evidence, target):
     found = verdicts(evidence, target)
-    assert len(found) == 10
-    assert set(found.values()) == {"held"}
+    assert len(found) == 15
+    assert {status for name, status in found.items() if not name.endswith("records")} == {"held"}
+    assert "broken" not in found.values()
     for row in evidence.membership:
         if row.protection == "ours":
             assert auc(row.members, row.others) < 0.75
@@ -209,7 +219,7 @@ def test_patients_and_a_target_without_others(target):
     privacy = {"unit": "patient", "records_per_patient": 2, "noise_multiplier": 2.0}
     sizes = {"trainings": {"unprotected": 3, "ours": 3}, "starts": 1, "inverted": 2}
     evidence = run(replace(make_target(privacy=privacy), records=records, others=None), **sizes)
-    assert evidence.settings["base_records"] + evidence.settings["candidate_records"] == 12
+    assert evidence.settings.base_records + evidence.settings.candidate_records == 12
 
 
 def test_a_gram_matrix_that_nothing_moves_shows_nothing(monkeypatch, target):
@@ -268,8 +278,9 @@ def test_verdicts_follow_from_the_evidence_alone(evidence, target):
 def test_perfect_separation_is_broken(observation, evidence, target):
     perfect = change(evidence, observation, "ours", members=[1.0] * 300, others=[0.0] * 300)
     findings = judge(perfect, target.agreement)
-    assert [f.status for f in findings].count("broken") == 1
-    assert findings[OBSERVATIONS.index(observation)].status == "broken"
+    assert [f.status for f in findings].count("broken") == 2
+    for of in CANDIDATES:
+        assert findings[place(observation, of)].status == "broken"
 
 
 def test_a_slight_tilt_of_uploads_is_broken_and_of_updates_is_not(evidence, target):
@@ -277,18 +288,19 @@ def test_a_slight_tilt_of_uploads_is_broken_and_of_updates_is_not(evidence, targ
     members, others = chance.normal(0.5, 1.0, 500).tolist(), chance.normal(0.0, 1.0, 500).tolist()
     for observation, status in (("upload", "broken"), ("update", "held")):
         tilted = change(evidence, observation, "ours", members=members, others=others)
-        assert judge(tilted, target.agreement)[OBSERVATIONS.index(observation)].status == status
+        assert judge(tilted, target.agreement)[place(observation, "canaries")].status == status
 
 
 def test_a_weak_attack_proves_nothing(evidence, target):
     weak = change(evidence, "gram", "unprotected", members=[0.0, 1.0] * 100, others=[0.0, 1.0] * 100)
-    assert verdicts(weak, target)["membership inference on the Gram matrix of the anchors"] == "not testable"
+    for of in CANDIDATES:
+        assert verdicts(weak, target)[f"membership inference on the Gram matrix of the anchors, {of}"] == "not testable"
     reference = [
         msgspec.structs.replace(row, similarity=np.zeros((12, 12)).tolist()) if row.protection == "unprotected" else row
         for row in evidence.inversion
     ]
     blind = msgspec.structs.replace(evidence, inversion=reference)
-    findings = judge(blind, target.agreement)[5:]
+    findings = judge(blind, target.agreement)[10:]
     assert {finding.status for finding in findings} == {"not testable"}
     assert all("fails on unprotected training" in finding.detail for finding in findings)
 
@@ -312,7 +324,8 @@ def test_an_attack_that_succeeds_on_ours_breaks_the_promise_also_within_what_dp_
 def test_without_noise_nothing_is_promised(evidence, target):
     privacy = msgspec.structs.replace(target.agreement.privacy, noise_multiplier=0.0)
     findings = judge(evidence, msgspec.structs.replace(target.agreement, privacy=privacy))
-    assert [f.status for f in findings[:5]] == ["not testable", "held", *["not testable"] * 3]
+    uploads = {place("upload", of) for of in CANDIDATES}
+    assert {index for index, finding in enumerate(findings[:10]) if finding.status == "held"} == uploads
 
 
 @pytest.mark.parametrize("observation", OBSERVATIONS)
@@ -320,7 +333,7 @@ def test_reconstructions_that_are_right_are_broken(observation, evidence, target
     right = change_inversion(evidence, observation, similarity=np.eye(12).tolist())
     findings = judge(right, target.agreement)
     assert [finding.status for finding in findings].count("broken") == 1
-    assert findings[5 + OBSERVATIONS.index(observation)].status == "broken"
+    assert findings[10 + OBSERVATIONS.index(observation)].status == "broken"
 
 
 def test_right_reconstructions_of_few_records_are_not_called_held(evidence, target):
@@ -401,7 +414,7 @@ def test_evidence_that_says_nothing_is_refused(evidence, target):
             roc(members, others)
         with pytest.raises(ConfigError, match="finite scores"):
             judge(change(evidence, "gram", "ours", members=members, others=others), target.agreement)
-    with pytest.raises(ConfigError, match="no membership scores"):
+    with pytest.raises(ConfigError, match="not one attack each"):
         judge(msgspec.structs.replace(evidence, membership=[]), target.agreement)
     with pytest.raises(ConfigError, match="not one inversion"):
         judge(msgspec.structs.replace(evidence, inversion=[]), target.agreement)

@@ -227,7 +227,9 @@ def test_who_is_not_there_was_knocked_at_once(site: Site) -> None:
 
 
 def settings(**fields: float) -> Callable[[LeakageEvidence], LeakageEvidence]:
-    return lambda evidence: msgspec.structs.replace(evidence, settings=evidence.settings | fields)
+    return lambda evidence: msgspec.structs.replace(
+        evidence, settings=msgspec.structs.replace(evidence.settings, **fields)
+    )
 
 
 def row(number: int, **fields: Any) -> Callable[[LeakageEvidence], LeakageEvidence]:
@@ -256,8 +258,8 @@ def few_reconstructions(evidence: LeakageEvidence) -> LeakageEvidence:
 SHALLOW: dict[str, Callable[[LeakageEvidence], LeakageEvidence]] = {
     "few scores of one attack": row(3, members=[0.0] * 5, others=[0.0] * 5),
     "few scores of all": fewer,
-    "scores of one kind moved to the other": row(0, members=[0.0] * 150, others=[0.0] * 10),
-    "another coin for one observation": row(0, members=[0.0] * 81, others=[0.0] * 79),
+    "scores of one kind moved to the other": row(0, members=[0.0] * 310, others=[0.0] * 10),
+    "another coin for one observation": row(0, members=[0.0] * 161, others=[0.0] * 159),
     "an attack left out": lambda e: msgspec.structs.replace(e, membership=e.membership[1:]),
     "an attack that counts twice": lambda e: msgspec.structs.replace(e, membership=[*e.membership, e.membership[0]]),
     "records in the place of canaries": row(1, candidates="records"),
