@@ -4,7 +4,7 @@
 stranger (`audit.door`). Files may be hostile: what is wrong with them is evidence. `judge_deployment` is a pure function of it.
 
 Passphrases are not asked for, so that the secret part of a key file is not seen: whether it belongs to the certificate is checked
-by the node itself when it starts.
+by the node itself when it starts. Files belong to who runs the site, whoever looks at them: root may audit a service's node.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import math
 import os
 import stat
 import tomllib
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from audit.budget import Steps, epsilon_rdp
@@ -33,13 +35,19 @@ from audit.rounds import (
     judge_rounds,
 )
 from keys import certificates
-from keys.errors import ConfigError, SecGeoError, VerificationFailed
-from keys.files import KEY_FILE_LIMIT_BYTES, SCRYPT_LOG2_N, read_public
+from keys.errors import ConfigError, KeyFileError, SecGeoError, VerificationFailed
+from keys.files import (
+    KEY_FILE_LIMIT_BYTES,
+    PASSPHRASE_LIMIT_BYTES,
+    SCRYPT_LOG2_N,
+    parse_key_file,
+    parse_passphrase,
+    read_public,
+)
 from keys.identity import CERTIFICATE_FILE, KEY_FILE
-from keys.labels import Label
 from protocols.agreement import Agreement
 from protocols.policy import LocalPolicy, check_policy
-from secgeo.config import AggregatorConfig, NodeConfig, read_config
+from secgeo.config import AggregatorConfig, EntryPointData, NodeConfig, read_config
 from secgeo.records import TRANSCRIPT
 from secgeo.study import OpenStudy, open_study
 
@@ -47,10 +55,20 @@ RECEIPTS_FILE = "receipts.jsonl"
 """In a node's state: see `secgeo.journal`."""
 FILES_LOOKED_AT = 1000
 NOT_COMPARED = "not compared"
+TWO_KEYS_BYTES = 64
+"""What an identity's key file holds at least: a signing key, and a key for CURVE."""
+GROUP_WRITES, EVERYBODY_READS, EVERYBODY_WRITES = 0o020, 0o004, 0o002
 
 
 class FileFacts(Struct, frozen=True, forbid_unknown_fields=True):
-    """A file or folder that must be private. `form` is of a key file: "encrypted", "clear", or "other"."""
+    """A file or folder that must be private.
+
+    Attributes:
+        own: whether it belongs to who runs the site.
+        form: of a key file "encrypted", "clear", "other" (none that would be read), or "unread" (it may not be opened here).
+        scrypt_log2_n: of an encrypted key file.
+        problem: what is wrong with its content.
+    """
 
     name: str
     kind: Literal["missing", "file", "folder", "link", "other"]
@@ -58,6 +76,21 @@ class FileFacts(Struct, frozen=True, forbid_unknown_fields=True):
     own: bool
     form: str = ""
     scrypt_log2_n: int = 0
+    problem: str = ""
+
+
+class Reach(Struct, frozen=True, forbid_unknown_fields=True):
+    """What others than its owner can do with a file or folder, by the modes of it and of all folders above.
+
+    Attributes:
+        what: the configuration, a file of records, or the folder of a program that gives records.
+        others: permission bits of its group and of everybody, as in a mode; those that folders keep from them are left out.
+    """
+
+    name: str
+    what: Literal["configuration", "data", "program"]
+    kind: Literal["missing", "file", "folder", "other"]
+    others: Annotated[int, Meta(ge=0, le=0o77)]
 
 
 class DeploymentEvidence(Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +102,8 @@ class DeploymentEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     allows_clear_keys: bool
     key_file: FileFacts
     passphrase_file: FileFacts | None
+    configuration: Reach
+    data: tuple[Reach, ...]
     folders: Annotated[tuple[FileFacts, ...], Meta(min_length=1)]
     certificates: tuple[Certificate, ...]
     certificate_problem: str
@@ -87,6 +122,7 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
     """
     settings, base = _read(config), config.parent
     keys = base / settings.keys
+    owner = _owner(config, keys)
     problems: dict[str, str] = {"study": "", "policy": "", "certificate": ""}
     study: OpenStudy | None = None
     certs: tuple[Certificate, ...] = ()
@@ -102,7 +138,7 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
         problems["policy"] = _policy(study.agreement, node.policy)
     state = base / (node.state if node else _state_of(settings))
     folders = [
-        _facts(path)
+        _facts(path, owner)
         for path in (state, *sorted(state.glob("*"))[:FILES_LOOKED_AT])
         if not path.name.endswith(("-shm", "-wal"))
     ]
@@ -123,9 +159,11 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
         role="aggregator" if node is None else "node",
         address=settings.listen_address if isinstance(settings, AggregatorConfig) else settings.aggregator_address,
         allows_clear_keys=settings.unencrypted_keys,
-        key_file=_facts(keys / KEY_FILE, key_file=True),
-        passphrase_file=_facts(base / settings.passphrase_file) if settings.passphrase_file else None,
-        folders=(_facts(keys), *folders),
+        key_file=_key_file(keys / KEY_FILE, owner),
+        passphrase_file=_passphrase_file(base / settings.passphrase_file, owner) if settings.passphrase_file else None,
+        configuration=_reach(config, "configuration"),
+        data=_data(node, base) if node is not None else (),
+        folders=(_facts(keys, owner), *folders),
         certificates=certs,
         certificate_problem=problems["certificate"],
         study_problem=problems["study"],
@@ -150,32 +188,88 @@ def _state_of(settings: NodeConfig | AggregatorConfig) -> str:
     return settings.state or f"{settings.records}.state" if isinstance(settings, AggregatorConfig) else settings.state
 
 
-def _facts(path: Path, *, key_file: bool = False) -> FileFacts:
-    """What the file system says; of a key file also its header, which holds no secret."""
+def _owner(config: Path, keys: Path) -> int:
+    """Whose the site is: the configuration's owner; where that is root, who has set up a service, the key folder's."""
+    try:
+        return config.stat().st_uid or keys.lstat().st_uid
+    except OSError:
+        return 0
+
+
+def _facts(path: Path, owner: int) -> FileFacts:
+    """What the file system says."""
     try:
         status = path.lstat()
     except OSError:
         return FileFacts(path.name, "missing", 0, False)
-    mode, own = stat.S_IMODE(status.st_mode), status.st_uid == os.geteuid()
+    mode, own = stat.S_IMODE(status.st_mode), status.st_uid == owner
     if stat.S_ISLNK(status.st_mode):
         return FileFacts(path.name, "link", mode, own)
     if stat.S_ISDIR(status.st_mode):
         return FileFacts(path.name, "folder", mode, own)
-    if not stat.S_ISREG(status.st_mode):
-        return FileFacts(path.name, "other", mode, own)
-    if not key_file:
-        return FileFacts(path.name, "file", mode, own)
-    form, log2_n = "other", 0
-    size = len(Label.KEY_FILE) + 2
+    return FileFacts(path.name, "file" if stat.S_ISREG(status.st_mode) else "other", mode, own)
+
+
+def _key_file(path: Path, owner: int) -> FileFacts:
+    """A key file, and whether `keys.files.read_secret` would take it: all of it but what the passphrase opens."""
+    facts = _facts(path, owner)
+    if facts.kind != "file":
+        return facts
+    if not os.access(path, os.R_OK):
+        return msgspec.structs.replace(facts, form="unread")
     try:
-        with path.open("rb") as file:
-            head = file.read(size)
-    except OSError:
-        head = b""
-    if status.st_size <= KEY_FILE_LIMIT_BYTES and len(head) == size and head.startswith(Label.KEY_FILE):
-        form = {0: "clear", 1: "encrypted"}.get(head[-2], "other")
-        log2_n = head[-1] if form == "encrypted" else 0
-    return FileFacts(path.name, "file", mode, own, form, log2_n)
+        parts = parse_key_file(path, read_public(path, KEY_FILE_LIMIT_BYTES))
+    except KeyFileError as error:
+        return msgspec.structs.replace(facts, form="other", problem=str(error))
+    if parts.secret_bytes < TWO_KEYS_BYTES:
+        short = f"{path} is too short to hold two keys"
+        return msgspec.structs.replace(facts, form="other", problem=short)
+    return msgspec.structs.replace(facts, form="encrypted" if parts.encrypted else "clear", scrypt_log2_n=parts.log2_n)
+
+
+def _passphrase_file(path: Path, owner: int) -> FileFacts:
+    """A passphrase file, and whether `keys.files.read_passphrase_file` would take it. What stands in it is not kept."""
+    facts = _facts(path, owner)
+    if facts.kind != "file" or not os.access(path, os.R_OK):
+        return facts
+    try:
+        parse_passphrase(path, read_public(path, PASSPHRASE_LIMIT_BYTES))
+    except KeyFileError as error:
+        return msgspec.structs.replace(facts, problem=str(error))
+    return facts
+
+
+def _data(settings: NodeConfig, base: Path) -> tuple[Reach, ...]:
+    """The records that a node's configuration names, of training and of evaluation, or the programs that give them."""
+    found = []
+    for data in (settings.data, settings.evaluation):
+        if isinstance(data, EntryPointData):
+            found.append(_reach(base / data.folder, "program"))
+        elif data is not None:
+            found.append(_reach(base / data.path, "data"))
+    return tuple(found)
+
+
+def _reach(path: Path, what: Literal["configuration", "data", "program"]) -> Reach:
+    """Whoever may not enter a folder cannot read what is in it; whoever may write there (without a sticky bit) can replace it."""
+    try:
+        place = path.resolve(strict=True)
+        status, above = place.stat(), [folder.stat() for folder in place.parents]
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+        return Reach(path.name, what, "missing", 0)
+    others = status.st_mode & 0o077
+    if above and not above[0].st_mode & stat.S_ISVTX:
+        others |= above[0].st_mode & (GROUP_WRITES | EVERYBODY_WRITES)
+    for folder in above:
+        another_group = folder.st_gid != status.st_gid and folder.st_mode & stat.S_IXGRP
+        if not folder.st_mode & stat.S_IXOTH and not another_group:
+            others &= ~0o007
+        if not folder.st_mode & (stat.S_IXOTH | stat.S_IXGRP):
+            others &= ~0o070
+    kind: Literal["file", "folder", "other"] = (
+        "folder" if stat.S_ISDIR(status.st_mode) else "file" if stat.S_ISREG(status.st_mode) else "other"
+    )
+    return Reach(path.name, what, kind, others)
 
 
 def _own_certificate(path: Path, study: OpenStudy | None, role: str) -> str:
@@ -218,6 +312,8 @@ def judge_deployment(evidence: DeploymentEvidence) -> list[Finding]:
     return [
         *_judge_key_files(evidence),
         _judge_folders(evidence),
+        _judge_configuration(evidence.configuration),
+        *([_judge_data(evidence.data)] if evidence.role == "node" else []),
         _judge_text(
             "documents of the study",
             "agreement and roster have the pinned digests and the authority's signatures, and belong together",
@@ -250,25 +346,56 @@ def judge_deployment(evidence: DeploymentEvidence) -> list[Finding]:
 
 
 def _judge_key_files(evidence: DeploymentEvidence) -> list[Finding]:
-    faults = _not_private(evidence.key_file, 0o600)
-    promise = "key and passphrase files are plain files of their owner with mode 0600"
-    if evidence.passphrase_file is not None:
-        faults += _not_private(evidence.passphrase_file, 0o600)
-    detail = "; ".join(faults) or f"mode {evidence.key_file.mode:04o}, own"
-    missing = evidence.key_file.kind == "missing"
-    private = finding("key files are private", promise, "broken" if faults else "held", detail)
-    if missing:
+    key, passphrase = evidence.key_file, evidence.passphrase_file
+    faults = _not_private(key, 0o600)
+    promise = "key and passphrase files are plain files of their owner with mode 0600, and no passphrase is empty"
+    detail = f"mode {key.mode:04o}, own"
+    if passphrase is not None:
+        faults += [*_not_private(passphrase, 0o600), *filter(None, [passphrase.problem])]
+        detail += "" if passphrase.kind != "missing" else f"; {passphrase.name}, the passphrase file, is not there"
+    missing = key.kind == "missing"
+    private = finding("key files are private", promise, "broken" if faults else "held", "; ".join(faults) or detail)
+    if missing and not faults:
         private = finding("key files are private", promise, "not testable", "there is no key file")
-    form, log2_n = evidence.key_file.form, evidence.key_file.scrypt_log2_n
-    strong = form == "encrypted" and log2_n >= SCRYPT_LOG2_N
-    status: Status = "not testable" if missing else "held" if strong else "broken"
+    strong = key.form == "encrypted" and key.scrypt_log2_n >= SCRYPT_LOG2_N
+    unseen = missing or key.form == "unread"
+    status: Status = "not testable" if unseen else "held" if strong else "broken"
     said = {
-        "encrypted": f"scrypt with N = 2^{log2_n}",
+        "encrypted": f"scrypt with N = 2^{key.scrypt_log2_n}",
         "clear": "the keys are in clear" + (", as the configuration allows" if evidence.allows_clear_keys else ""),
-        "other": "this is no key file of SecGeo",
-    }.get(form, "there is no key file to look at")
+        "other": key.problem or "this is no key file of SecGeo",
+        "unread": "the key file may not be opened by who audits",
+    }.get(key.form, "there is no key file to look at")
     encrypted = f"key files are encrypted under a passphrase, by scrypt with N = 2^{SCRYPT_LOG2_N} at least"
     return [private, finding("key files are encrypted", encrypted, status, said)]
+
+
+def _judge_configuration(configuration: Reach) -> Finding:
+    faults = _writers(configuration)
+    promise = "nobody but its owner can change the configuration"
+    status: Status = "broken" if faults else "held"
+    return finding("configuration is protected", promise, status, "; ".join(faults) or f"{configuration.name} is")
+
+
+def _judge_data(data: Sequence[Reach]) -> Finding:
+    """Records may be read by a group, as where several people work with them; programs that give them by anybody."""
+    faults = [fault for reach in data for fault in _writers(reach)]
+    faults += [f"{r.name} can be read by everybody" for r in data if r.what == "data" and r.others & EVERYBODY_READS]
+    missing = [reach.name for reach in data if reach.kind == "missing"]
+    promise = "records can be read by nobody but their owner and its group, and changed by nobody but their owner"
+    if not faults and missing:
+        return finding("data are private", promise, "not testable", f"not there: {', '.join(missing)}")
+    seen = "; ".join(
+        f"{r.name}: {'its group reads it' if r.others & 0o040 else 'its owner only'}" for r in data if r.what == "data"
+    )
+    detail = "; ".join(faults) or seen or "records come from a program that only its owner can change"
+    return finding("data are private", promise, "broken" if faults else "held", detail)
+
+
+def _writers(reach: Reach) -> list[str]:
+    """Who else can change something, or put another one in its place."""
+    who = "everybody" if reach.others & EVERYBODY_WRITES else "its group" if reach.others & GROUP_WRITES else ""
+    return [f"{reach.name} can be changed by {who}"] if who else []
 
 
 def _judge_folders(evidence: DeploymentEvidence) -> Finding:

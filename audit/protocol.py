@@ -1,9 +1,9 @@
 """The audit of the secure sum: is every promise of the threat model held by the code that is installed here?
 
 `collect` plays the malicious aggregator and malicious members against the real machines under the agreement's own parameters
-(`audit.attacks`), measures what uploads look like, counts whether anything that must be fresh comes twice, and looks at records
-and at a deployment if it is given them (`audit.deployment`). `judge` turns this into one finding per row of docs/threat-model.md and is a
-pure function: it sees raw outcomes and counts, and decides alone.
+(`audit.attacks`), measures what uploads and shares of secrets look like, counts whether anything that must be fresh comes twice, and
+looks at records and at a deployment if it is given them (`audit.deployment`). `judge` turns this into one finding per row of
+docs/threat-model.md and is a pure function: it sees raw outcomes and counts, and decides alone.
 
 Keys are fresh ones of this audit, never a site's. What is not played says so: "not testable", and who tests it instead.
 """
@@ -29,6 +29,7 @@ from audit.deployment import DeploymentEvidence, collect_deployment, judge_deplo
 from audit.findings import Finding, Status
 from audit.promises import COLLUSION, PROMISES, Promise
 from audit.rounds import RecordsEvidence, Repeats, collect_records, judge_records
+from audit.splits import SECRETS, Splits, judge_splits, measure_splits, shape
 from audit.uploads import (
     COEFFICIENTS,
     MASKED,
@@ -107,6 +108,7 @@ class ProtocolEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         control: whether the attacker reads a vector when it has as many colluders as the protocol gives in to; None if not played.
         repeats: everything that must be fresh, of honest hospitals, over all studies that were played.
+        splits: secrets that were split among holders again and again, as nodes split theirs; empty without masks.
         secrets_searched: so many secrets of attempts, and the study key, were looked for in what passed over the wire.
         secrets_found: so many of them stood there in clear.
     """
@@ -120,6 +122,7 @@ class ProtocolEvidence(Struct, frozen=True, forbid_unknown_fields=True):
     correlations: tuple[Correlation, ...]
     pairs: tuple[Pairs, ...]
     repeats: tuple[Repeats, ...]
+    splits: tuple[Splits, ...]
     secrets_searched: int
     secrets_found: int
     records: RecordsEvidence | None
@@ -180,8 +183,11 @@ def collect(
             failed = f"{over}the attack itself failed: {type(error).__name__}: {error}"[:300]
             skipped.append(Skipped(attack.name, attack.row, failed))
     reads = None if rule else control(world)
+    splits: tuple[Splits, ...] = ()
     if not rule and agreement.secure_sum.masked:
+        progress("shares of secrets", 0.75)
         world.fresh.draw(SEEDS_DRAWN)
+        splits = measure_splits(*shape(agreement, world.agreement))
     uploads = Uploads() if rule else measure(world, UPLOAD_ROUNDS[profile], progress)
     progress("done", 1.0)
     return ProtocolEvidence(
@@ -196,6 +202,7 @@ def collect(
         repeats=tuple(
             Repeats(kind, world.fresh.seen[kind], distinct) for kind, distinct in sorted(world.fresh.distinct.items())
         ),
+        splits=splits,
         secrets_searched=uploads.searched,
         secrets_found=uploads.found,
         records=records,
@@ -270,9 +277,9 @@ def _parameters(agreement: Agreement, profile: Profile) -> Parameters:
 
 
 def judge(evidence: ProtocolEvidence) -> list[Finding]:
-    """One finding for each promise of the threat model, and those on parameters, freshness, records and the deployment."""
+    """One finding for each promise of the threat model, and those on parameters, freshness, shares, records and the deployment."""
     findings = [_judge_promise(promise, evidence) for promise in (*PROMISES, *COLLUSION)]
-    findings += [_judge_parameters(evidence), _judge_repeats(evidence)]
+    findings += [_judge_parameters(evidence), _judge_repeats(evidence), judge_splits(evidence.splits)]
     if evidence.records is not None:
         findings += judge_records(evidence.records)
     if evidence.deployment is not None:
@@ -297,6 +304,8 @@ def not_tried(evidence: ProtocolEvidence, agreement: Agreement) -> list[str]:
     lacking += [name for name in names if values.get(name, 0) < UPLOAD_ROUNDS[evidence.profile] * UPLOAD_VALUES]
     if not evidence.repeats:
         lacking.append("freshness")
+    if agreement.secure_sum.masked and [splits.secret for splits in evidence.splits] != [*SECRETS]:
+        lacking.append("shares of secrets")
     if evidence.control is None and has_control(worlds[0]):
         lacking.append("control")
     return lacking

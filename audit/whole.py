@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from audit import protocol, uploads
+from audit import protocol, splits, uploads
 from audit.attacks import CATALOGUE
 from audit.attacks.stage import Played
 from audit.conformance import ConformanceEvidence
@@ -142,6 +142,7 @@ def check_protocol(evidence: ProtocolEvidence, study: OpenStudy, started: dateti
     )
     if not due.rule:
         _check_measured(evidence, agreement)
+        _check_splits(evidence, agreement)
     for attack in evidence.played:
         _check_played(attack, {member.node_id for member in agreement.members})
     keys = Counter((attack.name, attack.tried, attack.over) for attack in evidence.played)
@@ -197,6 +198,21 @@ def _check_measured(evidence: ProtocolEvidence, agreement: Agreement) -> None:
     )
 
 
+def _check_splits(evidence: ProtocolEvidence, agreement: Agreement) -> None:
+    """Shares: as many splits of each secret as are due, among as many holders."""
+    needed, holders = splits.shape(agreement, protocol._worlds(agreement, evidence.profile)[0].agreement)
+    fewer, due = splits.SPLITS * (needed - 1), (splits.SPLITS - 1) * holders
+    refuse(
+        f"shares that were looked at are not of {splits.SPLITS} splits of each secret among {holders}",
+        len(evidence.splits) not in (0, len(splits.SECRETS)),
+        any((s.needed, s.holders, s.splits) != (needed, holders, splits.SPLITS) for s in evidence.splits),
+        any((s.tried, s.coefficients, s.compared) != (fewer, fewer, due) for s in evidence.splits),
+        any(sum(counts) != fewer for s in evidence.splits for counts in (s.top, s.low)),
+        any(s.recovered > s.splits or s.given_away > s.tried or s.equal > s.compared for s in evidence.splits),
+        any(not 1 <= s.distinct <= s.coefficients for s in evidence.splits),
+    )
+
+
 def _check_played(attack: Played, members: set[str]) -> None:
     """Who plays false is who the catalogue says: nothing that these do or suffer counts, so that more of them would hide harm."""
     known = [a for a in CATALOGUE if (a.name, a.row, a.tried) == (attack.name, attack.row, attack.tried)]
@@ -223,6 +239,9 @@ def _check_deployment(evidence: DeploymentEvidence, study: OpenStudy, started: d
         "the look at the deployment is not whole",
         not evidence.study_problem and evidence.role == "node" and not whole,
         not evidence.study_problem and evidence.study is None,
+        evidence.configuration.what != "configuration" or evidence.configuration.kind == "missing",
+        evidence.role == "node" and not evidence.data,
+        any(reach.what == "configuration" for reach in evidence.data),
         not evidence.study_problem and evidence.certificate_problem.startswith(NOT_COMPARED),
         any(problem.startswith(NOT_COMPARED) for problem in (evidence.study_problem, evidence.policy_problem)),
     )

@@ -23,6 +23,7 @@ import stat
 import struct
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -48,6 +49,7 @@ PASSPHRASE_LIMIT_BYTES = 1 << 12
 _PLAIN, _ENCRYPTED = b"\0", b"\1"
 _PARAMETERS = struct.Struct("BBB16s12s")
 _CHECKSUM_BYTES = 32
+_TAG_BYTES = 16
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -94,26 +96,70 @@ def read_secret(path: Path, passphrase: bytes | None) -> bytes:
         KeyFileError: missing, looser than 0600, owned by another user, a symbolic link, malformed, changed, asking for
             scrypt parameters out of bounds, encrypted and no passphrase given, or a wrong passphrase.
     """
-    content = _read(path, KEY_FILE_LIMIT_BYTES, private=True)
+    parts = parse_key_file(path, _read(path, KEY_FILE_LIMIT_BYTES, private=True))
+    if not parts.encrypted:
+        return parts.body
+    if passphrase is None:
+        raise KeyFileError(f"{path} is encrypted; give its passphrase, for example with a passphrase file of mode 0600")
+    try:
+        return _cipher(passphrase, parts.salt, parts.log2_n).decrypt(parts.nonce, parts.body, parts.header)
+    except InvalidTag:
+        raise KeyFileError(f"{path}: wrong passphrase, or the file was changed") from None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFile:
+    """The parts of a key file.
+
+    Attributes:
+        header: all that stands before the secret.
+        body: the ciphertext with its tag, or the secret in clear.
+        log2_n: of scrypt; 0 if the secret is in clear.
+        salt: of scrypt, 16 bytes.
+        nonce: of AES-256-GCM, 12 bytes.
+    """
+
+    header: bytes
+    body: bytes = field(repr=False)
+    log2_n: int = 0
+    salt: bytes = b""
+    nonce: bytes = b""
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the secret is under a passphrase."""
+        return self.log2_n > 0
+
+    @property
+    def secret_bytes(self) -> int:
+        """How long the secret is."""
+        return len(self.body) - _TAG_BYTES * self.encrypted
+
+
+def parse_key_file(path: Path, content: bytes) -> KeyFile:
+    """Check all of a key file that can be checked without its passphrase. `path` is for messages only.
+
+    Raises:
+        KeyFileError: malformed, cut off, changed, asking for scrypt parameters out of bounds, or with a salt or nonce that nobody drew.
+    """
     start = len(Label.KEY_FILE) + 1
     header, body = content[:start], content[start:]
     if header == Label.KEY_FILE + _PLAIN and len(body) >= _CHECKSUM_BYTES:
         secret, checksum = body[:-_CHECKSUM_BYTES], body[-_CHECKSUM_BYTES:]
         if not constant_time.bytes_eq(hashlib.sha256(header + secret).digest(), checksum):
             raise KeyFileError(f"{path} was changed or is damaged; restore it from a backup or enrol again")
-        return secret
+        return KeyFile(header, secret)
     if header != Label.KEY_FILE + _ENCRYPTED or len(body) < _PARAMETERS.size:
         raise KeyFileError(f"{path} is not a SecGeo key file of version 1")
     log2_n, r, p, salt, nonce = _PARAMETERS.unpack_from(body)
     if log2_n not in SCRYPT_LOG2_N_ACCEPTED or r != SCRYPT_R or p != SCRYPT_P:
         raise KeyFileError(f"{path} asks for scrypt parameters out of bounds; it was changed, restore it from a backup")
-    if passphrase is None:
-        raise KeyFileError(f"{path} is encrypted; give its passphrase, for example with a passphrase file of mode 0600")
-    try:
-        associated, ciphertext = header + body[: _PARAMETERS.size], body[_PARAMETERS.size :]
-        return _cipher(passphrase, salt, log2_n).decrypt(nonce, ciphertext, associated)
-    except InvalidTag:
-        raise KeyFileError(f"{path}: wrong passphrase, or the file was changed") from None
+    if not any(salt) or not any(nonce):
+        raise KeyFileError(f"{path} has a salt or nonce of zeros, which nobody drew; restore it from a backup")
+    associated, ciphertext = header + body[: _PARAMETERS.size], body[_PARAMETERS.size :]
+    if len(ciphertext) < _TAG_BYTES:
+        raise KeyFileError(f"{path} is cut off: it holds no secret; restore it from a backup")
+    return KeyFile(associated, ciphertext, log2_n, salt, nonce)
 
 
 def write_public(path: Path, data: bytes | memoryview, opening: AbstractContextManager[object] | None = None) -> None:
@@ -159,7 +205,16 @@ def read_passphrase_file(path: Path) -> bytes:
     Raises:
         KeyFileError: missing, looser than 0600, owned by another user, a symbolic link, too long or empty.
     """
-    passphrase = _read(path, PASSPHRASE_LIMIT_BYTES, private=True).removesuffix(b"\n")
+    return parse_passphrase(path, _read(path, PASSPHRASE_LIMIT_BYTES, private=True))
+
+
+def parse_passphrase(path: Path, content: bytes) -> bytes:
+    """The passphrase in the content of its file. `path` is for messages only.
+
+    Raises:
+        KeyFileError: it is empty.
+    """
+    passphrase = content.removesuffix(b"\n")
     if not passphrase:
         raise KeyFileError(f"{path} holds an empty passphrase")
     return passphrase

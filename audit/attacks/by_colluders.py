@@ -5,15 +5,33 @@ from __future__ import annotations
 import numpy as np
 
 from audit.attacks.forged import announce, changed_total, one_more
-from audit.attacks.play import Play
+from audit.attacks.play import Bodies, Play, keep
 from audit.attacks.stage import World, attack
+from protocols import messages as m
 from protocols import tags
+from protocols.messages import AGGREGATOR
 from protocols.sealing import AttemptId
 
 
 def _listen(world: World, colluders: int) -> Play:
     play = Play(world.network(), colluders=world.names[1 : colluders + 1])
     play.took_place = True
+    return play
+
+
+def _surround(world: World, colluders: int) -> Play:
+    """Colluders hold shares of the first hospital: in a sparse graph that follows from a hash over fresh keys, so they are won later."""
+    play, victim = Play(world.network()), world.names[0]
+
+    @play.tell("KeySet")
+    def win(message: m.Message, to: str) -> Bodies:
+        if not play.took_place and to == victim and isinstance(message.body, m.KeySet):
+            address = message.round, message.attempt
+            play.knowledge.watch(AGGREGATOR, victim, play.sign(AGGREGATOR, address, message.body))
+            play.recruit(*play.knowledge.graph(victim, address).neighbours(victim)[:colluders])
+            play.took_place = True
+        return keep(message)
+
     return play
 
 
@@ -25,10 +43,12 @@ def _listen(world: World, colluders: int) -> Play:
     needs="masks",
 )
 def _colluders_below_the_threshold(world: World) -> Play:
-    needed = world.agreement.secure_sum.shares_needed
-    play = _listen(world, min(needed - 1, len(world.names) - 2))
+    """They interpolate with as many shares as they have, and with fewer, and take off what they know of the coefficients."""
+    ring = world.agreement.secure_sum
+    colluders = min(ring.shares_needed - 1, len(world.names) - 2)
+    play = (_surround if ring.neighbours else _listen)(world, colluders).run()
     play.must_sum = play.honest
-    return play.run()
+    return play
 
 
 def has_control(world: World) -> bool:

@@ -4,18 +4,24 @@
 open what was sealed to known share keys, combine shares, derive or open contributions, take the masks off the upload. Uploads
 that are encrypted it decrypts: some hospital gave it the study key. It never looks into an honest machine for anything else, so a
 vector that comes out is a vector that the protocol gave away.
+
+That fewer shares than the threshold say nothing of a secret is not taken for granted: `Knowledge` interpolates with those that it has,
+however few, and takes off them the coefficients of other splits that it knows. Whether a guess is right it sees as anybody could, by the
+commitment to the self seed, or the public key of the pair master, that the owner has signed.
 """
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
+from audit.attacks.interpolation import interpolations, without
 from audit.attacks.network import Network
 from keys.errors import VerificationFailed
 from protocols import messages as m
@@ -32,6 +38,9 @@ from protocols.study_key import StudyKey
 
 Address = tuple[int, int]
 """Round and attempt."""
+Kind = Literal["self_seed", "pair_master"]
+"""A secret of an attempt of which shares are dealt."""
+KINDS: tuple[Kind, ...] = ("self_seed", "pair_master")
 
 
 def peek(data: bytes) -> Any:
@@ -48,11 +57,16 @@ class Seen:
 
     digests: dict[str, dict[str, bytes]] = field(default_factory=dict)
     senders: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    keys: dict[str, set[m.RoundKeys]] = field(default_factory=lambda: defaultdict(set))
     seals: dict[tuple[str, str], list[m.SealedSeeds]] = field(default_factory=lambda: defaultdict(list))
     chunks: dict[str, dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
     self_shares: dict[str, dict[str, bytes]] = field(default_factory=lambda: defaultdict(dict))
     pair_shares: dict[str, dict[str, bytes]] = field(default_factory=lambda: defaultdict(dict))
     secrets: dict[str, sealing.AttemptSecrets] = field(default_factory=dict)
+
+    def shares(self, kind: Kind) -> dict[str, dict[str, bytes]]:
+        """The shares of one kind of secret, by owner and holder."""
+        return self.self_shares if kind == "self_seed" else self.pair_shares
 
 
 class Knowledge:
@@ -61,6 +75,7 @@ class Knowledge:
     def __init__(self, network: Network, colluders: Iterable[str] = ()) -> None:
         self._network, self.colluders = network, set(colluders)
         self.attempts: dict[Address, Seen] = defaultdict(Seen)
+        self._followed: dict[tuple[object, ...], Any] = {}
 
     def watch(self, sender: str, recipient: str, data: bytes) -> None:
         """Take one message that passes."""
@@ -71,6 +86,8 @@ class Knowledge:
         for name in self.colluders.intersection((sender, recipient)):
             self.corrupt(name)
         match body:
+            case m.RoundKeys():
+                seen.keys[sender].add(body)
             case m.SealedSeeds():
                 seen.seals[sender, body.recipient].append(body)
             case m.KeySet() if sender == m.AGGREGATOR:
@@ -134,20 +151,12 @@ class Knowledge:
         return MaskGraph.build(self.attempts[address].digests[name], neighbours, self._cohort(name, address))
 
     def self_seed(self, name: str, address: Address = (1, 1)) -> bytes | None:
-        """A node's self seed, if enough shares are known."""
-        seen = self.attempts[address]
-        if name in seen.secrets:
-            return seen.secrets[name].self_seed
-        self._open_shares(address)
-        return self._combine(name, seen.self_shares[name], address)
+        """A node's self seed, if the shares that are known give it away."""
+        return self._secret(name, "self_seed", address)
 
     def pair_master(self, name: str, address: Address = (1, 1)) -> bytes | None:
-        """A node's pair master, if enough shares are known."""
-        seen = self.attempts[address]
-        if name in seen.secrets:
-            return seen.secrets[name].pair_master
-        self._open_shares(address)
-        return self._combine(name, seen.pair_shares[name], address)
+        """A node's pair master, if the shares that are known give it away."""
+        return self._secret(name, "pair_master", address)
 
     def pair_key(self, victim: str, peer: str, address: Address = (1, 1)) -> bytes | None:
         """The mask key between two nodes, in the victim's view of the round keys."""
@@ -191,13 +200,74 @@ class Knowledge:
                     seen.self_shares[sender][recipient] = shares.self_share
                     seen.pair_shares[sender][recipient] = shares.pair_share
 
-    def _combine(self, owner: str, shares: Mapping[str, bytes], address: Address) -> bytes | None:
+    def _secret(self, owner: str, kind: Kind, address: Address) -> bytes | None:
+        """Told by its owner, interpolated, or found by the coefficients of another split."""
+        self._open_shares(address)
+        secret = self._interpolated(owner, kind, address)
+        if secret is None and self._points(owner, kind, address):
+            secret = self._once(("unmasked", owner, kind), address, lambda: self._without(owner, kind, address))
+        return secret
+
+    def _interpolated(self, owner: str, kind: Kind, address: Address) -> bytes | None:
+        secrets = self.attempts[address].secrets
+        if owner in secrets:
+            return secrets[owner].self_seed if kind == "self_seed" else secrets[owner].pair_master
+        found: bytes | None = self._once((owner, kind), address, lambda: self._interpolate(owner, kind, address))
+        return found
+
+    def _interpolate(self, owner: str, kind: Kind, address: Address) -> bytes | None:
         needed = self._network.agreement.secure_sum.shares_needed
-        if len(shares) < needed or owner not in self.attempts[address].digests:
-            return None
-        holders = sorted({owner, *self.graph(owner, address).neighbours(owner)})
-        points = {holders.index(name): share for name, share in sorted(shares.items())[:needed] if name in holders}
-        return shamir.combine(points, needed) if len(points) == needed else None
+        guesses = interpolations(self._points(owner, kind, address), needed)
+        return next((guess for guess in guesses if self._fits(owner, kind, guess, address)), None)
+
+    def _without(self, owner: str, kind: Kind, address: Address) -> bytes | None:
+        count = len(self._holders(owner, address))
+        offsets = self._once(("offsets", count), address, lambda: self._offsets(count, address))
+        guesses = without(self._points(owner, kind, address), offsets)
+        return next((guess for guess in guesses if self._fits(owner, kind, guess, address)), None)
+
+    def _once(self, what: tuple[object, ...], address: Address, follow: Callable[[], Any]) -> Any:
+        """What follows from what is known of an attempt: worked out once, and again when there are more shares or secrets."""
+        seen = self.attempts[address]
+        known = [len(seen.keys), len(seen.digests), len(seen.secrets)] + [
+            sum(map(len, seen.shares(kind).values())) for kind in KINDS
+        ]
+        key = what, address, tuple(known)
+        if key not in self._followed:
+            self._followed[key] = follow()
+        return self._followed[key]
+
+    def _fits(self, owner: str, kind: Kind, guess: bytes, address: Address) -> bool:
+        attempt, published = self._attempt(address), self.attempts[address].keys[owner]
+        if kind == "self_seed":
+            commitment = sealing.self_seed_commitment(guess, attempt, owner)
+            return any(keys.self_seed_commitment == commitment for keys in published)
+        public = sealing.public_key_bytes(guess, attempt)
+        return any(keys.pair_public == public for keys in published)
+
+    def _offsets(self, holders: int, address: Address) -> dict[int, set[int]]:
+        """What the coefficients of each split whose secret is known add to it, by place: of one's own making, and of other nodes."""
+        needed = self._network.agreement.secure_sum.shares_needed
+        own = shamir.split(bytes(32), needed, holders, os.urandom)
+        offsets = {place: {int.from_bytes(share)} for place, share in enumerate(own)}
+        for owner in self.attempts[address].digests:
+            for kind in KINDS:
+                secret = self._interpolated(owner, kind, address)
+                for place, share in self._points(owner, kind, address).items() if secret is not None else ():
+                    offsets.setdefault(place, set()).add((share - int.from_bytes(secret or b"")) % shamir.PRIME)
+        return offsets
+
+    def _holders(self, owner: str, address: Address) -> list[str]:
+        """Who holds shares of a node's secrets, in the order of their places."""
+        if owner not in self.attempts[address].digests:
+            return []
+        return sorted({owner, *self.graph(owner, address).neighbours(owner)})
+
+    def _points(self, owner: str, kind: Kind, address: Address) -> dict[int, int]:
+        """The shares of a secret that are known, as numbers, by the place of their holder."""
+        holders, shares = self._holders(owner, address), self.attempts[address].shares(kind)[owner]
+        known = [(holders.index(name), share) for name, share in sorted(shares.items()) if name in holders]
+        return {place: int.from_bytes(share) for place, share in known if shamir.is_share(share)}
 
     def _upload(self, name: str, address: Address) -> Any:
         """What was masked: ring values, or the coefficients of the plaintexts."""

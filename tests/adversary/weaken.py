@@ -6,13 +6,14 @@ is for is told by the attack that its absence lets through.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from audit.attacks.knowledge import peek
 from audit.attacks.network import MemoryJournal
-from protocols import attempt_aggregator, attempt_node, messages, sealing, study_node
+from protocols import attempt_aggregator, attempt_node, messages, sealing, shamir, study_node
 from protocols.attempt_aggregator import AttemptAggregator, _Upload
 from protocols.attempt_node import AttemptNode, Parties, State
 from protocols.encoding import FixedPoint
@@ -117,6 +118,69 @@ def one_vote_one_revelation() -> Any:
 def memory_of_votes() -> Any:
     """Nodes forget that they have voted in a round."""
     return replaced(MemoryJournal, "voted", lambda self, number: False)
+
+
+def _shares(coefficients: Callable[[int, shamir.Coins], list[int]]) -> Any:
+    """Secrets are split with these coefficients, given the threshold."""
+
+    def split(secret: bytes, threshold: int, holders: int, coins: shamir.Coins) -> list[bytes]:
+        polynomial = [int.from_bytes(secret), *coefficients(threshold, coins)]
+        shares = [shamir._evaluate(polynomial, x) for x in range(1, holders + 1)]
+        return [share.to_bytes(shamir.SHARE_BYTES) for share in shares]
+
+    return replaced(shamir, "split", split)
+
+
+def _drawn(count: int, coins: shamir.Coins) -> list[int]:
+    return [int.from_bytes(coins(48)) % shamir.PRIME for _ in range(count)]
+
+
+def degree_of_shares() -> Any:
+    """One share fewer than the threshold gives a secret."""
+    return _shares(lambda threshold, coins: _drawn(threshold - 2, coins))
+
+
+def coefficients_of_shares() -> Any:
+    """The coefficients of shares are constants, so that every share gives its secret."""
+    return _shares(lambda threshold, _coins: [index + 3 for index in range(threshold - 1)])
+
+
+def one_coefficient_of_shares() -> Any:
+    """All coefficients of a polynomial are the same, so that two shares give its secret."""
+    return _shares(lambda threshold, coins: _drawn(1, coins) * (threshold - 1))
+
+
+def coefficients_of_two_secrets() -> Any:
+    """The two secrets of a node are split with the same coefficients: the difference of two shares is that of the secrets."""
+    kept: list[list[int]] = []
+
+    def coefficients(threshold: int, coins: shamir.Coins) -> list[int]:
+        if kept and len(kept[0]) == threshold - 1:
+            return kept.pop()
+        kept[:] = [_drawn(threshold - 1, coins)]
+        return kept[0]
+
+    return _shares(coefficients)
+
+
+def secrets_for_shares() -> Any:
+    """Every share is the secret."""
+    return _shares(lambda _threshold, _coins: [])
+
+
+def low_entropy_of_shares() -> Any:
+    """The coefficients of each split are stretched from 16 bits."""
+
+    def coefficients(threshold: int, coins: shamir.Coins) -> list[int]:
+        stretched = hashlib.shake_256(coins(2)).digest(48 * (threshold - 1))
+        return [int.from_bytes(stretched[48 * i : 48 * (i + 1)]) % shamir.PRIME for i in range(threshold - 1)]
+
+    return _shares(coefficients)
+
+
+def small_coefficients_of_shares() -> Any:
+    """Coefficients of 128 bits: the top of a share is that of its secret."""
+    return _shares(lambda threshold, coins: [int.from_bytes(coins(16)) for _ in range(threshold - 1)])
 
 
 def self_masks() -> Any:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +22,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from audit import deployment, protocol, rounds
+from audit import deployment, protocol, rounds, splits
 from audit import door as door_of
 from audit.attacks import CATALOGUE, by_aggregator_documents, stage, wire
 from audit.attacks.stage import Played, World, reduced, vector_values
@@ -29,7 +30,10 @@ from audit.findings import Finding
 from audit.promises import COLLUSION, PROMISES
 from audit.protocol import ProtocolEvidence, collect, from_json, judge, not_tried, to_json
 from audit.uploads import Series
-from keys.errors import ConfigError, SecGeoError, TransportError
+from keys import files as key_files
+from keys.errors import ConfigError, KeyFileError, SecGeoError, TransportError
+from keys.files import read_secret
+from keys.labels import Label
 from protocols import messages as m
 from protocols.agreement import Agreement, read_agreement
 from protocols.attempt_aggregator import AttemptAggregator
@@ -163,7 +167,7 @@ def test_every_theme_is_in_the_catalogue_and_has_its_place() -> None:
 
 
 def test_large_agreements_are_played_small_and_say_so() -> None:
-    large = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+    large = sparse_agreement()
     small = reduced(large, 6)
     assert len(small.members) == 6
     assert small.secure_sum.threshold <= small.secure_sum.minimum_cohort <= 6
@@ -233,8 +237,7 @@ def test_a_weakened_copy_is_broken(name: str, honest: ProtocolEvidence) -> None:
 
 
 def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
-    sparse = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
-    world = World(reduced(sparse, 17), 1100)
+    world = World(reduced(sparse_agreement(), 17), 1100)
     assert protocol.harms_of(play("a victim cut off", nullcontext(), world)) == []
     harms = protocol.harms_of(play("a victim cut off", weaken.connectivity(), world))
     assert "the vector of hospital-00 was read" in harms
@@ -243,12 +246,84 @@ def test_a_victim_that_is_cut_off_in_a_sparse_graph() -> None:
 @pytest.mark.parametrize("name", ["a false complaint", "withheld round keys"])
 def test_in_a_sparse_graph_attacks_are_on_who_shares_masks(name: str) -> None:
     """Who does follows from a hash over fresh keys: half of the members, each time others."""
-    sparse = agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
-    world = World(reduced(sparse, 17), 1100)
+    world = World(reduced(sparse_agreement(), 17), 1100)
     for _ in range(5):
         attack = play(name, nullcontext(), world)
         assert attack.took_place
         assert protocol.harms_of(attack) == []
+
+
+# --- shares
+
+
+def sparse_agreement() -> Agreement:
+    return agreed("masked", 17, threshold=11, minimum_cohort=11, neighbours=8, share_threshold=4)
+
+
+TOLD_BY_FEWER = {
+    "one fewer": weaken.degree_of_shares,
+    "constants": weaken.coefficients_of_shares,
+    "two secrets": weaken.coefficients_of_two_secrets,
+    "every share": weaken.secrets_for_shares,
+}
+
+
+@pytest.mark.parametrize("graph", ["complete", "sparse"])
+@pytest.mark.parametrize("how", [*TOLD_BY_FEWER, "sound"])
+def test_fewer_colluders_than_the_threshold_read_a_vector_where_shares_are_weak(
+    how: str, graph: str, honest: ProtocolEvidence
+) -> None:
+    """The attacker does not believe in the threshold: it takes what its shares give, and checks it against what is public."""
+    agreement = agreed() if graph == "complete" else sparse_agreement()
+    world = World(reduced(agreement, len(agreement.members)), 1100)
+    guard = TOLD_BY_FEWER.get(how, nullcontext)
+    played = play("colluders below the threshold", guard(), world)
+    assert played.took_place
+    assert len(world.names) - len(played.summed) == agreement.secure_sum.shares_needed - 1
+    assert (world.names[0] in played.read) == (how != "sound")
+    status = "held" if how == "sound" else "broken"
+    assert status_of(msgspec.structs.replace(honest, played=(played,)), "colluders") == status
+
+
+WEAK_SHARES: dict[str, tuple[Guard, str]] = {
+    "one fewer": (weaken.degree_of_shares, "fewer than 4 shares gave a secret of zeros away in 5000 of"),
+    "constants": (weaken.coefficients_of_shares, "shares of two splits of a secret of zeros are equal at"),
+    "one coefficient": (
+        weaken.one_coefficient_of_shares,
+        "coefficients beside a secret of zeros only 5000 are different",
+    ),
+    "two secrets": (weaken.coefficients_of_two_secrets, "shares of two splits of a secret of ones are equal at"),
+    "every share": (weaken.secrets_for_shares, "fewer than 4 shares gave a secret of ones away in 15000 of 15000"),
+    "little entropy": (weaken.low_entropy_of_shares, "are different"),
+    "small coefficients": (
+        weaken.small_coefficients_of_shares,
+        "the top bytes of shares of a secret of ones are not uniform",
+    ),
+}
+
+
+@pytest.mark.parametrize("graph", ["complete", "sparse"])
+@pytest.mark.parametrize("how", WEAK_SHARES)
+def test_weak_shares_are_seen(how: str, graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CATALOGUE", [])
+    monkeypatch.setattr(protocol, "UPLOAD_ROUNDS", {"fast": 1})
+    guard, says = WEAK_SHARES[how]
+    with guard():
+        found = finding(judge(run(agreed() if graph == "complete" else sparse_agreement())), "shares of secrets")
+    assert found.status == "broken"
+    assert says in found.detail
+
+
+def test_sound_shares_say_nothing_of_their_secret(honest: ProtocolEvidence) -> None:
+    found = finding(judge(honest), "shares of secrets")
+    assert found.status == "held"
+    assert "a source of 20 bits or less would have repeated itself" in found.detail
+    sparse = sparse_agreement()
+    assert splits.shape(sparse, reduced(sparse, 6)) == (4, 9)
+    assert splits.judge_splits(splits.measure_splits(4, 9)).status == "held"
+    assert splits.judge_splits(splits.measure_splits(2, 3)).status == "held"
+    lost = msgspec.structs.replace(honest.splits[0], recovered=4999)
+    assert splits.judge_splits([lost]).status == "broken"
 
 
 def test_everything_that_this_agreement_allows_is_tried(honest: ProtocolEvidence) -> None:
@@ -257,6 +332,7 @@ def test_everything_that_this_agreement_allows_is_tried(honest: ProtocolEvidence
     assert not_tried(msgspec.structs.replace(honest, played=idle), agreed()) == [honest.played[0].name]
     assert not_tried(msgspec.structs.replace(honest, control=None), agreed()) == ["control"]
     assert not_tried(msgspec.structs.replace(honest, repeats=()), agreed()) == ["freshness"]
+    assert not_tried(msgspec.structs.replace(honest, splits=honest.splits[1:]), agreed()) == ["shares of secrets"]
     few = tuple(msgspec.structs.replace(series, low=(5,) * 256) for series in honest.series)
     assert not_tried(msgspec.structs.replace(honest, series=few), agreed()) == [series.name for series in few]
     assert not_tried(run(agreed(count=3)), agreed(count=3)) == []
@@ -506,6 +582,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return make_site(tmp_path_factory.mktemp("site"))
 
 
+def copied(site: Site, folder: Path) -> Site:
+    copy = Site(folder / "site", site.consortium, site.digest)
+    shutil.copytree(site.base, copy.base)
+    return copy
+
+
 def look(site: Site, name: str, **options: Any) -> list[Finding]:
     evidence = deployment.collect_deployment(site.config(name), datetime.now(UTC), **{"probe": False, **options})
     assert msgspec.json.decode(msgspec.json.encode(evidence), type=deployment.DeploymentEvidence) == evidence
@@ -573,10 +655,168 @@ def spoil(site: Site, name: str, how: str) -> None:
     ],
 )
 def test_what_is_wrong_with_a_site_is_found(how: str, broken: str, site: Site, tmp_path: Path) -> None:
-    copy = Site(tmp_path / "site", site.consortium, site.digest)
-    shutil.copytree(site.base, copy.base)
+    copy = copied(site, tmp_path)
     spoil(copy, HOSPITALS[2], how)
     assert statuses(look(copy, HOSPITALS[2]))[broken] == "broken"
+
+
+SALT, NONCE = bytes([7]) * 16, bytes([8]) * 12
+GARBAGE: dict[str, bytes] = {
+    "a header and no ciphertext": b"\1" + bytes((17, 8, 1)) + SALT + NONCE,
+    "a header without salt and nonce": b"\1" + bytes((17,)),
+    "a ciphertext that is a tag": b"\1" + bytes((17, 8, 1)) + SALT + NONCE + bytes(16),
+    "an N of 2^255": b"\1" + bytes((255, 1, 1)) + bytes(28) + bytes(120),
+    "an N of 2^19": b"\1" + bytes((19, 8, 1)) + SALT + NONCE + bytes(120),
+    "another r": b"\1" + bytes((17, 1, 1)) + SALT + NONCE + bytes(120),
+    "another p": b"\1" + bytes((17, 8, 2)) + SALT + NONCE + bytes(120),
+    "a salt of zeros": b"\1" + bytes((17, 8, 1)) + bytes(16) + NONCE + bytes(120),
+    "a nonce of zeros": b"\1" + bytes((17, 8, 1)) + SALT + bytes(12) + bytes(120),
+    "too large": b"\1" + bytes((17, 8, 1)) + SALT + NONCE + bytes(1 << 16),
+    "a wrong checksum": b"\0" + bytes(120),
+    "another kind": b"\2" + bytes((17, 8, 1)) + SALT + NONCE + bytes(120),
+}
+
+
+@pytest.mark.parametrize("how", GARBAGE)
+def test_a_key_file_that_no_node_would_read_is_broken(how: str, site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    path = copy.base / HOSPITALS[2] / "keys" / "identity.key"
+    path.write_bytes(Label.KEY_FILE + GARBAGE[how])
+    found = finding(look(copy, HOSPITALS[2]), "key files are encrypted")
+    assert found.status == "broken", found
+    assert "scrypt with N" not in found.detail
+    if how != "a ciphertext that is a tag":
+        with pytest.raises(KeyFileError) as caught:
+            read_secret(path, b"correct horse")
+        assert found.detail in str(caught.value)
+
+
+def test_a_weak_but_readable_scrypt_is_broken(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copied(site, tmp_path)
+    keys = copy.base / HOSPITALS[2] / "keys"
+    shutil.rmtree(keys)
+    monkeypatch.setattr(key_files, "SCRYPT_LOG2_N", 14)
+    site.consortium.identities[HOSPITALS[2]].save(keys, b"correct horse")
+    found = finding(look(copy, HOSPITALS[2]), "key files are encrypted")
+    assert (found.status, found.detail) == ("broken", "scrypt with N = 2^14")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "status"),
+    [
+        (b"correct horse\n", 0o600, "held"),
+        (b"", 0o600, "broken"),
+        (b"\n", 0o600, "broken"),
+        (b"x" * 5000, 0o600, "broken"),
+        (b"correct horse\n", 0o644, "broken"),
+        (b"correct horse\n", 0o640, "broken"),
+    ],
+)
+def test_passphrase_files(content: bytes, mode: int, status: str, site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    config = copy.write_config(HOSPITALS[2], passphrase_file="passphrase")
+    (config.parent / "passphrase").write_bytes(content)
+    (config.parent / "passphrase").chmod(mode)
+    found = finding(look(copy, HOSPITALS[2]), "key files are private")
+    assert found.status == status, found
+    assert "horse" not in found.detail
+
+
+def test_a_passphrase_file_that_is_not_there_is_told(site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    copy.write_config(HOSPITALS[2], passphrase_file="passphrase")
+    found = finding(look(copy, HOSPITALS[2]), "key files are private")
+    assert found.status == "held"
+    assert "is not there" in found.detail
+
+
+@pytest.fixture
+def public(site: Site) -> Iterator[Site]:
+    """A site in a folder that everybody may enter."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        copy = copied(site, Path(folder))
+        for path in (copy.base, *copy.base.iterdir()):
+            path.chmod(0o755)
+        for path in copy.base.glob("*/records.npz"):
+            path.chmod(0o600)
+        yield copy
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "broken"),
+    [
+        ("records.npz", 0o600, ""),
+        ("records.npz", 0o640, ""),
+        ("records.npz", 0o604, "data are private"),
+        ("records.npz", 0o602, "data are private"),
+        ("records.npz", 0o660, "data are private"),
+        ("config.toml", 0o644, ""),
+        ("config.toml", 0o664, "configuration is protected"),
+        ("config.toml", 0o646, "configuration is protected"),
+        ("", 0o1777, ""),
+    ],
+)
+def test_who_can_read_or_change_records_and_configuration(name: str, mode: int, broken: str, public: Site) -> None:
+    (public.base / HOSPITALS[2] / name).chmod(mode)
+    found = statuses(look(public, HOSPITALS[2]))
+    for what in ("data are private", "configuration is protected"):
+        assert found[what] == ("broken" if what == broken else "held")
+
+
+def test_a_folder_in_which_everybody_can_write_lets_everybody_change_its_files(public: Site) -> None:
+    (public.base / HOSPITALS[2]).chmod(0o777)
+    found = statuses(look(public, HOSPITALS[2]))
+    assert found["data are private"] == found["configuration is protected"] == "broken"
+
+
+def test_a_folder_that_nobody_else_may_enter_keeps_its_files(public: Site) -> None:
+    for name in ("records.npz", "config.toml"):
+        (public.base / HOSPITALS[2] / name).chmod(0o666)
+    (public.base / HOSPITALS[2]).chmod(0o700)
+    found = statuses(look(public, HOSPITALS[2]))
+    assert found["data are private"] == found["configuration is protected"] == "held"
+
+
+def test_records_for_evaluation_and_programs_that_give_records(public: Site) -> None:
+    folder = public.base / HOSPITALS[2]
+    shutil.copy(folder / "records.npz", folder / "held-out.npz")
+    (folder / "held-out.npz").chmod(0o644)
+    (folder / "program").mkdir(0o755)
+    evaluation = {"kind": "arrays", "path": "held-out.npz"}
+    public.write_config(HOSPITALS[2], evaluation=evaluation)
+    found = finding(look(public, HOSPITALS[2]), "data are private")
+    assert (found.status, found.detail) == ("broken", "held-out.npz can be read by everybody")
+    program = {"kind": "entry-point", "function": "hospital:records", "folder": "program"}
+    public.write_config(HOSPITALS[2], data=program)
+    assert finding(look(public, HOSPITALS[2]), "data are private").status == "held"
+    (folder / "program").chmod(0o775)
+    found = finding(look(public, HOSPITALS[2]), "data are private")
+    assert (found.status, found.detail) == ("broken", "program can be changed by its group")
+    public.write_config(HOSPITALS[2], data={"kind": "arrays", "path": "nowhere.npz"})
+    assert finding(look(public, HOSPITALS[2]), "data are private").status == "not testable"
+
+
+def test_whoever_audits_a_site_finds_it_its_owners(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root looks at the node of a service user."""
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    found = statuses(look(site, HOSPITALS[2]))
+    assert found["key files are private"] == found["folders are private"] == "held"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("given", ["all", "all but the configuration", "the key file"])
+def test_files_that_belong_to_another_user(given: str, site: Site, tmp_path: Path) -> None:
+    copy = copied(site, tmp_path)
+    folder = copy.base / HOSPITALS[2]
+    (folder / "state").mkdir(0o700)
+    paths = [folder / "keys" / "identity.key"] if given == "the key file" else [folder, *folder.rglob("*")]
+    for path in paths:
+        if given != "all but the configuration" or path != copy.config(HOSPITALS[2]):
+            os.chown(path, 1000, 1000)
+    found = look(copy, HOSPITALS[2])
+    assert finding(found, "folders are private").status == "held"
+    assert finding(found, "key files are private").status == ("broken" if given == "the key file" else "held")
 
 
 def test_a_certificate_that_ends_soon_is_found(site: Site) -> None:
@@ -616,8 +856,7 @@ ROUNDS: dict[str, tuple[Callable[[Study, list[bytes]], list[bytes]], str, str]] 
 @pytest.mark.parametrize("how", ROUNDS)
 def test_rounds_that_the_running_aggregator_has_signed(how: str, site: Site, tmp_path: Path) -> None:
     change, status, says = ROUNDS[how]
-    copy = Site(tmp_path / "site", site.consortium, site.digest)
-    shutil.copytree(site.base, copy.base)
+    copy = copied(site, tmp_path)
     study = Study(site.consortium, read_agreement((site.base / "study" / "agreement.toml").read_bytes()))
     state = copy.base / HOSPITALS[1] / "state" / f"test-study-{site.digest[:16]}"
     state.mkdir(parents=True, mode=0o700)

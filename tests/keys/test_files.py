@@ -254,6 +254,36 @@ def test_weak_scrypt_parameters_are_refused(tmp_path, no_scrypt, parameters):
         files.read_secret(path, PASSPHRASE)
 
 
+@pytest.mark.parametrize(
+    ("salt", "nonce", "ciphertext", "reason"),
+    [
+        (bytes(16), bytes([1]) * 12, bytes(48), "zeros"),
+        (bytes([1]) * 16, bytes(12), bytes(48), "zeros"),
+        (bytes([1]) * 16, bytes([1]) * 12, b"", "cut off"),
+        (bytes([1]) * 16, bytes([1]) * 12, bytes(15), "cut off"),
+    ],
+)
+def test_an_encrypted_file_without_salt_nonce_or_secret_is_refused(
+    tmp_path, no_scrypt, salt, nonce, ciphertext, reason
+):
+    path = tmp_path / "k"
+    path.touch(0o600)
+    path.write_bytes(Label.KEY_FILE + b"\1" + bytes((17, 8, 1)) + salt + nonce + ciphertext)
+    with pytest.raises(KeyFileError, match=reason):
+        files.read_secret(path, PASSPHRASE)
+
+
+def test_what_shows_of_a_key_file_without_its_passphrase(tmp_path, quick):
+    files.write_secret(tmp_path / "clear", SECRET, None)
+    files.write_secret(tmp_path / "sealed", SECRET, PASSPHRASE)
+    clear, sealed = (
+        files.parse_key_file(tmp_path / name, (tmp_path / name).read_bytes()) for name in ("clear", "sealed")
+    )
+    assert (clear.encrypted, clear.log2_n, clear.secret_bytes) == (False, 0, len(SECRET))
+    assert (sealed.encrypted, sealed.log2_n, sealed.secret_bytes) == (True, files.SCRYPT_LOG2_N, len(SECRET))
+    assert SECRET.decode() not in repr(clear)
+
+
 @given(st.binary(max_size=200), st.sampled_from([b"", Label.KEY_FILE, Label.KEY_FILE + b"\0", Label.KEY_FILE + b"\1"]))
 def test_garbage_is_refused(tmp_path_factory, garbage, prefix):
     path = tmp_path_factory.mktemp("garbage") / "k"
