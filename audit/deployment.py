@@ -120,7 +120,7 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
     Raises:
         ConfigError: the configuration cannot be read, or is neither a node's nor an aggregator's.
     """
-    settings, base = _read(config), config.parent
+    settings, base = read_any_config(config), config.parent
     keys = base / settings.keys
     owner = _owner(config, keys)
     problems: dict[str, str] = {"study": "", "policy": "", "certificate": ""}
@@ -174,7 +174,12 @@ def collect_deployment(config: Path, now: datetime, *, probe: bool = True) -> De
     )
 
 
-def _read(config: Path) -> NodeConfig | AggregatorConfig:
+def read_any_config(config: Path) -> NodeConfig | AggregatorConfig:
+    """A node's configuration or an aggregator's, whichever it is.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     try:
         names = tomllib.loads(config.read_text(encoding="utf-8")).keys()
     except OSError as error:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from audit import bundle, conformance, leakage, protocol, training
 from audit.beside import Beside
 from audit.bundle import About, Auditor, Verdict
+from audit.deployment import read_any_config
 from audit.plants import PLANTS
 from audit.report import render
 from audit.target import SPLIT, Target, study_of_config, study_of_folder, target_of_config, target_of_folder
@@ -26,7 +27,7 @@ from audit.threads import one_thread
 from keys.errors import ConfigError, SecGeoError
 from keys.files import read_public, write_public
 from keys.identity import Identity, sign_labelled
-from secgeo.config import NodeConfig, read_config
+from secgeo.config import AggregatorConfig, NodeConfig, read_config
 from secgeo.records import MANIFEST, TRANSCRIPT, list_files
 from secgeo.study import DOCUMENTS, OpenStudy
 
@@ -172,6 +173,10 @@ def _study(request: Request, started: datetime) -> tuple[OpenStudy, str | None]:
                     f"{request.source} has no {name}: that is no folder of records; give one, or a node's configuration"
                 )
         return study_of_folder(request.source, request.authority, started), request.authority
+    if isinstance(read_any_config(request.source), AggregatorConfig):
+        raise ConfigError(
+            f"{request.source} is an aggregator's configuration, which has no training to audit: give a node's, or a folder of records"
+        )
     pinned = read_config(request.source, NodeConfig).study.authority_fingerprint
     if request.authority not in (None, pinned):
         raise ConfigError(f"the configuration pins the authority {pinned}, not {request.authority}")

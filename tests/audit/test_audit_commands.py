@@ -346,6 +346,12 @@ def test_an_audit_adds_nothing_to_what_it_audits(demo: tuple[Path, str], out: st
     assert sorted(demo[0].rglob("*")) == before
 
 
+def test_an_aggregators_configuration_is_told_from_a_nodes(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    with pytest.raises(SecGeoError, match="an aggregator's configuration"):
+        run_audit(Request(site.config("aggregator"), tmp_path / "b"), lambda *_: None)
+
+
 def test_a_report_is_not_written_over_another_file(copy: Path) -> None:
     done = secgeo("audit", "verify", copy, "--report", copy / "report.html")
     assert done.returncode == 3
