@@ -28,8 +28,8 @@ def unfair(heads: int, count: int) -> bool:
     return abs(heads - count / 2) > DEVIATIONS * math.sqrt(count) / 2
 
 
-def private_sizes(agreement: Agreement, node_id: str) -> dict[str, int]:
-    """How many values each private parameter of this member's model has (see `MultimodalNode.private_parameters`).
+def private_shapes(agreement: Agreement, node_id: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the private parameters of this member's model (see `MultimodalNode.private_parameters`).
 
     Raises:
         VerificationFailed: there is no such member.
@@ -37,17 +37,22 @@ def private_sizes(agreement: Agreement, node_id: str) -> dict[str, int]:
     names = [member.modality for member in agreement.members if member.node_id == node_id]
     if not names:
         raise VerificationFailed(f"{node_id!r} is no member of the study")
-    model, sizes = agreement.model, dict[str, int]()
+    model, shapes = agreement.model, dict[str, tuple[int, ...]]()
     for layer in adapted_layers(model):
         name = layer.name.replace("block", "blocks.", 1)
-        sizes[f"{name}.direction.weight"] = layer.outputs * model.rank
-        sizes[f"{name}.magnitude.weight"] = layer.outputs
+        shapes[f"{name}.direction.weight"] = (layer.outputs, model.rank)
+        shapes[f"{name}.magnitude.weight"] = (layer.outputs,)
     tokens = model.tokens * model.width
-    sizes["tokeniser.projector.weight"] = _features(agreement.modality(names[0])) * tokens
-    sizes["tokeniser.projector.bias"] = tokens
-    sizes["head.weight"] = model.width * agreement.study.classes
-    sizes["head.bias"] = agreement.study.classes
-    return sizes
+    shapes["tokeniser.projector.weight"] = (tokens, _features(agreement.modality(names[0])))
+    shapes["tokeniser.projector.bias"] = (tokens,)
+    shapes["head.weight"] = (agreement.study.classes, model.width)
+    shapes["head.bias"] = (agreement.study.classes,)
+    return shapes
+
+
+def private_sizes(agreement: Agreement, node_id: str) -> dict[str, int]:
+    """How many values each of these parameters has."""
+    return {name: math.prod(shape) for name, shape in private_shapes(agreement, node_id).items()}
 
 
 def _features(modality: Modality) -> int:

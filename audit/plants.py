@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,6 +22,9 @@ from audit.watch import patch
 from secgeo.noise import NoiseSource
 from secgeo.training import LocalTrainer, RoundUpdate
 from secgeo.update import SharedState
+
+DECAY = 0.95
+"""What a schedule leaves of the noise in each round."""
 
 MICROBATCH = 4
 """Units of a microbatch where a plant has them."""
@@ -192,6 +196,69 @@ def _unnoised_where_it_matters(trainer: LocalTrainer) -> None:
     patch(optimizer, add_noise=sometimes)
 
 
+def _each_round(trainer: LocalTrainer, before: Callable[[int], None]) -> None:
+    """Do something before every round, given its number: 1 is the first, which takes no private steps."""
+    train_round, rounds = trainer.train_round, [0]
+
+    def round_by_round(state: SharedState) -> RoundUpdate:
+        rounds[0] += 1
+        before(rounds[0])
+        return train_round(state)
+
+    patch(trainer, train_round=round_by_round)
+
+
+def _seed_per_round(trainer: LocalTrainer) -> None:
+    """As if a node kept a key, so that a round could be done again after a crash."""
+    key = trainer._noise.uniform(4).tobytes()
+
+    def reseed(_: int) -> None:
+        trainer._optimizer._noise = NoiseSource(key)
+
+    _each_round(trainer, reseed)
+
+
+def _noise_schedule(trainer: LocalTrainer) -> None:
+    """As Opacus' `ExponentialNoise` does, where the ledger books the multiplier that was agreed."""
+    optimizer, agreed = trainer._optimizer, trainer._optimizer.noise_multiplier
+
+    def decay(number: int) -> None:
+        optimizer.noise_multiplier = agreed * DECAY ** max(0, number - 2)
+
+    _each_round(trainer, decay)
+
+
+def _mixed_noise(mix: Callable[[NoiseSource, int], NDArray[np.float64]]) -> Callable[[LocalTrainer], None]:
+    """Noise on all parameters at once, of so many values and scale 1, given a source."""
+
+    def into(trainer: LocalTrainer) -> None:
+        optimizer, source = trainer._optimizer, trainer._optimizer._noise
+
+        def add_noise() -> None:
+            std = optimizer.noise_multiplier * optimizer.max_grad_norm
+            drawn, at = mix(source, sum(p.numel() for p in optimizer.params)) * std, 0
+            for p in optimizer.params:
+                own = torch.from_numpy(drawn[at : at + p.numel()].reshape(tuple(p.shape)))
+                p.grad = (p.summed_grad.double() + own).to(p.dtype)
+                at += p.numel()
+
+        patch(optimizer, add_noise=add_noise)
+
+    return into
+
+
+def _of_half_the_dimensions(source: NoiseSource, size: int) -> NDArray[np.float64]:
+    """Blocks a, b, (a + b) / sqrt 2, (a - b) / sqrt 2: each value is as noisy as agreed."""
+    a, b = source.gaussian((2, -(-size // 4)), 1.0)
+    return np.concatenate([a, b, (a + b) / math.sqrt(2.0), (a - b) / math.sqrt(2.0)])[:size]
+
+
+def _centred(source: NoiseSource, size: int) -> NDArray[np.float64]:
+    """Noise minus its mean: the sum of all entries has none."""
+    drawn = source.gaussian((size,), 1.0)
+    return np.asarray(drawn - drawn.mean())
+
+
 # --- clipping
 
 
@@ -228,6 +295,34 @@ def _clip_all_but_the_head(trainer: LocalTrainer, norms: torch.Tensor) -> list[t
     outside = torch.tensor([id(p) in head for p in trainer._optimizer.params])
     factor = (trainer._optimizer.max_grad_norm / (norms[:, ~outside].norm(dim=1) + 1e-6)).clamp(max=1.0)
     return [torch.ones(len(norms)) if out else factor for out in outside]
+
+
+def _head_unclipped_later(trainer: LocalTrainer) -> None:
+    """From the third round on, the head is left out of clipping."""
+
+    def unclip(number: int) -> None:
+        if number == 3:
+            _clip(_clip_all_but_the_head)(trainer)
+
+    _each_round(trainer, unclip)
+
+
+def _class_weights(trainer: LocalTrainer) -> None:
+    """The loss is weighted by how many records of each class the hospital has, which is private."""
+    private_gradient = trainer._private_gradient
+    counts = torch.bincount(trainer._labels, minlength=trainer._agreement.study.classes).clamp(min=1).float()
+    weights = counts.sum() / (len(counts) * counts)
+
+    def weighted(chosen: NDArray[np.bool_]) -> None:
+        functional = torch.nn.functional
+        kept = functional.cross_entropy
+        functional.cross_entropy = partial(kept, weight=weights)
+        try:
+            private_gradient(chosen)
+        finally:
+            functional.cross_entropy = kept
+
+    patch(trainer, _private_gradient=weighted)
 
 
 def _adaptive_clip(trainer: LocalTrainer) -> None:
@@ -369,6 +464,16 @@ def _samples_again(noise: NoiseSource) -> Callable[[int, float], NDArray[np.bool
     return mask
 
 
+def _samples_per_round(trainer: LocalTrainer) -> None:
+    """Every round has the samples of the one before."""
+    key = trainer._noise.uniform(4).tobytes()
+
+    def reseed(_: int) -> None:
+        trainer._noise = NoiseSource(key)
+
+    _each_round(trainer, reseed)
+
+
 def _records_for_patients(trainer: LocalTrainer) -> None:
     """The agreement protects patients; records are sampled and clipped."""
     trainer._units = [record.reshape(1) for unit in trainer._units for record in unit]
@@ -474,6 +579,12 @@ PLANTS = {
         Plant("weaker-noise-later", "after a dozen steps the noise has four fifths of its scale", _weaker_later),
         Plant("pool-of-seeds", "sixteen seeds of the noise generator take turns", _pool_of_seeds),
         Plant(
+            "seed-per-round", "the noise generator is seeded anew, with the same seed, in every round", _seed_per_round
+        ),
+        Plant("noise-scheduler", "the noise becomes a twentieth less in every round", _noise_schedule),
+        Plant("lowrank-noise", "noise has half as many dimensions as values", _mixed_noise(_of_half_the_dimensions)),
+        Plant("centred-noise", "the mean over all parameters is taken from the noise", _mixed_noise(_centred)),
+        Plant(
             "noise-without-records-only",
             "magnitudes and head get noise only when nobody was sampled",
             _unnoised_where_it_matters,
@@ -491,6 +602,10 @@ PLANTS = {
         Plant("not-finite", "gradients that are not finite go into the sum", _not_finite),
         Plant("clip-each-parameter", "every parameter is clipped to the norm of all", _clip(_clip_each_parameter)),
         Plant("head-outside-clipping", "the task head is left out of clipping", _clip(_clip_all_but_the_head)),
+        Plant(
+            "head-unclipped-later", "from the third round on the head is left out of clipping", _head_unclipped_later
+        ),
+        Plant("class-weights", "the loss is weighted by the private counts of classes", _class_weights),
         Plant("clip-each-record", "records of a patient are clipped one by one", _clip_records_of_patients, True),
         Plant("clip-last-piece-only", "of a large batch only the last piece is clipped", _only_the_last_piece),
         Plant(
@@ -500,6 +615,7 @@ PLANTS = {
             True,
         ),
         Plant("samples-again", "samples come back two steps later", _sampled(_samples_again)),
+        Plant("samples-per-round", "every round has the samples of the one before", _samples_per_round),
         Plant(
             "shuffled-batches", "shuffled batches of fixed size are accounted as Poisson samples", _sampled(_shuffled)
         ),

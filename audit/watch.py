@@ -6,7 +6,7 @@ that is drawn, the gradients that come out of it, and the sum, clipped and noise
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,16 +104,23 @@ class DiracCanaries:
 
 
 class RandomCanaries:
-    """Each canary is a random direction; d must be large against m for them to be nearly orthogonal."""
+    """Each canary is a random direction; d must be large against m for them to be nearly orthogonal.
 
-    def __init__(self, count: int, size: int, length: float) -> None:
+    Args:
+        count: how many.
+        size: number of private parameters d.
+        lengths: the norm of all, or of each.
+    """
+
+    def __init__(self, count: int, size: int, lengths: float | Sequence[float]) -> None:
         drawn = torch.from_numpy(np.random.default_rng().standard_normal((count, size), dtype=np.float32))
-        self._directions, self._length = drawn / drawn.norm(dim=1, keepdim=True), length
+        self._directions = drawn / drawn.norm(dim=1, keepdim=True)
+        self._lengths = torch.tensor(np.broadcast_to(lengths, count), dtype=torch.float32).reshape(-1, 1)
 
     def write(self, chosen: NDArray[np.int64], start: int, into: Tensor) -> None:
         """Write the gradients of these k, as far as the parameters from `start` on go, over `into` [k, parameters]."""
-        part = self._directions[:, start : start + into.shape[1]]
-        torch.mul(part[torch.from_numpy(chosen)], self._length, out=into)
+        part, who = self._directions[:, start : start + into.shape[1]], torch.from_numpy(chosen)
+        torch.mul(part[who], self._lengths[who], out=into)
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
         """How much of a gradient [d] lies in the direction of each: [m]."""
@@ -148,6 +155,7 @@ class Watch:
             them should be left afterwards.
 
     Attributes:
+        observe, fixed: as above; both may be changed between steps.
         touched: how often gradients of private records were computed.
         moved: how often the parameters were changed.
         units: privacy units without canaries.
@@ -163,7 +171,7 @@ class Watch:
         fixed: NDArray[np.bool_] | None = None,
         instead: NoiseSource | None = None,
     ) -> None:
-        self._observe, self._canaries, self._fixed, self._instead = observe, canaries, fixed, instead
+        self.observe, self.fixed, self._canaries, self._instead = observe, fixed, canaries, instead
         self.touched = self.moved = 0
         self.units = len(trainer._units)
         self._members = np.flatnonzero(included) if included is not None else np.zeros(0, np.int64)
@@ -178,7 +186,7 @@ class Watch:
     def _watched_gradient(self, drawn: NDArray[np.bool_]) -> None:
         self.touched += 1
         self._sample = drawn
-        chosen = drawn if self._fixed is None else self._fixed
+        chosen = drawn if self.fixed is None else self.fixed
         self._gradient(chosen[: self.units])
         canaries = self._members[np.flatnonzero(chosen[self.units :])]
         if self._canaries is None or not len(canaries):
@@ -194,13 +202,13 @@ class Watch:
 
     def _watched_noise(self) -> None:
         self._noise()
-        if self._observe is not None:
+        if self.observe is not None:
             parameters = self._optimizer.params
             summed, noised = (
                 torch.cat([t.detach().reshape(-1) for t in tensors])
                 for tensors in ([p.summed_grad for p in parameters], [p.grad for p in parameters])
             )
-            self._observe(Seen(self._sample, summed, noised))
+            self.observe(Seen(self._sample, summed, noised))
         if self._instead is not None:
             std = max(self._optimizer.noise_multiplier, 1.0) * self._optimizer.max_grad_norm
             for p in self._optimizer.params:

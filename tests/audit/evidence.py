@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audit import conformance, protocol
+from audit import conformance, independence, protocol
 from audit.attacks import CATALOGUE
-from audit.conformance import Bookkeeping, ConformanceEvidence, Influence, ParameterNoise, Sampling
-from audit.counts import private_sizes
+from audit.conformance import Bookkeeping, ConformanceEvidence, Influence, Sampling
+from audit.counts import private_shapes, private_sizes
+from audit.independence import EVERYTHING, Likeness, Scale, Shifts
 from audit.leakage import Inversion, LeakageEvidence, Membership
 from audit.leakage.evidence import Settings
 from audit.leakage.membership import WHAT_IS_SEEN
@@ -62,20 +63,31 @@ def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvi
 def watched(agreement: Agreement, member: str = "", units: int = 48) -> ConformanceEvidence:
     """Of a sound trainer of so many units: fair samples, and noise of exactly the agreed scale."""
     member, privacy = member or agreement.members[0].node_id, agreement.privacy
-    sizes = private_sizes(agreement, member)
+    shapes, sizes = private_shapes(agreement, member), private_sizes(agreement, member)
     size = sum(sizes.values())
-    steps, rounds = conformance._steps(agreement, size), conformance._rounds(agreement)
-    drawn = np.random.default_rng(5).random((conformance.SAMPLING_STEPS, units)) < privacy.sample_rate
-    overlaps = tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in conformance.LAGS)
+    steps, rounds = conformance._kept(agreement, size), conformance._rounds(agreement)
+    played = conformance.SAMPLING_STEPS
+    drawn = np.random.default_rng(5).random((played, units)) < privacy.sample_rate
+    overlaps = tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in range(1, played))
     sampling = Sampling(units, units, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), overlaps)
-    names, agreed = conformance._influences_of(privacy.unit, units), rounds * agreement.training.steps_per_round
-    layout, empty = Layout.from_agreement(agreement), size * min(conformance.EMPTY_STEPS, -(-steps // 3))
+    (names, others), agreed = (
+        conformance._influences_of(privacy.unit, units),
+        rounds * agreement.training.steps_per_round,
+    )
+    layout, pairs, shifts = (
+        Layout.from_agreement(agreement),
+        steps * (steps - 1) / 2,
+        independence.shifts_of(size, steps),
+    )
+    empty = conformance.EMPTY_STEPS * min(size, conformance.EMPTY_VALUES // conformance.EMPTY_STEPS)
+    alike = {name: count for name, count in sizes.items() if count > 1} | {EVERYTHING: size}
     return ConformanceEvidence(
         member=member,
         noise_multiplier=privacy.noise_multiplier,
         sample_rate=privacy.sample_rate,
         unit=privacy.unit,
-        noise=tuple(ParameterNoise(name, steps * count, 1.0) for name, count in sizes.items()),
+        noise=tuple(Scale(name, steps * count, 1.0) for name, count in sizes.items()),
+        directions=tuple(Scale(name, n, 1.0) for name, n in independence.directions_of(shapes, steps).items()),
         kolmogorov_smirnov=0.0,
         noise_values=steps * size,
         step_mean_squares=(1.0,) * steps,
@@ -83,7 +95,10 @@ def watched(agreement: Agreement, member: str = "", units: int = 48) -> Conforma
         distinct_values=empty,
         step_correlations=(0.0,) * (steps - 1),
         start_correlation=0.0,
+        likeness=tuple(Likeness(name, count, pairs / count) for name, count in alike.items()),
+        shifts=Shifts(shifts, min(1, shifts), 1.0),
         influences=tuple(Influence(name, 0.5 if "made" in name else 0.0) for name in names),
+        others_moved=tuple(Influence(name, 0.0) for name in others),
         sampling=sampling,
         bookkeeping=Bookkeeping(*[agreed] * 5),
         leaks=(),

@@ -8,8 +8,6 @@ from audit.target import Target
 from tests.secgeo.tiny_study import agreement, anchors, records
 
 MEMBER = 1
-SHOWS_LATE = ("weaker-noise-later", "pool-of-seeds")
-"""In a study of nine steps there is nothing wrong yet."""
 
 
 def target(plant: str | None = None, **sections: Any) -> Target:
@@ -25,8 +23,7 @@ def judged(plant: str | None) -> dict[str, str]:
     """Status of each white-box test, by name; what was seen is whole."""
     from audit import conformance
 
-    longer = {"study": {"rounds": 9}} if plant in SHOWS_LATE else {}
-    hospital = target(plant, **longer)
+    hospital = target(plant)
     evidence = conformance.collect(hospital)
     conformance.check_whole(evidence, hospital.agreement)
     return {finding.name: finding.status for finding in conformance.judge(evidence)}

@@ -179,10 +179,11 @@ def none_among_the_records(training: Any) -> None:
 
 def of_one_unit(conformance: Any) -> None:
     sampling = conformance["sampling"]
-    often = round(300 * conformance["sample_rate"])
-    sampling.update(
-        units=1, expected_units=1, sizes=[1] * often + [0] * (300 - often), inclusions=[often], overlaps=[0] * 5
-    )
+    steps = len(sampling["sizes"])
+    often = round(steps * conformance["sample_rate"])
+    sizes = [1] * often + [0] * (steps - often)
+    overlaps = [max(0, often - lag) for lag in range(1, steps)]
+    sampling.update(units=1, expected_units=1, sizes=sizes, inclusions=[often], overlaps=overlaps)
 
 
 def all_in(training: Any) -> None:

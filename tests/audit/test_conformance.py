@@ -7,10 +7,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import ndtri
 
-from audit import conformance
-from audit.conformance import ConformanceEvidence, Influence, ParameterNoise, judge
+from audit import conformance, independence
+from audit.conformance import ConformanceEvidence, Influence, judge
 from audit.counts import private_sizes
+from audit.independence import Scale
 from audit.plants import PLANTS
 from keys.errors import LocalProtocolError, VerificationFailed
 from secgeo.model import Tokeniser, build_model
@@ -52,6 +55,13 @@ FOUND_BY = {
     "fixed-size": "sampling",
     "more-steps-later": "bookkeeping",
     "raw-steps-later": "side channels",
+    "seed-per-round": "fresh noise",
+    "samples-per-round": "sampling",
+    "noise-scheduler": "noise",
+    "head-unclipped-later": "sensitivity",
+    "lowrank-noise": "fresh noise",
+    "centred-noise": "noise",
+    "class-weights": "sensitivity",
 }
 
 
@@ -63,6 +73,9 @@ ALSO = {
     "records-for-patients": {"sensitivity"},
     "no-noise": {"fresh noise"},
     "magnitudes-without-noise": {"fresh noise"},
+    "seed-per-round": {"noise"},
+    "lowrank-noise": {"noise"},
+    "fixed-seed": {"sampling"},
 }
 
 
@@ -123,7 +136,7 @@ def test_evidence_survives_json_and_gives_the_same_verdict(evidence: Conformance
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("noise", lambda e: {"noise": (ParameterNoise("one", 10_000, 0.9), *e.noise)}),
+        ("noise", lambda e: {"noise": (Scale("one", 10_000, 0.9), *e.noise)}),
         ("noise", lambda e: {"kolmogorov_smirnov": 0.1}),
         ("noise", lambda e: {"step_mean_squares": (*e.step_mean_squares[:-1], 0.7)}),
         ("fresh noise", lambda e: {"start_correlation": 0.9}),
@@ -132,7 +145,11 @@ def test_evidence_survives_json_and_gives_the_same_verdict(evidence: Conformance
         ("sensitivity", lambda e: {"influences": (*e.influences, Influence("one", float("nan")))}),
         ("fresh noise", lambda e: {"distinct_values": e.empty_values // 2}),
         ("sampling", lambda e: {"sampling": msgspec.structs.replace(e.sampling, expected_units=1)}),
-        ("sampling", lambda e: {"sampling": msgspec.structs.replace(e.sampling, overlaps=(0, 0, 0, 0, 0))}),
+        ("sampling", lambda e: {"sampling": msgspec.structs.replace(e.sampling, overlaps=(0,) * len(e.sampling.overlaps))}),
+        ("noise", lambda e: {"directions": (Scale("some", 100, 0.1), *e.directions)}),
+        ("fresh noise", lambda e: {"likeness": (msgspec.structs.replace(e.likeness[0], square_sum=2e3), *e.likeness[1:])}),
+        ("fresh noise", lambda e: {"shifts": msgspec.structs.replace(e.shifts, deviation=-9.0)}),
+        ("sensitivity", lambda e: {"others_moved": (*e.others_moved, Influence("one", 1e-12))}),
         ("sampling", lambda e: {"sample_rate": 0.3}),
         ("bookkeeping", lambda e: {"bookkeeping": msgspec.structs.replace(e.bookkeeping, booked=e.bookkeeping.booked - 1)}),
         ("side channels", lambda e: {"leaks": ("weight of one",)}),
@@ -171,28 +188,79 @@ def test_the_bound_is_above_what_happens_and_not_far_above() -> None:
     assert conformance._chance(np.full(10, 4), 12, 0.3) < 0.01
 
 
-def test_chance_accuses_nobody() -> None:
+@pytest.mark.parametrize(("count", "rate"), [(48, 0.25), (2000, 0.01), (10, 0.05)])
+def test_the_bound_on_samples_that_come_back_holds_at_every_lag(count: int, rate: float) -> None:
+    """Ten thousand trainings of a dozen steps: as extreme overlaps are as seldom as the bound says, or more seldom."""
+    random, steps = np.random.default_rng(5), 12
+    drawn = random.random((10_000, steps, count)) < rate if count < 1000 else random.random((500, steps, count)) < rate
+    overlaps = np.array([(drawn[:, :-lag] & drawn[:, lag:]).sum(axis=(1, 2)) for lag in range(1, steps)]).T
+    chances = np.array([conformance._chances_again(row, count, steps, rate) for row in overlaps[:500].tolist()])
+    for level in (0.5, 0.1, 0.02):
+        assert (chances <= level).mean(axis=0).max() <= level + 0.02
+    again = [round(count * rate * (steps - lag)) for lag in range(1, steps)]
+    assert (
+        conformance._chances_again(again, count, steps, rate)[: steps // 2] < chances.min(axis=0)[: steps // 2]
+    ).all()
+
+
+def test_samples_that_come_back_after_any_number_of_steps_are_told_from_coins() -> None:
+    random, steps, alarm = np.random.default_rng(6), 104, conformance.ALARM / 103
+    for period in (1, 8, 13, 52):
+        drawn = np.tile(random.random((period, 80)) < 0.25, (104 // period, 1))
+        overlaps = [int((drawn[:-lag] & drawn[lag:]).sum()) for lag in range(1, steps)]
+        assert conformance._chances_again(overlaps, 80, steps, 0.25)[period - 1] < alarm
+
+
+def made(noise: np.ndarray, shapes: dict[str, tuple[int, ...]], evidence: ConformanceEvidence) -> ConformanceEvidence:
+    """The evidence with this noise."""
+    scaled = independence.at_own_scales(noise, shapes)
+    return msgspec.structs.replace(
+        evidence,
+        noise=(Scale("one", noise.size, float(np.mean(noise**2))),),
+        noise_values=noise.size,
+        kolmogorov_smirnov=float(stats.kstest(noise.ravel(), "norm").statistic),
+        step_mean_squares=tuple(np.mean(noise**2, axis=1).tolist()),
+        step_correlations=(0.01,) * (len(noise) - 1),
+        directions=independence.directions(noise, shapes),
+        likeness=independence.likeness(scaled, shapes),
+        shifts=independence.shifts(scaled),
+    )
+
+
+def test_chance_accuses_nobody(evidence: ConformanceEvidence) -> None:
     """Sampling and noise as they should be, a hundred times."""
-    random = np.random.default_rng(1)
-    for _ in range(100):
-        drawn = random.random((300, 48)) < 0.25
+    random, shapes = np.random.default_rng(1), {"a": (20, 30), "b": (20,), "c": (2,), "d": (1,)}
+    for steps in [100] * 70 + [12] * 30:
+        drawn = random.random((steps, 48)) < 0.25
         sampling = conformance.Sampling(
             48,
             48,
             tuple(drawn.sum(axis=1).tolist()),
             tuple(drawn.sum(axis=0).tolist()),
-            tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in conformance.LAGS),
+            tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in range(1, steps)),
         )
-        noise = random.standard_normal((12, 500))
-        parameters = (ParameterNoise("one", noise.size, float(np.mean(noise**2))),)
-        found = judge(
-            ConformanceEvidence(
-                "one", 1.0, 0.25, "record", parameters, 0.01, noise.size, (1.0,) * 12, noise.size, noise.size, (0.02,), 0.01,
-                (Influence("one", 1.0),), sampling,
-                conformance.Bookkeeping(3, 3, 3, 3, 3), (), 10, 1.0,
-            )
-        )  # fmt: skip
+        noise = random.standard_normal((steps, 623))
+        found = judge(msgspec.structs.replace(made(noise, shapes, evidence), sampling=sampling))
         assert {finding.status for finding in found} == {"held"}
+
+
+def searched(noise: np.ndarray, evidence: ConformanceEvidence) -> str:
+    """What is said of noise [steps, d] on the sum of nobody, of a model of d parameters."""
+    looked_at = noise[:, conformance._places(noise.shape[1])].astype(np.float64)
+    count = len(np.unique(np.abs(looked_at)))
+    changed = msgspec.structs.replace(evidence, empty_values=looked_at.size, distinct_values=count)
+    return {f.name: f.status for f in judge(changed)}["fresh noise"]
+
+
+@pytest.mark.parametrize("size", [300, 2000, 800_000])
+def test_values_of_sound_noise_are_different_ones_in_a_large_model_too(
+    size: int, evidence: ConformanceEvidence
+) -> None:
+    """Float32 has too few values for all of them: those of 16 bits of entropy are found still."""
+    random = np.random.default_rng(7)
+    assert searched(random.standard_normal((4, size)).astype(np.float32), evidence) == "held"
+    few = ndtri((random.integers(1 << 16, size=(4, size)) + 0.5) / (1 << 16)).astype(np.float32)
+    assert searched(few, evidence) == ("broken" if size > 1000 else "held")
 
 
 def same(name: str, /, **fields: Any) -> Callable[[ConformanceEvidence], ConformanceEvidence]:
@@ -214,7 +282,7 @@ def less(name: str) -> Callable[[ConformanceEvidence], ConformanceEvidence]:
 
 def short(evidence: ConformanceEvidence) -> ConformanceEvidence:
     """Of the least number of steps, where the study has more."""
-    steps, of = conformance.LEAST_STEPS, len(evidence.step_mean_squares)
+    steps, of = conformance.LEAST_KEPT, len(evidence.step_mean_squares)
     return msgspec.structs.replace(
         evidence,
         noise=tuple(msgspec.structs.replace(p, count=p.count * steps // of) for p in evidence.noise),
@@ -225,7 +293,7 @@ def short(evidence: ConformanceEvidence) -> ConformanceEvidence:
 
 
 def one_value(evidence: ConformanceEvidence) -> ConformanceEvidence:
-    steps, noise = len(evidence.step_mean_squares), (ParameterNoise("x", 1, 1.0),)
+    steps, noise = len(evidence.step_mean_squares), (Scale("x", 1, 1.0),)
     return msgspec.structs.replace(
         evidence, noise=noise, noise_values=1, empty_values=1, distinct_values=1, step_mean_squares=(1.0,) * steps
     )
@@ -273,7 +341,27 @@ HOLLOW: dict[str, Callable[[ConformanceEvidence], ConformanceEvidence]] = {
     "a unit in more samples than there are": lambda e: same("sampling", inclusions=(301, *e.sampling.inclusions[1:]))(e),
     "more units than are told of": same("sampling", units=10**15),
     "no units expected": same("sampling", expected_units=0),
-    "more met again than there are": same("sampling", overlaps=(10**9,) * 5),
+    "more met again than there are": lambda e: same("sampling", overlaps=(10**9,) * len(e.sampling.overlaps))(e),
+    "samples of few lags": lambda e: same("sampling", overlaps=e.sampling.overlaps[:5])(e),
+    "a family of directions left out": less("directions"),
+    "a family of few squares": same("directions", count=1),
+    "a family twice": lambda e: msgspec.structs.replace(e, directions=(e.directions[0], *e.directions)),
+    "more noise in a family than there is": same("directions", mean_square=1e6),
+    "likeness of a parameter left out": less("likeness"),
+    "likeness of few values": same("likeness", values=2),
+    "likeness of more pairs than there are": same("likeness", square_sum=1e9),
+    "no likeness at all": lambda e: msgspec.structs.replace(
+        e, likeness=tuple(msgspec.structs.replace(one, square_sum=0.0) for one in e.likeness)
+    ),
+    "steps more like each other than likeness has it": lambda e: same(
+        "", step_correlations=(0.9,) * len(e.step_correlations)
+    )(e),
+    "few shifts": same("shifts", count=1),
+    "a shift that was not": same("shifts", largest=10**9),
+    "no shift at all": same("shifts", deviation=0.0),
+    "others' sums left out": less("others_moved"),
+    "others' sums of less than nothing": same("others_moved", norm=-1.0),
+    "an influence after all rounds left out": lambda e: msgspec.structs.replace(e, influences=e.influences[:-1]),
     "one round": one_round,
     "steps that were not": same("bookkeeping", touched=-1),
     "one value compared": same("", compared=1),
@@ -297,7 +385,9 @@ def test_few_units_are_left_out_in_turn(units: int) -> None:
     few = conformance._chosen(hospital.records, np.arange(48) < units)
     evidence = conformance.collect(dataclasses.replace(hospital, records=few))
     conformance.check_whole(evidence, hospital.agreement)
-    assert len(evidence.influences) == 6 + (min(5, units) if units > 1 else 0)
+    left_out = min(5, units) if units > 1 else 0
+    assert len(evidence.influences) == 6 + 5 + 2 * left_out + (units > 1)
+    assert len(evidence.others_moved) == left_out + (units > 1)
 
 
 @pytest.mark.parametrize("member", range(3))
