@@ -74,6 +74,7 @@ ALSO = {
     "no-noise": {"fresh noise"},
     "magnitudes-without-noise": {"fresh noise"},
     "seed-per-round": {"noise"},
+    "pool-of-seeds": {"noise"},
     "lowrank-noise": {"noise"},
     "fixed-seed": {"sampling"},
 }

@@ -20,7 +20,7 @@ from audit import bundle, protocol
 from audit.bundle import PARTS, About, Auditor, Evidence, Verdict
 from audit.findings import Finding
 from audit.rounds import collect_records
-from audit.target import SPLIT, study_of_folder, target_of_folder
+from audit.target import SPLIT, study_of_folder, target_of_folder, whose
 from audit.training import TrainingEvidence
 from keys.errors import ConfigError, KeyFileError, SecGeoError, VerificationFailed
 from keys.identity import sign_labelled
@@ -55,7 +55,7 @@ def _about() -> About:
         kind="records",
         source="records",
         node=NODE,
-        data="made",
+        data=whose("", NODE),
         authority=None,
         started=NOW,
         profile="fast",
@@ -111,7 +111,7 @@ def verdict_on(evidence: msgspec.Struct) -> Verdict:
 
 def alone(**parts: object) -> Evidence:
     """The evidence in a bundle that has nothing but these parts."""
-    return Evidence(_about(), _opened(), False, **(dict.fromkeys((*PARTS, "records")) | parts))  # type: ignore[arg-type]
+    return Evidence(_about(), _opened(), "", **(dict.fromkeys((*PARTS, "records")) | parts))  # type: ignore[arg-type]
 
 
 def _protocol(data: bytes) -> None:
