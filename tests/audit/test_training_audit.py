@@ -61,7 +61,8 @@ def sound() -> training.TrainingEvidence:
 
 
 def test_a_sound_trainer_is_not_accused_and_the_attack_sees_something(sound: training.TrainingEvidence) -> None:
-    assert {finding.status for finding in judge(sound)} == {"held"}
+    assert {f.status for f in judge(sound) if f.name.startswith("Dirac")} == {"held"}
+    assert "broken" not in {f.status for f in judge(sound)}
     white_box = sound.attacks[0]
     assert white_box.claim.steps == 9  # three rounds of three steps; the first round spends nothing
     assert 0.0 < bounds(white_box).many_run < white_box.claim.epsilon
