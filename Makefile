@@ -21,9 +21,9 @@ $(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 demo: setup
 	$(BIN)/secgeo demo $(DEMO_ARGS)
 
-# One thread a worker: workers share the cores.
+# One thread a worker: workers share the cores. A file is one worker's, which makes what all of its tests need once.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.run --all --seconds $(FUZZ_SECONDS)

@@ -36,8 +36,6 @@ from tests.secgeo.site import make_site
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 900
 
-pytestmark = pytest.mark.xdist_group("audit")  # one worker makes the demonstration and its audit, for all of these
-
 
 def secgeo(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "secgeo.cli", *map(str, arguments)]

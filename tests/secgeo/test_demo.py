@@ -15,8 +15,6 @@ import pytest
 
 from audit.records import verify_folder
 
-pytestmark = pytest.mark.xdist_group("demo")  # one worker runs the demonstration, for all of these
-
 
 def secgeo(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "secgeo.cli", *map(str, arguments)]
