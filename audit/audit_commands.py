@@ -52,8 +52,9 @@ def audit_run(
 ) -> None:
     """Audit a study. Leaves evidence, verdict, report and signature in one folder; exits 8 if a promise is broken or a part missing.
 
-    Nothing is sent anywhere, but for a few harmless probes of the aggregator that a configuration names. No secret key is opened but
-    that of --keys. A bundle of a hospital's own training is confidential: it holds statistics of its records.
+    Nothing is sent anywhere, but for a few harmless probes of the aggregator that a configuration names. No encrypted key is opened
+    but that of --keys; of a site's key and passphrase files the audit sees whether they are sound, and keeps nothing of what is in
+    them. A bundle of a hospital's own training is confidential: it holds statistics of its records.
 
     Examples:
 

@@ -66,7 +66,7 @@ class About(Struct, frozen=True, forbid_unknown_fields=True):
         kind: whether a folder of records was audited or a node's configuration.
         source: the folder or configuration, by name only.
         node: the hospital whose training was audited; empty if none was.
-        data: where its records are from.
+        data: whose records these are, and of which public data if the bundle holds a demonstration's.
         authority: the fingerprint of the authority that was pinned, by the auditor or the configuration; None if nobody did.
         started: UTC; certificates and records are judged as of then.
         plant: the bug that was planted, if any.
@@ -120,7 +120,7 @@ class Verdict(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything in a bundle that findings come from; `split`: of which public data its records say that the hospitals had them, if so."""
+    """Everything in a bundle that findings come from; `split`: which public data the hospitals had, if there are records that say so."""
 
     about: About
     study: OpenStudy
@@ -277,7 +277,7 @@ def _check_belongs(evidence: Evidence) -> None:
         about.agreement_digest != evidence.study.agreement_digest.hex() or about.study != agreement.study.id,
         bool(about.node) and not any(member.node_id == about.node for member in agreement.members),
         about.plant is not None and about.plant not in PLANTS,
-        about.data != _data(evidence) and not (about.plant and about.data.endswith(_data(evidence))),
+        about.data != (whose(evidence.split, about.node) if about.node else ""),
     ]
     for part in (evidence.conformance, evidence.training, evidence.leakage):
         wrong.append(part is not None and part.member != about.node)
@@ -307,11 +307,6 @@ def _check_belongs(evidence: Evidence) -> None:
     wrong += _of_another_kind(evidence)
     if any(wrong):
         raise VerificationFailed("the evidence is not of the agreement, member or claim that the bundle names")
-
-
-def _data(evidence: Evidence) -> str:
-    """Whose records were trained on, as far as a bundle tells: where a bug was planted there is no copy of the study's records in it."""
-    return whose(evidence.split, evidence.about.node) if evidence.about.node else ""
 
 
 def _of_another_kind(evidence: Evidence) -> list[bool]:

@@ -223,11 +223,11 @@ def _key_file(path: Path, owner: int) -> FileFacts:
     if not os.access(path, os.R_OK):
         return msgspec.structs.replace(facts, form="unread")
     try:
-        parts = parse_key_file(path, read_public(path, KEY_FILE_LIMIT_BYTES))
+        parts = parse_key_file(Path(path.name), read_public(path, KEY_FILE_LIMIT_BYTES))
     except KeyFileError as error:
         return msgspec.structs.replace(facts, form="other", problem=str(error))
     if parts.secret_bytes < TWO_KEYS_BYTES:
-        short = f"{path} is too short to hold two keys"
+        short = f"{path.name} is too short to hold two keys"
         return msgspec.structs.replace(facts, form="other", problem=short)
     return msgspec.structs.replace(facts, form="encrypted" if parts.encrypted else "clear", scrypt_log2_n=parts.log2_n)
 
@@ -238,7 +238,7 @@ def _passphrase_file(path: Path, owner: int) -> FileFacts:
     if facts.kind != "file" or not os.access(path, os.R_OK):
         return facts
     try:
-        parse_passphrase(path, read_public(path, PASSPHRASE_LIMIT_BYTES))
+        parse_passphrase(Path(path.name), read_public(path, PASSPHRASE_LIMIT_BYTES))
     except KeyFileError as error:
         return msgspec.structs.replace(facts, problem=str(error))
     return facts

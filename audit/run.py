@@ -22,7 +22,7 @@ from audit.bundle import About, Auditor, Verdict
 from audit.deployment import read_any_config
 from audit.plants import PLANTS
 from audit.report import render
-from audit.target import SPLIT, Target, study_of_config, study_of_folder, target_of_config, target_of_folder
+from audit.target import SPLIT, Target, study_of_config, study_of_folder, target_of_config, target_of_folder, whose
 from audit.threads import one_thread
 from keys.errors import ConfigError, SecGeoError
 from keys.files import read_public, write_public
@@ -145,7 +145,7 @@ def run_audit(request: Request, report: Report) -> Verdict:
         kind="records" if records else "configuration",
         source=source.resolve().name,
         node=target.member.node_id if target else "",
-        data=target.source if target else "",
+        data="" if target is None else target.source if request.plant is None else whose("", target.member.node_id),
         authority=authority,
         started=started,
         profile=request.profile,

@@ -547,10 +547,11 @@ class AggregatorMachine:
             self._overtime = True
             self._deadline = now + self._agreement.deadlines.join_seconds
             return [Progress("waits for hospitals", {"joined": len(self._joined), "ready": len(cohort)})]
+        self._overtime = False
         number = self._attempts.get(self._round, 0) + 1
         if number > self._agreement.secure_sum.max_attempts:
             return self._abandon("every agreed attempt was used up", (), now)
-        self._attempts[self._round], self._overtime = number, False
+        self._attempts[self._round] = number
         self._chunks = 0, []  # Uploads need the memory.
         self.stage, self._deadline = Stage.SUM, now + self._agreement.deadlines.phase_seconds
         attempt = AttemptId(self._parties.agreement_digest, self._round, number)

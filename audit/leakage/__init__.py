@@ -11,7 +11,8 @@ since unclipped gradients are larger. Where an attack fails on the unprotected o
 of "ours" is of unprotected training, masked or encrypted, so that this alone has to hide it.
 
 *Membership.* Trainings are repeated with real `LocalTrainer`s; whether a candidate is among the records is a coin flip each time. Some
-candidates are ordinary records, some are canaries: strangers, with the label that the model finds least likely. The attacker knows the
+candidates are the hospital's own records, those that the model at the start of the round expects least, since they give the most away;
+some are canaries: strangers, with the label that the model finds least likely. The attacker knows the
 model at the start of the round (local parameters too), every record, clipping, noise level and sampling rate, but not the flips, the
 samples and the noise. To first order a candidate adds m to what is seen, its clipped gradients along a trajectory that the attacker
 simulates; everything else is close to Gaussian, with a covariance S that follows from the same gradients and the noise. The score is the

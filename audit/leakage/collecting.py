@@ -49,7 +49,6 @@ def collect(target: Target, *, profile: Profile, progress: Progress, seed: int |
     return LeakageEvidence(
         member=target.member.node_id,
         profile=profile,
-        source=target.source,
         protocol=target.agreement.secure_sum.protocol,
         seed=chosen,
         settings=scene.settings(),

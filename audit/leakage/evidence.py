@@ -101,7 +101,6 @@ class LeakageEvidence(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         member: the hospital that was attacked.
-        source: where the data are from.
         protocol: which secure sum made the uploads.
         seed: of coin flips and choices; the noise of training is from the operating system and cannot be repeated.
         settings: sizes of the experiment.
@@ -110,7 +109,6 @@ class LeakageEvidence(Struct, frozen=True, forbid_unknown_fields=True):
 
     member: str
     profile: Profile
-    source: str
     protocol: str
     seed: int
     settings: Settings

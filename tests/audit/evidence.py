@@ -57,7 +57,7 @@ def leaked(agreement: Agreement, share: float = 0.5, **sizes: int) -> LeakageEvi
                 steps = per_round * (rounds if observation == "adapter" else 1)
                 membership.append(Membership(observation, of, kind, steps, *parts))  # type: ignore[arg-type]
     member, protocol_name = agreement.members[0].node_id, agreement.secure_sum.protocol
-    return LeakageEvidence(member, "fast", "made", protocol_name, 1, settings, 1.0, membership, inversion)
+    return LeakageEvidence(member, "fast", protocol_name, 1, settings, 1.0, membership, inversion)
 
 
 def watched(agreement: Agreement, member: str = "", units: int = 48) -> ConformanceEvidence:

@@ -194,6 +194,24 @@ def test_an_outage_that_does_not_end_ends_the_study() -> None:
     assert network.now == limits.train_seconds + limits.join_seconds + limits.train_seconds  # the last for farewells
 
 
+def test_a_round_without_an_attempt_left_is_no_reason_to_end_the_study_after_an_outage() -> None:
+    network = make_network(4, rounds=2, threshold=3, max_attempts=1)
+    network.start()
+    while network.aggregator.stage is not Stage.SUM:
+        network._deliver(*network._queue.popleft())
+    withheld = [True]
+    network.tap = lambda _from, _to, data: [] if withheld and body_type(data) == "Ready" else [data]
+    network.restart_aggregator()
+    while not network.aggregator._overtime:
+        network._deliver(*network._queue.popleft()) if network._queue else network.pass_time()
+    withheld.clear()
+    for name in names(4):
+        network._from_node(name, network.nodes[name].rejoin())
+    network.finish()
+    check_outcome(network, names(4))
+    assert {summed.round for summed in network.sums["hospital-00"]} == {2}
+
+
 def test_a_node_that_uploaded_and_is_known_to_be_gone_counts_but_is_not_waited_for() -> None:
     network, victim = make_network(4, threshold=3), "hospital-00"
     deliver, gone = network._deliver, False
