@@ -224,6 +224,21 @@ def test_patients_and_a_target_without_others(target):
     assert evidence.settings.base_records + evidence.settings.candidate_records == 12
 
 
+def test_records_that_are_looked_for_are_those_that_the_model_expects_least(target):
+    scene = Scene(target, SMALL, np.random.default_rng(5))
+    trainer = scene.trainer(target, scene.base)
+    trainer.load_shared(scene.start.state)
+    looked_for = take_records(scene.candidates, np.arange(SMALL.records))
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(
+                trainer.model(torch.from_numpy(records.features)), torch.from_numpy(records.labels), reduction="none"
+            )
+            for records in (looked_for, scene.base)
+        ]
+    assert losses[0].min() > losses[1].max() - 1e-4
+
+
 def test_a_gram_matrix_that_nothing_moves_shows_nothing(monkeypatch, target):
     """A model may be such that no record moves it: attacks find nothing, and go on."""
     upper = Whitebox(target)._gram().detach()

@@ -68,6 +68,15 @@ def test_a_sound_trainer_is_not_accused_and_the_attack_sees_something(sound: tra
     assert 0.0 < bounds(white_box).many_run < white_box.claim.epsilon
 
 
+def test_an_attack_that_shows_nothing_says_nothing(sound: training.TrainingEvidence) -> None:
+    attack = sound.attacks[0]
+    coins = np.random.default_rng(4).random(len(attack.scores)).tolist()
+    blind = msgspec.structs.replace(sound, attacks=(msgspec.structs.replace(attack, scores=tuple(coins)),))
+    found = judge(blind)[0]
+    assert found.status == "not testable"
+    assert "shows nothing" in found.detail
+
+
 def apart(attack: CanaryScores) -> float:
     """How many standard errors the scores of canaries that were in lie above the others'."""
     scores, included = np.array(attack.scores), np.array(attack.included)
