@@ -5,9 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audit import conformance, independence, protocol
+from audit import independence, protocol
 from audit.attacks import CATALOGUE
-from audit.conformance import Bookkeeping, ConformanceEvidence, Influence, Sampling
+from audit.conformance import ConformanceEvidence
+from audit.conformance.evidence import (
+    EMPTY_STEPS,
+    EMPTY_VALUES,
+    SAMPLING_STEPS,
+    Bookkeeping,
+    Influence,
+    Sampling,
+    influences_of,
+    kept_steps,
+    watched_rounds,
+)
 from audit.counts import private_shapes, private_sizes
 from audit.independence import EVERYTHING, Likeness, Scale, Shifts
 from audit.leakage import Inversion, LeakageEvidence, Membership
@@ -65,13 +76,13 @@ def watched(agreement: Agreement, member: str = "", units: int = 48) -> Conforma
     member, privacy = member or agreement.members[0].node_id, agreement.privacy
     shapes, sizes = private_shapes(agreement, member), private_sizes(agreement, member)
     size = sum(sizes.values())
-    steps, rounds = conformance._kept(agreement, size), conformance._rounds(agreement)
-    played = conformance.SAMPLING_STEPS
+    steps, rounds = kept_steps(agreement, size), watched_rounds(agreement)
+    played = SAMPLING_STEPS
     drawn = np.random.default_rng(5).random((played, units)) < privacy.sample_rate
     overlaps = tuple(int((drawn[:-lag] & drawn[lag:]).sum()) for lag in range(1, played))
     sampling = Sampling(units, units, tuple(drawn.sum(axis=1).tolist()), tuple(drawn.sum(axis=0).tolist()), overlaps)
     (names, others), agreed = (
-        conformance._influences_of(privacy.unit, units),
+        influences_of(privacy.unit, units),
         rounds * agreement.training.steps_per_round,
     )
     layout, pairs, shifts = (
@@ -79,7 +90,7 @@ def watched(agreement: Agreement, member: str = "", units: int = 48) -> Conforma
         steps * (steps - 1) / 2,
         independence.shifts_of(size, steps),
     )
-    empty = conformance.EMPTY_STEPS * min(size, conformance.EMPTY_VALUES // conformance.EMPTY_STEPS)
+    empty = EMPTY_STEPS * min(size, EMPTY_VALUES // EMPTY_STEPS)
     alike = {name: count for name, count in sizes.items() if count > 1} | {EVERYTHING: size}
     return ConformanceEvidence(
         member=member,

@@ -11,7 +11,8 @@ from scipy import stats
 from scipy.special import ndtri
 
 from audit import conformance, independence
-from audit.conformance import ConformanceEvidence, Influence, judge
+from audit.conformance import ConformanceEvidence, collecting, judge, verdicts
+from audit.conformance.evidence import ALARM, LEAST_KEPT, SAMPLING_STEPS, Bookkeeping, Influence, Sampling
 from audit.counts import private_sizes
 from audit.independence import Scale
 from audit.plants import PLANTS
@@ -166,15 +167,15 @@ def test_the_verdict_follows_the_evidence(evidence: ConformanceEvidence, name: s
 )
 def test_samples_of_a_fixed_size_are_told_from_coins_at_any_rate(count: int, rate: float) -> None:
     """A bound on an exact probability needs no large numbers."""
-    random, steps = np.random.default_rng(3), conformance.SAMPLING_STEPS
-    assert conformance._chance(np.full(steps, round(count * rate)), count, rate) < conformance.ALARM
+    random, steps = np.random.default_rng(3), SAMPLING_STEPS
+    assert verdicts._chance(np.full(steps, round(count * rate)), count, rate) < ALARM
     for _ in range(50):
         coins = random.binomial(count, rate, steps)
-        assert conformance._chance(coins, count, rate) > 1e-3
-        assert conformance._chance(2 * coins, count, rate) < conformance.ALARM
+        assert verdicts._chance(coins, count, rate) > 1e-3
+        assert verdicts._chance(2 * coins, count, rate) < ALARM
     # Some units are never sampled, the others more often.
     inclusions = random.binomial(steps, rate * 2, count) * (np.arange(count) % 2)
-    assert conformance._chance(inclusions, steps, rate) < conformance.ALARM
+    assert verdicts._chance(inclusions, steps, rate) < ALARM
 
 
 def test_the_bound_is_above_what_happens_and_not_far_above() -> None:
@@ -185,8 +186,8 @@ def test_the_bound_is_above_what_happens_and_not_far_above() -> None:
     for row in drawn[:200]:
         seen = ((row - 3.6) ** 2).sum()
         share = 2 * min((sums <= seen).mean(), (sums >= seen).mean())
-        assert share <= conformance._chance(row, 12, 0.3) + 0.01
-    assert conformance._chance(np.full(10, 4), 12, 0.3) < 0.01
+        assert share <= verdicts._chance(row, 12, 0.3) + 0.01
+    assert verdicts._chance(np.full(10, 4), 12, 0.3) < 0.01
 
 
 @pytest.mark.parametrize(("count", "rate"), [(48, 0.25), (2000, 0.01), (10, 0.05)])
@@ -195,21 +196,19 @@ def test_the_bound_on_samples_that_come_back_holds_at_every_lag(count: int, rate
     random, steps = np.random.default_rng(5), 12
     drawn = random.random((10_000, steps, count)) < rate if count < 1000 else random.random((500, steps, count)) < rate
     overlaps = np.array([(drawn[:, :-lag] & drawn[:, lag:]).sum(axis=(1, 2)) for lag in range(1, steps)]).T
-    chances = np.array([conformance._chances_again(row, count, steps, rate) for row in overlaps[:500].tolist()])
+    chances = np.array([verdicts._chances_again(row, count, steps, rate) for row in overlaps[:500].tolist()])
     for level in (0.5, 0.1, 0.02):
         assert (chances <= level).mean(axis=0).max() <= level + 0.02
     again = [round(count * rate * (steps - lag)) for lag in range(1, steps)]
-    assert (
-        conformance._chances_again(again, count, steps, rate)[: steps // 2] < chances.min(axis=0)[: steps // 2]
-    ).all()
+    assert (verdicts._chances_again(again, count, steps, rate)[: steps // 2] < chances.min(axis=0)[: steps // 2]).all()
 
 
 def test_samples_that_come_back_after_any_number_of_steps_are_told_from_coins() -> None:
-    random, steps, alarm = np.random.default_rng(6), 104, conformance.ALARM / 103
+    random, steps, alarm = np.random.default_rng(6), 104, ALARM / 103
     for period in (1, 8, 13, 52):
         drawn = np.tile(random.random((period, 80)) < 0.25, (104 // period, 1))
         overlaps = [int((drawn[:-lag] & drawn[lag:]).sum()) for lag in range(1, steps)]
-        assert conformance._chances_again(overlaps, 80, steps, 0.25)[period - 1] < alarm
+        assert verdicts._chances_again(overlaps, 80, steps, 0.25)[period - 1] < alarm
 
 
 def made(noise: np.ndarray, shapes: dict[str, tuple[int, ...]], evidence: ConformanceEvidence) -> ConformanceEvidence:
@@ -233,7 +232,7 @@ def test_chance_accuses_nobody(evidence: ConformanceEvidence) -> None:
     random, shapes = np.random.default_rng(1), {"a": (20, 30), "b": (20,), "c": (2,), "d": (1,)}
     for steps in [100] * 70 + [12] * 30:
         drawn = random.random((steps, 48)) < 0.25
-        sampling = conformance.Sampling(
+        sampling = Sampling(
             48,
             48,
             tuple(drawn.sum(axis=1).tolist()),
@@ -247,7 +246,7 @@ def test_chance_accuses_nobody(evidence: ConformanceEvidence) -> None:
 
 def searched(noise: np.ndarray, evidence: ConformanceEvidence) -> str:
     """What is said of noise [steps, d] on the sum of nobody, of a model of d parameters."""
-    looked_at = noise[:, conformance._places(noise.shape[1])].astype(np.float64)
+    looked_at = noise[:, collecting._places(noise.shape[1])].astype(np.float64)
     count = len(np.unique(np.abs(looked_at)))
     changed = msgspec.structs.replace(evidence, empty_values=looked_at.size, distinct_values=count)
     return {f.name: f.status for f in judge(changed)}["fresh noise"]
@@ -283,7 +282,7 @@ def less(name: str) -> Callable[[ConformanceEvidence], ConformanceEvidence]:
 
 def short(evidence: ConformanceEvidence) -> ConformanceEvidence:
     """Of the least number of steps, where the study has more."""
-    steps, of = conformance.LEAST_KEPT, len(evidence.step_mean_squares)
+    steps, of = LEAST_KEPT, len(evidence.step_mean_squares)
     return msgspec.structs.replace(
         evidence,
         noise=tuple(msgspec.structs.replace(p, count=p.count * steps // of) for p in evidence.noise),
@@ -301,7 +300,7 @@ def one_value(evidence: ConformanceEvidence) -> ConformanceEvidence:
 
 
 def one_round(evidence: ConformanceEvidence) -> ConformanceEvidence:
-    return msgspec.structs.replace(evidence, bookkeeping=conformance.Bookkeeping(3, 3, 3, 3, 3))
+    return msgspec.structs.replace(evidence, bookkeeping=Bookkeeping(3, 3, 3, 3, 3))
 
 
 def renamed(evidence: ConformanceEvidence) -> ConformanceEvidence:
@@ -383,7 +382,7 @@ def test_hollow_evidence_is_refused(how: str) -> None:
 @pytest.mark.parametrize("units", [1, 2, 4, 48])
 def test_few_units_are_left_out_in_turn(units: int) -> None:
     hospital = target()
-    few = conformance._chosen(hospital.records, np.arange(48) < units)
+    few = collecting._chosen(hospital.records, np.arange(48) < units)
     evidence = conformance.collect(dataclasses.replace(hospital, records=few))
     conformance.check_whole(evidence, hospital.agreement)
     left_out = min(5, units) if units > 1 else 0
