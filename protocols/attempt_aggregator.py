@@ -124,7 +124,8 @@ class AttemptAggregator:
     """One attempt at the aggregator, over the members `cohort` and updates of `vector_size` values.
 
     `last_record` is the digest of the record of the last sum, on which every member must build; `study_key` the id of the key
-    under which they encrypt, if they do.
+    under which they encrypt, if they do. With `whole` the attempt fails if one of the cohort drops out before the votes: somebody
+    has voted for all of them in an attempt before, and votes for nothing else.
     """
 
     def __init__(
@@ -138,11 +139,13 @@ class AttemptAggregator:
         ring: Ring,
         last_record: bytes = m.NO_RECORD,
         study_key: bytes = b"",
+        whole: bool = False,
     ) -> None:
         self._parties, self._attempt, self._spool, self._ring = parties, attempt, spool, ring
         self._last_record, self._study_key = last_record, study_key
         self._cohort = tuple(sorted(cohort))
         self._active = set(self._cohort)
+        self._whole = whole
         self._chunk_values, self._masked = (
             parties.agreement.secure_sum.chunk_values,
             parties.agreement.secure_sum.masked,
@@ -170,8 +173,6 @@ class AttemptAggregator:
         self._pair_shares: dict[str, dict[str, bytes]] = {}
         self._unmasked: set[str] = set()
         self.phase = Phase.KEYS
-        self.binding = False
-        """Whether nodes may have voted: from then on they take part in no other attempt of this round."""
         self.dropped: dict[str, str] = {}
         self.blamed: dict[str, str] = {}
         self.disputed: tuple[str, str] | None = None
@@ -206,6 +207,16 @@ class AttemptAggregator:
         except RemoteProtocolError as fault:
             self.blamed[peer] = str(fault)
             return self._drop(peer)
+
+    @property
+    def survivors(self) -> frozenset[str]:
+        """Whose sum nodes were asked to vote for; empty before."""
+        return frozenset(name for name, _ in self._survivors)
+
+    @property
+    def _minimum(self) -> int:
+        """So many must be left until the votes."""
+        return len(self._cohort) if self._whole else self._parties.minimum
 
     def leave(self, peer: str) -> list[Send]:
         """The transport has lost `peer`. From the votes on it has until the deadline to come back: its vote and shares count."""
@@ -310,7 +321,7 @@ class AttemptAggregator:
                 return self._unmask()
 
     def _close_keys(self) -> list[Send]:
-        if len(self._active) < self._parties.minimum:
+        if len(self._active) < self._minimum:
             return self._fail("too few nodes sent round keys")
         self._keys = {name: self._keys[name] for name in sorted(self._active)}
         self._signed_keys = {name: self._signed_keys[name] for name in self._keys}
@@ -337,7 +348,7 @@ class AttemptAggregator:
         self._seeds = {name: {} for name in digests}
 
     def _close_seeds(self) -> list[Send]:
-        if len(self._active) < self._parties.minimum:
+        if len(self._active) < self._minimum:
             return self._fail("too few nodes distributed seeds")
         if not self._active.intersection(self._graph.dealers):
             return self._fail("nobody is left who dealt a tag seed")
@@ -359,13 +370,13 @@ class AttemptAggregator:
     def _close_uploads(self) -> list[Send]:
         self._forget_uploads()
         names = sorted(self._digests)
-        if len(names) < self._parties.minimum:
+        if len(names) < self._minimum:
             return self._fail("too few nodes uploaded")
         if not self._graph.tolerates(names, self._parties.agreement.colluders_tolerated):
             return self._fail("so many neighbours were lost that colluders could cut the others apart")
         self._survivors = tuple((name, self._digests[name]) for name in names)
         self._statement = survivor_statement(self._attempt, self._view, self._survivors)
-        self.phase, self.binding = Phase.VOTES, True
+        self.phase = Phase.VOTES
         # A node that uploaded and then vanished is still a survivor: its upload counts, only its vote is missing.
         self._active &= set(names)
         return [(name, self._survivors_for(name)) for name in sorted(self._active)]
@@ -670,5 +681,5 @@ class AttemptAggregator:
             raise LocalProtocolError(f"the saved attempt holds a sum of {total.size} values")
         resumed._total[:], resumed._tag = total.reshape(resumed._total.shape), state.masked_tag
         resumed._active = set(state.votes) or resumed._digests.keys() - state.dropped.keys()
-        resumed.phase, resumed.binding = Phase.UNMASK if state.votes else Phase.VOTES, True
+        resumed.phase = Phase.UNMASK if state.votes else Phase.VOTES
         return resumed

@@ -16,16 +16,19 @@ Rules against a malicious aggregator: round keys are signed by roster identities
 seals are bound to the digest of all round keys; the cohort never falls below the agreed minimum; the survivors keep every
 honest node linked to honest ones (`protocols.graph`); a node votes for one survivor set only and reveals only after t
 signatures on that set; for each peer it reveals the self-seed share or the pair share, never both. Whoever has voted takes part
-in no other attempt of that round (docs/adr/0003). What was used or voted is journalled before it is sent.
+in no other attempt of that round but one of the same nodes with the same update, all of them (docs/adr/0019). What was used or voted
+is journalled before it is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
 import msgspec
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
@@ -66,6 +69,18 @@ class Shares(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
         return "Shares(<redacted>)"
 
 
+class Ballot(msgspec.Struct, frozen=True):
+    """What a node's vote in a round stands for: whose sum, and which update of its own is in it."""
+
+    nodes: tuple[str, ...]
+    update_digest: m.Digest
+
+    @classmethod
+    def of(cls, nodes: Iterable[str], update: Float64Vector) -> Ballot:
+        """The vote for the sum of `nodes` with `update` ([d] float64) in it."""
+        return cls(tuple(nodes), hashlib.sha256(np.ascontiguousarray(update).data).digest())
+
+
 @dataclass(frozen=True, slots=True)
 class Parties:
     """Who takes part: the agreement's rules and the roster's identity keys of all members."""
@@ -98,7 +113,8 @@ class AttemptNode:
         study_key: where uploads are encrypted.
         vector: the update, [d] float64, finite; it is read while chunks are made and never written.
         coins: randomness, `os.urandom` outside tests.
-        journal: called with "used" and the tag seed, or "voted" and nothing; durable when it returns.
+        journal: called with "used" and the tag seed, or "voted" and the encoded ballot; durable when it returns.
+        ballot: what we voted for in an attempt of this round before, if we did.
 
     Raises:
         RemoteProtocolError: the cohort breaks the agreement.
@@ -117,11 +133,12 @@ class AttemptNode:
         coins: shamir.Coins,
         journal: Callable[[str, bytes], None],
         last_record: bytes = m.NO_RECORD,
+        ballot: Ballot | None = None,
     ) -> None:
         self._parties, self._identity, self._attempt = parties, identity, attempt
         self._me = identity.node_id
         self._journal = journal
-        self._last_record = last_record
+        self._last_record, self._ballot = last_record, ballot
         self._ring, self._study_key = ring, study_key
         self._coins = coins
         self._secrets = sealing.AttemptSecrets.fresh(coins)
@@ -146,6 +163,10 @@ class AttemptNode:
         self._check(self._cohort <= parties.public_keys.keys(), "put a stranger into the cohort")
         self._check(self._me in self._cohort, "opened an attempt that we are not part of")
         self._check(len(self._cohort) >= parties.minimum, "shrank the cohort below the agreed minimum")
+        self._check(
+            ballot is None or self._cohort == set(ballot.nodes),
+            "asked for a second sum of a round in which we have voted, of other nodes",
+        )
 
     @property
     def state(self) -> State:
@@ -388,8 +409,12 @@ class AttemptNode:
         self._check(bool(self._digest), "announced survivors before our upload was complete")
         self._check(sealing.same(digest, self._digest), "announced another digest than that of our upload")
         self._check_neighbours(body.uploads, digests)
+        ballot = Ballot.of(names, self._vector)
+        self._check(
+            self._ballot in (None, ballot), "announced other survivors than in the attempt before in which we voted"
+        )
         self._survivors = body.survivors
-        self._journal("voted", b"")
+        self._journal("voted", msgspec.msgpack.encode(ballot))
         self._state = State.VOTED
         return self._vote()
 

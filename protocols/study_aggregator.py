@@ -6,11 +6,12 @@ order. Stages of one round:
     GATHER -> TRAIN -> SUM (one or more attempts) -> RECEIPTS -> TRAIN ... -> FAREWELL -> ENDED
 
 Every stage has a deadline, so no silent node holds up a round for longer. A node that breaks a rule is named in the
-transcript and takes no further part. Once nodes may have voted for survivors, the round is never attempted again: two sums over
-different survivors of the same vectors would differ by one node's vector.
+transcript and takes no further part. Once nodes may have voted for survivors, nobody else is summed in that round, in whatever
+attempt: two sums over different survivors of the same vectors would differ by one node's vector.
 
 After a crash `resume` begins at GATHER again and then goes on where the transcript and the kept state say: an attempt whose
-uploads were closed is completed; one that had not come so far is given up for a new one with fresh seeds.
+uploads were closed is completed; one that had not come so far is given up for a new one with fresh seeds. So is one that too many
+nodes cannot complete since they crashed: then all its survivors are waited for.
 
 Where uploads are encrypted, a member has joined when it holds the study key. If nobody holds one, a member is asked to make it, and
 to seal it to the others; later a holder seals it to whoever lacks it. The aggregator carries the seals and can open none.
@@ -73,7 +74,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class UploadsClosed:
-    """Keep this durably, before the next output is carried out: nodes are asked to vote or to unmask, and will in no other attempt."""
+    """Keep this durably, before the next output is carried out: nodes are asked to vote or to unmask, and then sum nobody else."""
 
     state: ClosedAttempt
     masked: Total = field(repr=False)
@@ -154,6 +155,8 @@ class AggregatorMachine:
         self._ready: set[str] = set()
         self._trained: set[str] = set()
         """Who has said in this round that it has an update, also if it is away for the moment."""
+        self._voted_on: dict[int, frozenset[str]] = {}
+        """By round: the survivors for whom somebody may have voted. Nobody else is summed in that round."""
         self._overtime = False
         """Whether too few were ready in time, and those who are missing are waited for, once."""
         self._chunks: tuple[int, list[bytes]] = 0, []
@@ -223,12 +226,20 @@ class AggregatorMachine:
                     self._deadline = now + self._agreement.deadlines.train_seconds
         if kept.closed is not None and kept.closed[0].round == self._round + 1:
             state, masked = kept.closed
-            self._round += 1
             self._study_key = state.study_key
+            self._voted_on[state.round] = frozenset(name for name, _ in state.survivors)
+            if kept.attempts.get(state.round, 0) > state.attempt:
+                return self._resumed  # It was given up for another attempt, which is begun anew.
+            self._round += 1
+            self._trained |= self._voted_on[state.round]
             self._attempt = AttemptAggregator.resume(
                 self._parties, state, masked, self._size, self._spool, ring=self._ring, last_record=self._last_record
             )
             self._attempt_phase, self._resume_at = self._attempt.phase, Stage.SUM
+        return self._resumed
+
+    @property
+    def _resumed(self) -> list[Output]:
         return [Progress("resumed", {"round": self._round, "completed": len(self._records)})]
 
     def receive(self, peer: str, data: bytes, now: float) -> list[Output]:
@@ -345,7 +356,7 @@ class AggregatorMachine:
             answer.append(
                 self._send(peer, m.RoundResult(self._record_line), self._round, 0)
             )  # Its receipt may be lost.
-        everybody = len(self._joined) == len(self._agreement.members) - len(self._out)
+        everybody = len(self._joined) == len(self._left)
         enough = self._waited_enough and not self._wanting and len(self._joined) >= self._parties.minimum
         if self.stage is Stage.GATHER and (everybody or enough):
             return answer + self._gathered(now)
@@ -380,8 +391,12 @@ class AggregatorMachine:
         waiting: list[Output] = [Progress("waits for the study key", {"node": peer})]
         if self._joined:
             return waiting + self._ask_dealer()
-        everybody = len(self._agreement.members) - len(self._out)
-        if self.stage is Stage.GATHER and len(self._wanting) == everybody and not self._makers and self._lacks_key:
+        if (
+            self.stage is Stage.GATHER
+            and len(self._wanting) == len(self._left)
+            and not self._makers
+            and self._lacks_key
+        ):
             return waiting + self._have_key_made(now)
         return waiting
 
@@ -462,21 +477,21 @@ class AggregatorMachine:
             return []
         self._ready.add(peer)
         self._trained.add(peer)
-        if self._overtime and len(self._ready) >= self._parties.minimum:  # The others have as long as for any message.
+        if self._overtime and self._cohort:  # The others have as long as for any message.
             self._deadline = min(self._deadline, now + self._agreement.deadlines.phase_seconds)
         return self._begin_sum(now) if self._all_ready else []
 
     @property
     def _all_ready(self) -> bool:
-        """Nobody who is here still trains."""
-        return self._ready >= self._joined
+        """Nobody who is here, or who is needed, still trains."""
+        return self._ready >= self._voted_on.get(self._round, self._joined)
 
     def _lose(self, peer: str, now: float, *, for_good: bool = False) -> list[Output]:
         match self.stage:
             case Stage.SUM if self._attempt is not None:
                 attempt = self._attempt
                 return self._carry(attempt.put_out(peer) if for_good else attempt.leave(peer), now)
-            case Stage.TRAIN if self._hopeless or (self._ready and self._all_ready):
+            case Stage.TRAIN if not self._enough(self._left) or (self._ready and self._all_ready):
                 return self._begin_sum(now)
             case Stage.RECEIPTS:
                 return self._maybe_close(now)
@@ -525,28 +540,44 @@ class AggregatorMachine:
 
     def _wait_for_hospitals(self, now: float) -> list[Output]:
         """Too few are here. If that is because lines are broken, they have as long to come back as they had to join, once."""
-        if self.stage is Stage.GATHER or self._overtime or self._hopeless:
+        if self.stage is Stage.GATHER or self._overtime or len(self._left) < self._parties.minimum:
             return self._end("too few hospitals are left", now)
         self.stage, self._resume_at = Stage.GATHER, Stage.TRAIN
         self._deadline = now + self._agreement.deadlines.join_seconds
         return [Progress("waits for hospitals", {"joined": len(self._joined)})]
 
     @property
-    def _hopeless(self) -> bool:
-        """Whether too few could ever come back."""
-        return len(self._agreement.members) - len(self._out) < self._parties.minimum
+    def _left(self) -> set[str]:
+        """All members who are here or may come back."""
+        return {member.node_id for member in self._agreement.members} - self._out.keys()
+
+    def _enough(self, names: set[str]) -> bool:
+        """Whether these can be summed in this round."""
+        return len(names) >= self._parties.minimum and names >= self._voted_on.get(self._round, frozenset())
+
+    @property
+    def _cohort(self) -> set[str]:
+        """Whom the next attempt of this round sums, nobody while they are not enough."""
+        ready = self._ready & self._joined
+        return set(self._voted_on.get(self._round, ready)) if self._enough(ready) else set()
 
     def _begin_sum(self, now: float) -> list[Output]:
-        cohort = self._ready & self._joined
-        if len(cohort) < self._parties.minimum:
-            if self._hopeless or (self._overtime and now >= self._deadline):
-                return self._abandon("too few nodes were ready", (), now)
+        cohort = self._cohort
+        if not cohort:
+            if not self._enough(self._left) or (self._overtime and now >= self._deadline):
+                self._overtime = self._overtime and len(self._ready) < self._parties.minimum
+                lost = (
+                    "not all came back for whom nodes have voted"
+                    if self._round in self._voted_on
+                    else "too few nodes were ready"
+                )
+                return self._abandon(lost, (), now)
             if self._overtime:
                 return []
             # Perhaps a line is down and nobody noticed. To open the next round would not help, and would throw updates away.
             self._overtime = True
             self._deadline = now + self._agreement.deadlines.join_seconds
-            return [Progress("waits for hospitals", {"joined": len(self._joined), "ready": len(cohort)})]
+            return [Progress("waits for hospitals", {"joined": len(self._joined), "ready": len(self._ready)})]
         self._overtime = False
         number = self._attempts.get(self._round, 0) + 1
         if number > self._agreement.secure_sum.max_attempts:
@@ -564,6 +595,7 @@ class AggregatorMachine:
             ring=self._ring,
             last_record=self._last_record,
             study_key=self._study_key,
+            whole=self._round in self._voted_on,
         )
         self._attempt_phase = Phase.KEYS
         return [Begun(self._round, number), *self._carry(self._attempt.start(), now)]
@@ -577,6 +609,7 @@ class AggregatorMachine:
         if attempt.phase is not self._attempt_phase:
             self._attempt_phase = attempt.phase
             if attempt.phase in (Phase.VOTES, Phase.UNMASK):
+                self._voted_on[self._round] = attempt.survivors
                 answer.insert(0, UploadsClosed(*attempt.closed_attempt()))
             self._deadline = now + self._agreement.deadlines.phase_seconds
             answer.append(Progress("phase", {"round": self._round, "phase": attempt.phase.value}))
@@ -602,14 +635,14 @@ class AggregatorMachine:
             number = self._attempts[self._round]
             dispute = t.Disputed(round=self._round, attempt=number, accuser=accuser, accused=accused)
             answer.append(Record(self._transcript.append(dispute)))
-        again = not attempt.binding and self._attempts[self._round] < self._agreement.secure_sum.max_attempts
+        again = self._attempts[self._round] < self._agreement.secure_sum.max_attempts
         trained = self._trained - self._out.keys() - set(attempt.disputed or ())
-        if not again or len(trained) < self._parties.minimum:
+        if not again or not self._enough(trained):
             return answer + self._abandon(attempt.failure, blamed, now)
         failed = m.AttemptFailed(attempt.failure, final=False)
         answer += [self._send(name, failed) for name in sorted(self._joined)]
         answer.append(Progress("attempt failed", {"round": self._round, "reason": attempt.failure}))
-        if len(self._ready) >= self._parties.minimum:
+        if self._cohort:
             return answer + self._begin_sum(now)
         # Who has an update and was lost for a moment is needed: as many as come back by then are in the next attempt.
         self.stage, self._deadline = Stage.TRAIN, now + self._agreement.deadlines.phase_seconds

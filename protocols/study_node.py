@@ -2,7 +2,8 @@
 
 Sans-IO: `receive` takes what the aggregator sent and gives outputs for the driver to carry out in order. The driver answers
 `Train` with `submit`. The node trusts nothing that the aggregator says: parameters come from the pinned agreement, identities
-from the roster, rounds only move forward, and a round in which it has voted is never attempted again.
+from the roster, rounds only move forward, and in a round in which it has voted it takes part in no sum but that of the same nodes
+with the same updates, should a crash have cost the attempt.
 
 What the journal guarantees across crashes: an attempt that was begun is never begun again, because every (round, attempt)
 must be later than the last one journalled; seeds of masks live in memory only, so no mask is ever used twice. The tag seed
@@ -21,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
@@ -29,7 +31,7 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, tags
 from protocols import transcript as t
-from protocols.attempt_node import AttemptNode, Parties, State
+from protocols.attempt_node import AttemptNode, Ballot, Parties, State
 from protocols.ciphertexts import FrameBroken
 from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector
 from protocols.packing import Packing, choose
@@ -50,11 +52,11 @@ class Journal(Protocol):
     def last(self) -> tuple[int, int]:
         """The latest (round, attempt) that was begun, (0, 0) if none."""
 
-    def voted(self, round_number: int) -> bool:
-        """Whether we voted for survivors in any attempt of this round."""
+    def ballot(self, round_number: int) -> bytes:
+        """What we voted for in this round, empty if we have not."""
 
-    def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
-        """Note "begun", "used" (with the attempt's tag seed) or "voted"."""
+    def record(self, round_number: int, attempt: int, event: str, note: bytes = b"") -> None:
+        """Note "begun", "used" (with the attempt's tag seed) or "voted" (with the ballot)."""
 
     def tag_seed(self, round_number: int, attempt: int) -> bytes:
         """The tag seed of an attempt, empty if this node does not know it."""
@@ -202,6 +204,12 @@ class NodeMachine:
         if vector.shape != (self._size,):
             raise LocalProtocolError(f"the update has shape {vector.shape}, the agreement says ({self._size},)")
         self._fixed_point.check(vector)
+        ballot = self._ballot(round_number)
+        if ballot is not None and ballot != Ballot.of(ballot.nodes, vector):
+            raise LocalProtocolError(
+                f"we have voted in round {round_number} with another update than the one that was submitted; "
+                "put back the state folder as it was"
+            )
         self._training, self._vector = False, vector
         return [self._send(m.Ready(), self._round, 0)]
 
@@ -342,7 +350,6 @@ class NodeMachine:
             return [] if self._vector is None else [self._send(m.Ready(), number, 0)]
         self._check(number > max(self._round, self._completed), f"went back to round {number}")
         self._check(not self._encrypted or self._study_key is not None, "opened a round before we had the study key")
-        self._check(not self._journal.voted(number), "opened a round again in which we have voted")
         self._check(not self._training, "opened a round while we train for another")
         if body.last_completed > self._completed:
             return self.start()  # We missed a sum; ask for it, and the round is opened to us again.
@@ -358,7 +365,6 @@ class NodeMachine:
         self._check(self._vector is not None, "opened an attempt before we were ready")
         self._check(attempt > self._attempt_number, "opened an old attempt again")
         self._check(attempt <= self._parties.agreement.secure_sum.max_attempts, "opened more attempts than agreed")
-        self._check(not self._journal.voted(number), "asked for a second sum of a round in which we have voted")
         self._check((number, attempt) > self._journal.last(), "opened an attempt again that we began before a restart")
         if self._vector is None:
             raise LocalProtocolError("no update to sum")
@@ -372,8 +378,9 @@ class NodeMachine:
             ring=self._ring,
             study_key=self._study_key,
             coins=self._coins,
-            journal=lambda event, tag_seed: self._journal.record(number, attempt, event, tag_seed),
+            journal=lambda event, note: self._journal.record(number, attempt, event, note),
             last_record=self._last_record,
+            ballot=self._ballot(number),
         )
         self._journal.record(number, attempt, "begun")
         return [Send(data) for data in self._attempt.open()]
@@ -525,6 +532,10 @@ class NodeMachine:
         return self._send(m.Receipt(self._identity.sign(Label.RECEIPT, statement)), number, 0)
 
     # --- helpers
+
+    def _ballot(self, number: int) -> Ballot | None:
+        kept = self._journal.ballot(number)
+        return msgspec.msgpack.decode(kept, type=Ballot) if kept else None
 
     @property
     def _last_record(self) -> bytes:

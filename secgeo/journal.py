@@ -1,6 +1,6 @@
 """What a node and an aggregator must remember across a crash: SQLite with a write-ahead log, synchronous=FULL.
 
-`NodeJournal` implements `protocols.study_node.Journal`: in which attempts it began, used seeds or voted, the tag seeds that check
+`NodeJournal` implements `protocols.study_node.Journal`: in which attempts it began, used seeds or voted, for what, the tag seeds that check
 their sums, and every record that the aggregator has signed. It also keeps the update that waits to be summed and the
 model, so that no round is trained twice. Seeds of masks are never in it: they die with the process, and what they
 masked is never asked for again. Tag seeds are secret from the aggregator only. The study key is kept encrypted, under a key that
@@ -44,7 +44,7 @@ BUSY_SECONDS = 60.0
 
 _NODE_TABLES = """
 CREATE TABLE IF NOT EXISTS attempts (
-  round INTEGER, attempt INTEGER, event TEXT, tag_seed BLOB, PRIMARY KEY (round, attempt, event)) STRICT;
+  round INTEGER, attempt INTEGER, event TEXT, note BLOB, PRIMARY KEY (round, attempt, event)) STRICT;
 CREATE TABLE IF NOT EXISTS updates (round INTEGER PRIMARY KEY, vector BLOB, model BLOB) STRICT;
 CREATE TABLE IF NOT EXISTS study_key (id INTEGER PRIMARY KEY CHECK (id = 1), nonce BLOB, sealed BLOB) STRICT;
 CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), completed INTEGER, link TEXT, model BLOB) STRICT;
@@ -131,18 +131,19 @@ class NodeJournal:
         ).fetchone()
         return (int(row[0]), int(row[1])) if row else (0, 0)
 
-    def voted(self, round_number: int) -> bool:
-        """Whether we voted for survivors in any attempt of this round."""
-        query = "SELECT 1 FROM attempts WHERE round = ? AND event = 'voted'"
-        return self._database.execute(query, (round_number,)).fetchone() is not None
+    def ballot(self, round_number: int) -> bytes:
+        """What we voted for in this round, empty if we have not."""
+        query = "SELECT note FROM attempts WHERE round = ? AND event = 'voted'"
+        row = self._database.execute(query, (round_number,)).fetchone()
+        return bytes(row[0]) if row else b""
 
-    def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
+    def record(self, round_number: int, attempt: int, event: str, note: bytes = b"") -> None:
         """Note an event; it is on disk when this returns."""
-        self._database.execute("INSERT INTO attempts VALUES (?, ?, ?, ?)", (round_number, attempt, event, tag_seed))
+        self._database.execute("INSERT INTO attempts VALUES (?, ?, ?, ?)", (round_number, attempt, event, note))
 
     def tag_seed(self, round_number: int, attempt: int) -> bytes:
         """The tag seed of an attempt, empty if this node does not know it."""
-        query = "SELECT tag_seed FROM attempts WHERE round = ? AND attempt = ? AND event = 'used'"
+        query = "SELECT note FROM attempts WHERE round = ? AND attempt = ? AND event = 'used'"
         row = self._database.execute(query, (round_number, attempt)).fetchone()
         return bytes(row[0]) if row else b""
 

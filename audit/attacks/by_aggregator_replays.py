@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from audit.attacks.play import Bodies, Play, keep
+from audit.attacks.play import Bodies, Play, PrivateAttempt, keep
 from audit.attacks.stage import World, attack
 from protocols import messages as m
 
@@ -35,6 +35,39 @@ def _a_second_attempt_after_the_votes(world: World) -> Play:
     for name in names[1:]:
         taken = any(sender == name and head.attempt == 2 for sender, head in play.sent)
         play.gives(taken, f"{name} took part in a second attempt of a round in which it had voted")
+    return play
+
+
+@attack(
+    "aggregator",
+    "second-sum",
+    "a second attempt of the same hospitals is opened, and at its votes one is called lost",
+    "somebody votes for the others alone",
+    spare=1,
+)
+def _one_left_out_of_a_second_attempt(world: World) -> Play:
+    play, victim = Play(world.network()), world.names[1]
+    second: list[PrivateAttempt] = []
+
+    @play.tell("SumChunk", "RoundResult")
+    def again(_message: m.Message, _to: str) -> Bodies:
+        if not second:
+            second.append(PrivateAttempt(play, (1, 2), world.names))
+        return []
+
+    @play.hear("RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking")
+    def divert(message: m.Message, data: bytes) -> Sequence[bytes]:
+        if message.attempt == 1:
+            return [data]
+        if message.sender != victim or not isinstance(message.body, m.UploadChunk | m.UploadDone):
+            second[0].receive(message, data)
+        second[0].lose(victim)
+        return []
+
+    play.must_refuse = [name for name in world.names if name != victim]
+    play.run()
+    for name in play.must_refuse:
+        play.gives(play.has_sent(name, m.SurvivorVote, (1, 2)), f"{name} voted for two sets of one round")
     return play
 
 

@@ -60,6 +60,7 @@ class MemoryJournal:
     def __init__(self) -> None:
         self.entries: list[tuple[int, int, str]] = []
         self.tag_seeds: dict[tuple[int, int], bytes] = {}
+        self.ballots: dict[int, bytes] = {}
         self.receipts: list[tuple[int, bytes]] = []
         self.secret = b""
 
@@ -67,15 +68,18 @@ class MemoryJournal:
         """See `protocols.study_node.Journal`."""
         return max(((r, a) for r, a, _ in self.entries), default=(0, 0))
 
-    def voted(self, round_number: int) -> bool:
+    def ballot(self, round_number: int) -> bytes:
         """See `protocols.study_node.Journal`."""
-        return any(r == round_number and event == "voted" for r, _, event in self.entries)
+        return self.ballots.get(round_number, b"")
 
-    def record(self, round_number: int, attempt: int, event: str, tag_seed: bytes = b"") -> None:
+    def record(self, round_number: int, attempt: int, event: str, note: bytes = b"") -> None:
         """See `protocols.study_node.Journal`."""
         self.entries.append((round_number, attempt, event))
-        if tag_seed:
-            self.tag_seeds[round_number, attempt] = tag_seed
+        match event:
+            case "used":
+                self.tag_seeds[round_number, attempt] = note
+            case "voted":
+                self.ballots.setdefault(round_number, note)
 
     def tag_seed(self, round_number: int, attempt: int) -> bytes:
         """See `protocols.study_node.Journal`."""

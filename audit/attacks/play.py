@@ -13,16 +13,17 @@ from typing import Any
 import msgspec
 
 from audit.attacks.knowledge import Address, Knowledge, peek
-from audit.attacks.network import Network, NotPlayed
+from audit.attacks.network import MemorySpool, Network, NotPlayed
 from keys.errors import SecGeoError
 from protocols import messages as m
 from protocols import study_aggregator as agg
 from protocols import transcript as t
-from protocols.attempt_aggregator import AttemptAggregator
+from protocols.attempt_aggregator import AttemptAggregator, Phase
 from protocols.attempt_node import AttemptNode, Parties
 from protocols.chain import Entry
 from protocols.graph import MaskGraph
 from protocols.messages import AGGREGATOR
+from protocols.rings import make_ring
 from protocols.sealing import AttemptId
 
 Bodies = Iterable[tuple[m.AnyBody, bytes]]
@@ -220,6 +221,38 @@ class Play:
         for posted in sent:
             self.knowledge.watch(AGGREGATOR, recipient, posted)
         return sent
+
+
+class PrivateAttempt:
+    """One more attempt that the aggregator runs behind the back of its study machine."""
+
+    def __init__(self, play: Play, address: Address, cohort: Iterable[str]) -> None:
+        self._play, self.address = play, address
+        network = play.network
+        self.machine = AttemptAggregator(
+            LooseParties(network.agreement, network.digest, network.parties.public_keys),
+            AttemptId(network.digest, *address),
+            cohort,
+            network.size,
+            MemorySpool(),
+            ring=make_ring(network.agreement, network.ciphers),
+            study_key=network.aggregator._study_key,
+        )
+        turn(self.machine, LooseAttempt)
+        self._carry(self.machine.start())
+
+    def receive(self, message: m.Message, data: bytes) -> None:
+        """What a node has sent into it."""
+        self._carry(self.machine.receive(message.sender, message, data))
+
+    def lose(self, *names: str) -> None:
+        """Say that these have not uploaded, as soon as all others have."""
+        if self.machine.phase is Phase.UPLOAD and not self.machine._missing() - set(names):
+            self._carry(self.machine.expire())
+
+    def _carry(self, sends: list[tuple[str, m.AnyBody]]) -> None:
+        for to, body in sends:
+            self._play.say(to, self.address, body)
 
 
 def keep(message: m.Message) -> Bodies:

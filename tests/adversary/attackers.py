@@ -1,4 +1,4 @@
-"""Attackers beside those of `audit.attacks`: members that lie with their real keys, several at once, and second attempts.
+"""Attackers beside those of `audit.attacks`: members that lie with their real keys, and several at once.
 
 They sit on a network's tap (in memory, or over sockets: `tests.adversary.wire`), so that every honest party stays the real
 machine. What a malicious aggregator is and can compute, `audit.attacks` owns: `play`, `knowledge` and `forged`.
@@ -6,19 +6,17 @@ machine. What a malicious aggregator is and can compute, `audit.attacks` owns: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from audit.attacks.forged import announce, changed_total
-from audit.attacks.knowledge import Address, peek
-from audit.attacks.network import MemorySpool, Network
-from audit.attacks.play import Hearing, LooseAttempt, LooseParties, Play, turn
+from audit.attacks.knowledge import peek
+from audit.attacks.network import Network
+from audit.attacks.play import Hearing, Play
 from protocols import messages as m
 from protocols import sealing
-from protocols.attempt_aggregator import AttemptAggregator, SumOutcome
 from protocols.attempt_node import AttemptNode
 from protocols.encoding import Uint32Vector
-from protocols.rings import make_ring
 
 
 def wrong_sum(network: Network, change: Callable[[Uint32Vector], Uint32Vector], **options: object) -> Play:
@@ -31,38 +29,6 @@ def wrong_sum(network: Network, change: Callable[[Uint32Vector], Uint32Vector], 
 def revealed(attack: Play) -> set[str]:
     """The honest nodes that have revealed shares."""
     return {name for name in attack.network.names if attack.has_sent(name, m.Unmasking)}
-
-
-class PrivateAttempt:
-    """One more attempt that the aggregator runs behind the back of its study machine."""
-
-    def __init__(self, attack: Play, address: Address, cohort: Iterable[str]) -> None:
-        self._attack, self.address = attack, address
-        network = attack.network
-        parties = LooseParties(network.agreement, network.digest, network.parties.public_keys)
-        attempt = sealing.AttemptId(network.digest, *address)
-        self.machine = AttemptAggregator(
-            parties,
-            attempt,
-            cohort,
-            network.size,
-            MemorySpool(),
-            ring=make_ring(network.agreement, network.ciphers),
-            study_key=network.aggregator._study_key,
-        )
-        turn(self.machine, LooseAttempt)
-        self._carry(self.machine.start())
-
-    @property
-    def outcome(self) -> SumOutcome | None:
-        return self.machine.outcome
-
-    def receive(self, message: m.Message, data: bytes) -> None:
-        self._carry(self.machine.receive(message.sender, message, data))
-
-    def _carry(self, sends: list[tuple[str, m.AnyBody]]) -> None:
-        for to, body in sends:
-            self._attack.say(to, self.address, body)
 
 
 class MaliciousNode:

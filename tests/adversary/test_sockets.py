@@ -88,7 +88,7 @@ AGAIN: list[tuple[ModuleType, Callable[..., None], tuple[Any, ...]]] = [
     (test_members, test_members.test_broken_messages_of_the_aggregator, ("truncated", "KeySet")),
     (test_members, test_members.test_one_wrong_share_among_just_enough_cannot_have_its_owner_expelled, ()),
     (test_members, test_members.test_the_first_of_many_holders_cannot_spoil_the_reconstruction, ()),
-    (test_members, test_members.test_contributions_of_no_pair_master_spoil_one_round_and_their_sender_is_named, ()),
+    (test_members, test_members.test_contributions_of_no_pair_master_spoil_one_attempt_and_their_sender_is_named, ()),
     (test_members, test_members.test_a_member_that_builds_on_another_sum_is_named_by_the_aggregator, ()),
 ]
 

@@ -117,7 +117,7 @@ def one_vote_one_revelation() -> Any:
 
 def memory_of_votes() -> Any:
     """Nodes forget that they have voted in a round."""
-    return replaced(MemoryJournal, "voted", lambda self, number: False)
+    return replaced(MemoryJournal, "ballot", lambda self, number: b"")
 
 
 def _shares(coefficients: Callable[[int, shamir.Coins], list[int]]) -> Any:

@@ -114,19 +114,68 @@ def test_below_the_threshold_nothing_is_opened(phase: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["SurvivorVote", "Unmasking"])
-def test_an_attempt_that_fails_after_the_uploads_is_not_repeated(kind: str) -> None:
-    """Votes bind: whoever has voted takes part in no other sum of that round. The next round goes on."""
-    network, lost = make_network(5, threshold=4, rounds=2), {"hospital-03", "hospital-04"}
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_attempt_that_fails_after_the_uploads_is_repeated_for_the_same_survivors(kind: str, failing: int) -> None:
+    """Votes bind: all later attempts of the round are for the same five, although four would do. The next round goes on."""
+    network, lost = make_network(5, threshold=4, rounds=2, max_attempts=3), {"hospital-03", "hospital-04"}
+    asked: dict[int, set[tuple[str, ...]]] = {1: set(), 2: set()}
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
-        return [] if sender in lost and body_type(data) == kind and head(data)[2] == 1 else [data]
+        number, attempt, body = head(data)[2], head(data)[3], head(data)[5]
+        if body[0] == "Survivors":
+            asked[number].add(tuple(name for name, _ in body[1]))
+        return [] if sender in lost and body[0] == kind and number == 1 and attempt <= failing else [data]
 
     network.tap = tap
     network.run()
+    assert not network.faults
+    assert all(sets == {tuple(names(5))} for sets in asked.values())
     for name in names(5):
-        assert [summed.round for summed in network.sums[name]] == [2]
-        assert {(r, a) for r, a, _ in network.journals[name].entries} == {(1, 1), (2, 1)}
+        assert [summed.round for summed in network.sums[name]] == ([1, 2] if failing < 3 else [2])
+        begun = {(r, a) for r, a, _ in network.journals[name].entries}
+        assert begun == {(1, attempt) for attempt in range(1, min(failing + 1, 3) + 1)} | {(2, 1)}
         assert check_sum(network, name, 2) == tuple(names(5))
+
+
+@pytest.mark.parametrize("kind", ["RoundKeys", "SealedSeeds", "UploadChunk"])
+def test_a_repeated_attempt_fails_if_one_of_the_survivors_is_lost_before_its_votes(kind: str) -> None:
+    """Four would do, had nobody voted for five: the aggregator asks for no other set, and the third attempt is for all again."""
+    network, lost = make_network(5, threshold=4, max_attempts=3), "hospital-03"
+
+    def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
+        attempt, body = head(data)[3], head(data)[5]
+        votes = attempt == 1 and body[0] == "SurvivorVote" and sender in (lost, "hospital-04")
+        return [] if votes or (attempt == 2 and sender == lost and body[0] == kind) else [data]
+
+    network.tap = tap
+    network.run()
+    assert not network.faults
+    for name in names(5):
+        assert check_sum(network, name) == tuple(names(5))
+        assert max(network.journals[name].entries)[:2] == (1, 3)
+
+
+def test_a_survivor_that_stays_away_after_the_votes_costs_the_round_and_no_more() -> None:
+    """Six would do for a sum, and six come back, but all seven were voted for. They go on with the next round."""
+    network, gone = make_network(7, threshold=6, minimum_cohort=6, rounds=2), set[str]()
+    asked: dict[int, set[tuple[str, ...]]] = {1: set(), 2: set()}
+
+    def tap(sender: str, recipient: str, data: bytes) -> list[bytes]:
+        number, body = head(data)[2], head(data)[5]
+        if body[0] == "Survivors":
+            asked[number].add(tuple(name for name, _ in body[1]))
+        if number == 1 and sender in ("hospital-05", "hospital-06") and body[0] == "SurvivorVote":
+            gone.add(sender)
+            return []
+        return [] if "hospital-06" in {sender, recipient} & gone else [data]
+
+    network.tap = tap
+    network.run()
+    assert not network.faults
+    assert (asked[1], asked[2]) == ({tuple(names(7))}, {tuple(names(6))})
+    for name in names(6):
+        assert [summed.round for summed in network.sums[name]] == [2]
+    assert b"not all came back for whom nodes have voted" in b"".join(network.lines)
 
 
 def seal_badly(network: Network, liar: str, victims: set[str]) -> None:

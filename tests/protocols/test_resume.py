@@ -17,7 +17,7 @@ from protocols import study_node as node
 from protocols import transcript
 from protocols.study_aggregator import Stage
 from tests.keys.factory import AGGREGATOR
-from tests.protocols.network import Network, body_type, make_network, names
+from tests.protocols.network import Network, body_type, head, make_network, names
 
 
 class Crash(Exception):
@@ -30,6 +30,8 @@ class CrashingNetwork(Network):
     def prepare(self, crashes: dict[str, set[int]]) -> None:
         self.crashes, self.done = crashes, dict.fromkeys([AGGREGATOR, *self.nodes], 0)
         self.uploads: list[bytes] = []
+        self.asked: dict[int, set[tuple[str, ...]]] = {}
+        """By round: the survivors whom nodes were asked to vote for, in any attempt."""
         self.kinds: list[str] = []
         self.interrupted: list[str] = []
         """What was about to be sent, or else done."""
@@ -38,6 +40,8 @@ class CrashingNetwork(Network):
     def _watch(self, _sender: str, _recipient: str, data: bytes) -> list[bytes]:
         if body_type(data) == "UploadChunk":
             self.uploads.append(data[4 + int.from_bytes(data[:4]) :])
+        if body_type(data) == "Survivors":
+            self.asked.setdefault(head(data)[2], set()).add(tuple(name for name, _ in head(data)[5][1]))
         return [data]
 
     def _each(self, party: str, outputs: list) -> Iterator[list]:
@@ -77,6 +81,7 @@ def check(network: CrashingNetwork) -> set[int]:
     assert not network.faults
     assert not network.expelled
     assert len(set(network.uploads)) == len(network.uploads)
+    assert all(len(sets) == 1 for sets in network.asked.values())
     record = transcript.read_transcript(b"".join(network.lines), network.consortium.identities[AGGREGATOR].public_key)
     summed = transcript.verify_transcript(record, network.agreement, network.digest, network.parties.public_keys)
     for name in network.nodes:
@@ -124,10 +129,26 @@ def test_several_parties_crash_several_times(crashes: dict[str, set[int]]) -> No
 
 @pytest.mark.parametrize("at", range(1, crashing({}, rounds=1, count=3).done["hospital-01"] + 1))
 def test_a_node_crashes_although_nobody_can_be_spared(at: int) -> None:
-    """Of three hospitals all are needed. Until it votes, one that starts again is waited for; then its seeds are gone (ADR 9)."""
+    """Of three hospitals all are needed: one that starts again is waited for, also when others have voted (ADR 19)."""
     network = crashing({"hospital-01": {at}}, rounds=1, count=3)
-    died_before = network.interrupted[:1]
-    assert check(network) == (set() if died_before in (["SurvivorVote"], ["Unmasking"]) else {1}), died_before
+    assert check(network) == {1}, network.interrupted
+
+
+def crashes_before(kind: str) -> int:
+    """The output of a node of three before which it crashes."""
+    outputs = range(1, crashing({}, rounds=1, count=3).done["hospital-01"] + 1)
+    return next(at for at in outputs if crashing({"hospital-01": {at}}, 1, 3).interrupted[:1] == [kind])
+
+
+@pytest.mark.parametrize("kind", ["SurvivorVote", "Unmasking"])
+def test_node_and_aggregator_crash_although_nobody_can_be_spared(kind: str) -> None:
+    """Also while the attempt that the node cannot complete is given up for another of the same survivors."""
+    if kind == "Unmasking" and not make_network(3).agreement.secure_sum.masked:
+        pytest.skip("nothing is unmasked")
+    node_at = crashes_before(kind)
+    for at in range(1, crashing({"hospital-01": {node_at}}, rounds=1, count=3).done[AGGREGATOR] + 1):
+        network = crashing({"hospital-01": {node_at}, AGGREGATOR: {at}}, rounds=1, count=3)
+        assert check(network) == {1}, (at, network.kinds)
 
 
 @pytest.mark.parametrize(

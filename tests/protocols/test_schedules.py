@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from keys.errors import LocalProtocolError, RemoteProtocolError
 from protocols import messages as m
 from protocols import study_node as node
+from protocols.attempt_node import Ballot
 from protocols.sealing import AttemptId
 from tests.keys.factory import AGGREGATOR
 from tests.protocols.network import Network, body_type, make_network, names
@@ -136,19 +137,46 @@ def test_old_messages_that_are_replayed_are_ignored_or_refused() -> None:
 def test_a_restarted_node_never_masks_twice() -> None:
     network = make_network(4, rounds=2)
     network.run()
-    name = "hospital-00"
-    for completed, number, fault in [(1, 2, "in which we have voted"), (2, 2, "went back"), (2, 1, "went back")]:
-        again = node.NodeMachine(
-            network.parties,
-            network.consortium.identities[name],
-            (AGGREGATOR, network.consortium.identities[AGGREGATOR].public_key),
-            network.size,
-            coins=lambda n: bytes(n),
-            journal=network.journals[name],
-            completed=completed,
-        )
+    for completed, number in [(2, 2), (2, 1)]:
+        with pytest.raises(RemoteProtocolError, match="went back"):
+            say(network, restarted(network, completed), number, 0, m.RoundOpen(completed))
+    update = network.vectors("hospital-00", 2)
+    for attempt, cohort, fault in [
+        (1, names(4), "an attempt again that we began before a restart"),
+        (2, names(3), "second sum of a round in which we have voted"),
+    ]:
+        again = restarted(network, completed=1)
+        assert say(network, again, 2, 0, m.RoundOpen(1)) == [node.Train(2)]
+        again.submit(2, update)
         with pytest.raises(RemoteProtocolError, match=fault):
-            say(network, again, number, 0, m.RoundOpen(completed))
+            say(network, again, 2, attempt, m.AttemptOpen(tuple(cohort)))
+
+
+def test_whoever_has_voted_hands_in_no_other_update_of_that_round() -> None:
+    """The difference of two sums of the same nodes would be the difference of its updates: a second look at its patients."""
+    network = make_network(4, rounds=2)
+    network.run()
+    again = restarted(network, completed=1)
+    say(network, again, 2, 0, m.RoundOpen(1))
+    other = network.vectors("hospital-00", 2).copy()
+    other[7] += 1e-9
+    with pytest.raises(LocalProtocolError, match="another update"):
+        again.submit(2, other)
+    assert again.submit(2, network.vectors("hospital-00", 2))
+
+
+def restarted(network: Network, completed: int) -> node.NodeMachine:
+    """The first node, from its journal, with so many sums applied."""
+    return node.NodeMachine(
+        network.parties,
+        network.consortium.identities["hospital-00"],
+        (AGGREGATOR, network.consortium.identities[AGGREGATOR].public_key),
+        network.size,
+        coins=lambda n: bytes(n),
+        journal=network.journals["hospital-00"],
+        completed=completed,
+        ciphers=network.ciphers,
+    )
 
 
 def test_what_a_driver_may_not_do() -> None:
@@ -225,19 +253,21 @@ def test_a_second_sum_of_a_round_is_refused_once_unmasking_began() -> None:
 
     def tap(sender: str, _recipient: str, data: bytes) -> list[bytes]:
         if sender == AGGREGATOR and body_type(data) in ("SumChunk", "RoundResult"):
-            return [m.encode(aggregator, AttemptId(network.digest, 1, 2), m.AttemptOpen(tuple(names(4))))]
+            return [m.encode(aggregator, AttemptId(network.digest, 1, 2), m.AttemptOpen(tuple(names(3))))]
         return [data]
 
     network.tap = tap
     network.run()
-    assert set(network.faults) == set(names(4))
+    assert "not part of" in str(network.faults.pop("hospital-03"))
+    assert set(network.faults) == set(names(3))
     assert all("second sum" in str(fault) for fault in network.faults.values())
 
 
 def test_the_journal_refuses_a_second_sum_also_after_a_restart() -> None:
     network = make_network(4)
     machine = opened(network, "hospital-00")
-    network.journals["hospital-00"].entries.append((1, 0, "voted"))
+    ballot = Ballot.of(names(3), np.zeros(network.size))
+    network.journals["hospital-00"].record(1, 0, "voted", msgspec.msgpack.encode(ballot))
     with pytest.raises(RemoteProtocolError, match="second sum"):
         say(network, machine, 1, 1, m.AttemptOpen(tuple(names(4))))
 

@@ -532,14 +532,6 @@ def test_rounds_only_move_forward() -> None:
         machine.receive(from_aggregator(network, m.RoundOpen(0), 1))
 
 
-def test_a_round_whose_unmasking_began_is_not_summed_again_even_after_a_restart() -> None:
-    network = make_network(4, size=8)
-    network.journals["hospital-00"].record(1, 1, "voted")
-    machine = network.new_node("hospital-00")
-    with pytest.raises(RemoteProtocolError, match="in which we have voted"):
-        machine.receive(from_aggregator(network, m.RoundOpen(0)))
-
-
 def test_an_operator_who_stops_the_study_sends_everybody_home() -> None:
     network = make_network(4, rounds=9)
 

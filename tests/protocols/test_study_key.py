@@ -442,7 +442,7 @@ def test_a_member_that_claims_another_key_after_a_crash_of_the_aggregator_stops_
 def test_a_key_under_which_we_have_voted_stays_after_a_restart(protocol: str) -> None:
     network, name = study(), "hospital-01"
     network.start()
-    while not network.journals[name].voted(1):
+    while not network.journals[name].ballot(1):
         network._deliver(*network._queue.popleft()) if network._queue else network.pass_time()
     before = network.journals[name].secret
     restarted = network.new_node(name)

@@ -38,11 +38,11 @@ def record(number: int, text: str = "x") -> bytes:
 def test_a_node_remembers_everything_after_a_crash(tmp_path: Path) -> None:
     """Nothing is closed: a killed process closes nothing either. Only the lock on the receipts must go."""
     first = NodeJournal(tmp_path, bytes(32))
-    assert (first.last(), first.voted(1), first.progress(), first.update(1)) == ((0, 0), False, None, None)
+    assert (first.last(), first.ballot(1), first.progress(), first.update(1)) == ((0, 0), b"", None, None)
     first.record(1, 1, "begun")
     first.record(1, 1, "used", SEED)
     first.record(1, 2, "begun")
-    first.record(1, 2, "voted")
+    first.record(1, 2, "voted", b"ballot")
     vector, model = np.arange(5.0), {"w": np.ones((2, 3), np.float32)}
     first.keep_update(2, vector, model)
     first.keep_receipt(1, record(1))
@@ -50,8 +50,8 @@ def test_a_node_remembers_everything_after_a_crash(tmp_path: Path) -> None:
 
     again = NodeJournal(tmp_path, bytes(32))
     assert again.last() == (1, 2)
-    assert again.voted(1)
-    assert not again.voted(2)
+    assert again.ballot(1) == b"ballot"
+    assert again.ballot(2) == b""
     assert (again.tag_seed(1, 1), again.tag_seed(1, 2), again.tag_seed(2, 1)) == (SEED, b"", b"")
     assert np.array_equal(again.update(2), vector)  # type: ignore[arg-type]
     assert np.array_equal(again.trained_model()["w"], model["w"])
