@@ -67,6 +67,7 @@ def make_spec(
     hospital: dict[str, float] | None = None,
     *,
     patience: float = 1.0,
+    needed: int = 3,
     **privacy: Any,
 ) -> dict[str, Any]:
     settings = preset("breast-cancer", 4, rounds)
@@ -81,8 +82,8 @@ def make_spec(
         "study": {"id": "test-study", "rounds": rounds, "classes": 2},
         "secure_sum": {
             "protocol": protocol,
-            "minimum_cohort": 3,
-            "threshold": 3,
+            "minimum_cohort": needed,
+            "threshold": needed,
             "max_attempts": 8,
             **({"chunk_values": 1024} if protocol == "masked" else {}),
         },

@@ -168,7 +168,7 @@ def check_tag_seeds(site: Site) -> None:
     seeds = defaultdict[tuple[int, int], set[bytes]](set)
     for path in site.base.glob("*/state/*/state.sqlite"):
         with sqlite3.connect(path) as database:
-            rows = database.execute("SELECT round, attempt, tag_seed FROM attempts WHERE event = 'used'")
+            rows = database.execute("SELECT round, attempt, note FROM attempts WHERE event = 'used'")
             for number, attempt, seed in rows:
                 seeds[number, attempt].add(seed)
     assert all(len(known) == 1 for known in seeds.values())
@@ -255,3 +255,13 @@ def test_a_node_killed_in_every_phase(tmp_path: Path, orders: list[Order]) -> No
     site = make_site(tmp_path, rounds=len(orders) + 1, patience=2.0)
     check(site, len(orders) + 1, run(site, orders))
     check_differences(site)
+
+
+@pytest.mark.slow
+def test_a_node_killed_after_the_votes_although_nobody_can_be_spared(tmp_path: Path) -> None:
+    """All four are needed, and the seeds of one are gone: it is waited for, and the same four are summed in a new attempt."""
+    site = make_site(tmp_path, rounds=1, patience=1.5, needed=4)
+    check(site, 1, run(site, [(FOURTH, "SurvivorVote"), (FIRST, "Unmasking")]))
+    assert check_differences(site) == {(name, 1) for name in HOSPITALS}
+    summed = [body for body in transcript(site) if body["type"] == "RoundRecord"]
+    assert all(len(body["survivors"]) == 4 for body in summed)  # type: ignore[arg-type]
