@@ -1,4 +1,4 @@
-"""One target under atheris, in a process of its own: `python -m tests.fuzz.child TARGET CORPUS FAILURES SECONDS`.
+"""One target under atheris, in a process of its own that is forked from one which has imported everything: that takes seconds.
 
 The packages are instrumented while they are imported, so nothing may import them before. libFuzzer ends the process with an
 error, and writes the input down, when an exception leaves the target, when one input takes `TIMEOUT_SECONDS`, and when memory
@@ -7,29 +7,34 @@ runs out; an allocation far beyond that limit fails at once, as a `MemoryError`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import os
 import random
 import resource
-import sys
 from pathlib import Path
 
 import atheris
 
 from tests.fuzz import mutate as mutate  # not to be instrumented
 
-with atheris.instrument_imports(include=["tests"]):
-    from tests.fuzz import planted as planted
-with atheris.instrument_imports(include=["keys", "protocols", "secgeo", "audit"]):
-    from tests.fuzz import targets
+with contextlib.redirect_stderr(io.StringIO()):  # the name of each module
+    with atheris.instrument_imports(include=["tests"]):
+        from tests.fuzz import planted as planted
+    with atheris.instrument_imports(include=["keys", "protocols", "secgeo", "audit"]):
+        from tests.fuzz import targets
 
 TIMEOUT_SECONDS = 5
 MEMORY_LIMIT_BYTES = 2 << 30
 """What a target may take beyond what it needed for its seeds."""
 
 
-def main() -> None:
-    """Fuzz one target."""
-    name, corpus, failures, seconds = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+def main(name: str, corpus: Path, failures: str, seconds: int, output: Path) -> None:
+    """Fuzz one target; what is printed goes to the file `output`."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
     target = targets.find(name)
     longest = 4096
     for seed in target.seeds():
@@ -54,10 +59,6 @@ def main() -> None:
         "print_final_stats": 1,
         "seed": 1,
     }
-    arguments = [sys.argv[0], str(corpus), *(f"-{option}={value}" for option, value in options.items())]
+    arguments = ["fuzz", str(corpus), *(f"-{option}={value}" for option, value in options.items())]
     atheris.Setup(arguments, target.run, custom_mutator=mutate)
     atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

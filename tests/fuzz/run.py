@@ -7,18 +7,23 @@ its input is kept, and the message says how to try it again: `python -m tests.fu
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.fuzz import targets
+
+CONTEXT = multiprocessing.get_context("forkserver")
 
 _START_SECONDS = 120
 """How long a target may take beside its fuzzing: imports, keys and seeds."""
@@ -55,6 +60,8 @@ def main() -> int:
         return 0
     if importlib.util.find_spec("atheris") is None:
         parser.error("atheris is not installed; it has wheels for CPython 3.11 to 3.13 on Linux x86-64")
+    os.environ |= {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONWARNINGS": "ignore"}
+    CONTEXT.set_forkserver_preload(["tests.fuzz.child"])
     with ThreadPoolExecutor(os.cpu_count() if arguments.all else 1) as pool:
         held = list(pool.map(lambda name: fuzz(name, arguments.corpus, arguments.seconds), names))
     return 0 if all(held) else 1
@@ -65,23 +72,31 @@ def fuzz(name: str, corpus: Path, seconds: int) -> bool:
     inputs, failures = corpus / name, corpus / "failures" / f"{name}-"
     inputs.mkdir(parents=True, exist_ok=True)
     failures.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.child", name, str(inputs), str(failures), str(seconds)]
-    variables = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     started = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | variables,
-            timeout=seconds + _START_SECONDS,
-            check=False,
-        )
-        code, output = done.returncode, done.stdout.decode(errors="replace")
-    except subprocess.TimeoutExpired as expired:
-        code, output = -1, (expired.stdout or b"").decode(errors="replace") + "\nthe process did not end in time"
+    with tempfile.NamedTemporaryFile() as printed:
+        arguments = name, inputs, str(failures), seconds, Path(printed.name)
+        process = CONTEXT.Process(target=child_main, args=arguments)
+        process.start()
+        process.join(seconds + _START_SECONDS)
+        late = process.is_alive()
+        process.kill()
+        process.join()
+        output = printed.read().decode(errors="replace") + late * "\nthe process did not end in time"
+    code = process.exitcode or 0
     report(name, code, output, time.monotonic() - started)
     return code == 0
+
+
+def child_main(*arguments: object) -> None:
+    """In the process of the target, where everything is imported."""
+    from tests.fuzz import child
+
+    try:
+        child.main(*arguments)  # type: ignore[arg-type]
+    except Exception:
+        traceback.print_exc()
+    finally:
+        ctypes.CDLL(None).exit(1)  # multiprocessing would leave without what libFuzzer does at exit: it keeps the input
 
 
 def report(name: str, code: int, output: str, seconds: float) -> None:
