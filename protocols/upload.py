@@ -1,22 +1,25 @@
 """A node's masked upload: from the float vector to packed chunks, made as they are asked for, on all cores.
 
-    values -> fixed point -> tag over them -> masked and sealed by the ring (`protocols.rings`) -> chunk
+    values -> fixed point -> hashed for the tag -> masked and sealed by the ring (`protocols.rings`) -> chunk
 
-The masked tag goes with the upload's end. Only the chunks that are asked for exist; the vector itself is never copied.
+The masked tag goes with the upload's end. Only the chunks that are asked for exist, and the rows of the tag (1 / 200 of the vector); the
+vector itself is never copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from keys.errors import LocalProtocolError
 from protocols.encoding import FixedPoint, Float64Vector
 from protocols.messages import chunk_digest
 from protocols.prg import TAG_PRIME, MaskSet
 from protocols.rings import Data, Ring
-from protocols.tags import Tagger
+from protocols.tags import COLUMNS, ROW_VALUES, Tagger
 from protocols.transcript import upload_digest
 from protocols.workers import spread
 
@@ -26,9 +29,8 @@ Finish = Callable[[int, bytes, Data], bytes]
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A masked chunk, and what its values add to the tag."""
+    """A masked chunk."""
 
-    part: int
     digest: bytes
     message: bytes
 
@@ -49,7 +51,8 @@ class Upload:
         self._ring, self._fixed_point, self._vector = ring, fixed_point, vector
         self._tagger, self._masks, self._chunk_values = tagger, masks, chunk_values
         self._digests: list[bytes] = []
-        self._tag = (tagger.pad + pad) % TAG_PRIME
+        self._hashed = np.empty((-(-vector.size // ROW_VALUES), COLUMNS))
+        self._pad = tagger.pad + pad
 
     @property
     def chunks(self) -> int:
@@ -61,10 +64,16 @@ class Upload:
         """How many chunks were made so far."""
         return len(self._digests)
 
-    @property
+    @cached_property
     def tag(self) -> int:
-        """The masked tag, once every chunk was made."""
-        return self._masks.apply_to_tag(self._tag)
+        """The masked tag, once every chunk was made.
+
+        Raises:
+            LocalProtocolError: some were not: their rows would be whatever was in memory.
+        """
+        if self.made < self.chunks:
+            raise LocalProtocolError(f"the tag is over all {self.chunks} chunks, of which {self.made} were made")
+        return self._masks.apply_to_tag((self._tagger.inner_product(self._hashed) + self._pad) % TAG_PRIME)
 
     @property
     def digest(self) -> bytes:
@@ -74,7 +83,6 @@ class Upload:
     def make(self, stop: int, finish: Finish) -> list[bytes]:
         """The messages of the next chunks, up to chunk `stop`; each chunk is made once."""
         made = spread(lambda index: self._make(index, finish), range(self.made, min(stop, self.chunks)))
-        self._tag = (self._tag + sum(chunk.part for chunk in made)) % TAG_PRIME
         self._digests += [chunk.digest for chunk in made]
         return [chunk.message for chunk in made]
 
@@ -82,7 +90,9 @@ class Upload:
         start = index * self._chunk_values
         values = self._vector[start : start + self._chunk_values]
         integers = self._fixed_point.integers(values)
-        part = self._tagger.part(integers, start)
+        hashed = self._tagger.hashed(integers)
+        first = start // ROW_VALUES
+        self._hashed[first : first + len(hashed)] = hashed
         data = self._ring.seal(integers.astype(np.uint32), self._masks, start)
         digest = chunk_digest(data)
-        return _Chunk(part, digest, finish(index, digest, data))
+        return _Chunk(digest, finish(index, digest, data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -17,7 +18,7 @@ from protocols.messages import chunk_digest
 from protocols.prg import BLOCK_BYTES, TAG_PRIME, MaskSet, keystream
 from protocols.rings import IntegerRing
 from protocols.sealing import AttemptId
-from protocols.tags import Tagger
+from protocols.tags import Hashed, Tagger
 from protocols.transcript import upload_digest
 from protocols.upload import Upload
 from protocols.workers import spread
@@ -193,6 +194,35 @@ def test_a_last_chunk_that_fails_is_made_again_just_so() -> None:
     assert upload.tag == masked_tag(WIDE, vector(3000), KEYS[:2], KEYS[2:])
 
 
+def test_the_tag_of_half_an_upload_is_refused() -> None:
+    """A second tag under the same masks would give the difference away."""
+    upload = integers(WIDE, vector(3000), TAGGER, masks(), 1024)
+    upload.make(2, message)
+    with pytest.raises(LocalProtocolError, match="3 chunks, of which 2 were made"):
+        _ = upload.tag
+    upload.make(3, message)
+    assert upload.tag == masked_tag(WIDE, vector(3000), KEYS[:2], KEYS[2:])
+
+
+def test_the_inner_product_is_taken_once_where_the_caller_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of chunks hash rows and nothing more."""
+    calls: list[tuple[int, int]] = []
+
+    def inner_product(self: Tagger, hashed: Hashed, first: int = 0) -> int:
+        calls.append((threading.get_ident(), len(hashed)))
+        return genuine(self, hashed, first)
+
+    genuine = Tagger.inner_product
+    monkeypatch.setattr(Tagger, "inner_product", inner_product)
+    upload = integers(WIDE, vector(30_000), TAGGER, masks(), 2048)
+    upload.make(5, message)
+    upload.make(upload.chunks, message)
+    assert not calls
+    assert upload.tag == upload.tag
+    assert upload.digest
+    assert calls == [(threading.get_ident(), 30)]
+
+
 def test_each_chunk_is_finished_once_and_in_other_threads_too() -> None:
     calls: list[int] = []
     threads = set()
@@ -200,6 +230,7 @@ def test_each_chunk_is_finished_once_and_in_other_threads_too() -> None:
     def finish(index: int, digest: bytes, data: memoryview) -> bytes:
         calls.append(index)
         threads.add(threading.get_ident())
+        time.sleep(0.001)  # Chunks as small as these would be made before another thread wakes up.
         return message(index, digest, data)
 
     upload = integers(WIDE, vector(30_000), TAGGER, masks(), 1024)
