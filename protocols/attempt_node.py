@@ -21,7 +21,7 @@ in no other attempt of that round (docs/adr/0003). What was used or voted is jou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -35,7 +35,7 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir, tags
 from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement
-from protocols.encoding import FixedPoint, Float64Vector
+from protocols.encoding import Data, FixedPoint, Float64Vector
 from protocols.graph import MaskGraph
 from protocols.prg import MaskSet
 from protocols.rings import Ring
@@ -177,7 +177,7 @@ class AttemptNode:
         self._own_keys = self._sign(keys)
         return [self._own_keys]
 
-    def receive(self, body: m.AnyBody) -> list[bytes]:
+    def receive(self, body: m.AnyBody) -> Sequence[Data]:
         """Take one body of the aggregator and give the signed messages that answer it.
 
         Raises:
@@ -359,13 +359,13 @@ class AttemptNode:
 
     # --- UPLOAD: chunks as far as credit goes
 
-    def _on_credit(self, body: m.Credit) -> list[bytes]:
+    def _on_credit(self, body: m.Credit) -> Sequence[Data]:
         upload = self._upload
         if upload is None or self._digest:
             return []  # Everything is sent already.
         answer = upload.make(
             body.chunks,
-            lambda index, digest, data: m.encode(self._identity, self._attempt, m.UploadChunk(index, digest), data),
+            lambda index, digest: m.envelope(self._identity, self._attempt, m.UploadChunk(index, digest)),
         )
         if upload.made == upload.chunks:
             self._digest, self._upload = upload.digest, None

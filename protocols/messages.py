@@ -22,6 +22,7 @@ from keys.errors import RemoteProtocolError, VerificationFailed
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols.agreement import MAXIMUM_MEMBERS, Name
+from protocols.encoding import Data
 from protocols.prg import TAG_PRIME
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
 from protocols.shamir import SHARE_BYTES
@@ -33,6 +34,9 @@ AGGREGATOR: Final = "aggregator"
 CHUNK_LIMIT_BYTES: Final = 1 << 20
 MESSAGE_LIMIT_BYTES: Final = CHUNK_LIMIT_BYTES + (1 << 16)
 """No message is larger: one chunk of at most 1 MiB and its head. The transport enforces the same bound."""
+
+CHUNK_ENVELOPE_BYTES: Final = 256
+"""The head of an `UploadChunk` and its length take no more. A multiple of an AES block: masks are fastest on aligned values."""
 
 NO_RECORD: Final = bytes(32)
 """Stands for the digest of the last record before the first sum."""
@@ -313,21 +317,26 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Head)
 
 
-def chunk_digest(data: bytes | memoryview) -> bytes:
+def chunk_digest(data: Data) -> bytes:
     """SHA-256 of one chunk's packed values."""
     return hashlib.sha256(data).digest()
 
 
-def encode(identity: Identity, attempt: AttemptId, body: AnyBody, tail: bytes | memoryview = b"") -> bytes:
+def encode(identity: Identity, attempt: AttemptId, body: AnyBody, tail: Data = b"") -> bytes:
     """Sign and encode one message; `tail` is for chunks, whose body must hold its digest."""
+    return b"".join((envelope(identity, attempt, body), tail))
+
+
+def envelope(identity: Identity, attempt: AttemptId, body: AnyBody) -> bytes:
+    """Sign one message and encode all but its tail: the head's length and the head. A chunk's is at most `CHUNK_ENVELOPE_BYTES`."""
     unsigned = (VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body)
     signature = identity.sign(Label.MESSAGE, _encoder.encode(unsigned))
     head = _encoder.encode((*unsigned, signature))
-    return b"".join((len(head).to_bytes(_LENGTH_BYTES), head, tail))
+    return len(head).to_bytes(_LENGTH_BYTES) + head
 
 
 def decode(
-    data: bytes, peer: str, public_key: Ed25519PublicKey, agreement_digest: bytes, name: str | None = None
+    data: Data, peer: str, public_key: Ed25519PublicKey, agreement_digest: bytes, name: str | None = None
 ) -> Message:
     """Decode and verify one message of `peer`, whose roster key is `public_key`.
 
@@ -371,7 +380,7 @@ def decode(
     return Message(head.sender, head.round, head.attempt, head.body, tail)
 
 
-def _split(data: bytes) -> tuple[memoryview, memoryview]:
+def _split(data: Data) -> tuple[memoryview, memoryview]:
     view = memoryview(data)
     end = _LENGTH_BYTES + int.from_bytes(view[:_LENGTH_BYTES])
     return view[_LENGTH_BYTES:end], view[end:]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keys.errors import RemoteProtocolError
+from keys.identity import Identity
 from keys.labels import Label
 from protocols import messages as m
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
@@ -231,6 +232,23 @@ def test_a_chunk_is_bound_to_its_bytes_and_nothing_else_may_have_any(tail: bytes
     if tail:
         with pytest.raises(RemoteProtocolError, match="bytes behind it"):
             decode(m.encode(ALICE, ATTEMPT, m.Ready(), tail))
+
+
+@pytest.mark.parametrize("kind", [m.UploadChunk, m.SumChunk])
+def test_an_envelope_and_the_tail_are_the_message(kind: type[m.UploadChunk] | type[m.SumChunk]) -> None:
+    body = kind(7, m.chunk_digest(TAIL))
+    envelope = m.envelope(ALICE, ATTEMPT, body)
+    assert envelope + TAIL == m.encode(ALICE, ATTEMPT, body, TAIL)
+    received = memoryview(envelope + TAIL)
+    assert m.decode(received, "hospital-00", ALICE.public_key, DIGEST).body == body
+
+
+def test_the_envelope_of_any_chunk_fits_into_the_room_before_its_values() -> None:
+    """The longest name and the largest numbers."""
+    longest = Identity.generate("a" * 63, "hospital")
+    largest = AttemptId(DIGEST, 2**32 - 1, 2**32 - 1)
+    envelope = m.envelope(longest, largest, m.UploadChunk(2**32 - 1, H32))
+    assert m.CHUNK_ENVELOPE_BYTES - 32 < len(envelope) <= m.CHUNK_ENVELOPE_BYTES
 
 
 DATA = m.encode(ALICE, ATTEMPT, m.Unmasking((("hospital-01", SHARE),), (("hospital-02", SHARE),)))
