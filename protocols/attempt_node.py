@@ -252,7 +252,8 @@ class AttemptNode:
         }
         self._shares[self._me] = given[self._me]
         self._state = State.SEEDS
-        return [self._sign(self._seal_for(name, given.get(name, Shares(None, None, dealt)))) for name in recipients]
+        seeds = [self._seal_for(name, given.get(name, Shares(None, None, dealt))) for name in recipients]
+        return m.encode_together(self._identity, self._attempt, seeds)
 
     def _check_last_records(self) -> None:
         """All build on the same sum: nobody was told that a round was lost which others have applied."""

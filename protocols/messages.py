@@ -1,16 +1,18 @@
 """The typed messages of the secure sum, and the signed envelope that carries each (DESIGN section 4).
 
 A message is the head's length (4 bytes, big-endian), the head, and the tail. The head is one MessagePack array: version,
-agreement digest, round, attempt, sender, body, Ed25519 signature by the sender over all that precedes it. Only chunks have
-a tail: their packed values, which the signed body binds by SHA-256, so that bulk data is hashed once and never copied.
-Bodies are tagged arrays of fixed fields; every string and list has a bound that is checked while decoding, trailing bytes
-and extra fields are refused, and a decoded head must re-encode to the very same bytes. Bytes from the network are
-hostile: the only exception that leaves this module for them is `RemoteProtocolError(peer)`.
+agreement digest, round, attempt, sender, body, Ed25519 signature by the sender over all that precedes it; or one signature
+for several messages that go out together, with the digests that it is over (docs/adr/0018). Only chunks have a tail: their
+packed values, which the signed body binds by SHA-256, so that bulk data is hashed once and never copied. Bodies are tagged
+arrays of fixed fields; every string and list has a bound that is checked while decoding, trailing bytes and extra fields
+are refused, and a decoded head must re-encode to the very same bytes. Bytes from the network are hostile: the only
+exception that leaves this module for them is `RemoteProtocolError(peer)`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final
 
@@ -18,7 +20,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta, Struct
 
-from keys.errors import RemoteProtocolError, VerificationFailed
+from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols.agreement import MAXIMUM_MEMBERS, Name
@@ -37,6 +39,9 @@ MESSAGE_LIMIT_BYTES: Final = CHUNK_LIMIT_BYTES + (1 << 16)
 
 CHUNK_ENVELOPE_BYTES: Final = 256
 """The head of an `UploadChunk` and its length take no more. A multiple of an AES block: masks are fastest on aligned values."""
+
+BATCH_MESSAGES: Final = 16
+"""Messages that share a signature, at most: each of them holds the digests of all."""
 
 NO_RECORD: Final = bytes(32)
 """Stands for the digest of the last record before the first sum."""
@@ -291,6 +296,13 @@ AnyBody = (
 )
 
 
+class BatchSignature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One signature over the digests of several messages that went out together; that of the message that it is in is among them."""
+
+    signature: Signature
+    digests: Annotated[tuple[Digest, ...], Meta(min_length=2, max_length=BATCH_MESSAGES)]
+
+
 class _Head(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     version: int
     agreement_digest: Digest
@@ -298,7 +310,7 @@ class _Head(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     attempt: Number
     sender: Name
     body: AnyBody
-    signature: Signature
+    signature: Signature | BatchSignature
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,10 +341,49 @@ def encode(identity: Identity, attempt: AttemptId, body: AnyBody, tail: Data = b
 
 def envelope(identity: Identity, attempt: AttemptId, body: AnyBody) -> bytes:
     """Sign one message and encode all but its tail: the head's length and the head. A chunk's is at most `CHUNK_ENVELOPE_BYTES`."""
-    unsigned = (VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body)
-    signature = identity.sign(Label.MESSAGE, _encoder.encode(unsigned))
+    unsigned = _unsigned(identity, attempt, body)
+    return _framed(unsigned, identity.sign(Label.MESSAGE, _encoder.encode(unsigned)))
+
+
+def encode_together(identity: Identity, attempt: AttemptId, bodies: Sequence[AnyBody]) -> list[bytes]:
+    """Sign and encode messages without tails that go out together, `BATCH_MESSAGES` under one signature.
+
+    Who gets one of them gets digests of the others, and could test a guess at them: bodies must hold what nobody guesses.
+
+    Raises:
+        LocalProtocolError: two of them are the same.
+    """
+    batches = [bodies[first : first + BATCH_MESSAGES] for first in range(0, len(bodies), BATCH_MESSAGES)]
+    return [message for batch in batches for message in _encode_batch(identity, attempt, batch)]
+
+
+def _encode_batch(identity: Identity, attempt: AttemptId, bodies: Sequence[AnyBody]) -> list[bytes]:
+    if len(bodies) == 1:
+        return [encode(identity, attempt, bodies[0])]
+    heads = [_unsigned(identity, attempt, body) for body in bodies]
+    digests = tuple(_batch_digest(_encoder.encode(unsigned)) for unsigned in heads)
+    if len(set(digests)) < len(digests):
+        raise LocalProtocolError("the same message twice in one batch")
+    signature = BatchSignature(identity.sign(Label.MESSAGE_BATCH, _encoder.encode(digests)), digests)
+    return [_framed(unsigned, signature) for unsigned in heads]
+
+
+_Unsigned = tuple[int, bytes, int, int, str, AnyBody]
+"""The fields of a head before its signature."""
+
+
+def _unsigned(identity: Identity, attempt: AttemptId, body: AnyBody) -> _Unsigned:
+    return VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body
+
+
+def _framed(unsigned: _Unsigned, signature: bytes | BatchSignature) -> bytes:
     head = _encoder.encode((*unsigned, signature))
     return len(head).to_bytes(_LENGTH_BYTES) + head
+
+
+def _batch_digest(unsigned: bytes) -> bytes:
+    """What stands for a message in a batch: SHA-256 of the very bytes that would be signed if it went alone."""
+    return hashlib.sha256(Label.MESSAGE + unsigned).digest()
 
 
 def decode(
@@ -369,7 +420,7 @@ def decode(
         raise RemoteProtocolError(peer, "a message that is not in canonical form")
     unsigned = (head.version, head.agreement_digest, head.round, head.attempt, head.sender, head.body)
     try:
-        verify_signature(public_key, Label.MESSAGE, _encoder.encode(unsigned), head.signature)
+        _verify(public_key, _encoder.encode(unsigned), head.signature)
     except VerificationFailed:
         raise RemoteProtocolError(peer, "a message with a wrong signature") from None
     if isinstance(head.body, UploadChunk | SumChunk):
@@ -378,6 +429,21 @@ def decode(
     elif tail:
         raise RemoteProtocolError(peer, f"a {type(head.body).__name__} with bytes behind it")
     return Message(head.sender, head.round, head.attempt, head.body, tail)
+
+
+def _verify(public_key: Ed25519PublicKey, unsigned: bytes, signature: bytes | BatchSignature) -> None:
+    """Check the signature of an encoded head without it.
+
+    Raises:
+        VerificationFailed: it is not its sender's; or the message is not in the batch, or one is in it twice.
+    """
+    if not isinstance(signature, BatchSignature):
+        verify_signature(public_key, Label.MESSAGE, unsigned, signature)
+        return
+    digests = signature.digests
+    if _batch_digest(unsigned) not in digests or len(set(digests)) < len(digests):
+        raise VerificationFailed("a batch that this message is not in, or that has one twice")
+    verify_signature(public_key, Label.MESSAGE_BATCH, _encoder.encode(digests), signature.signature)
 
 
 def _split(data: Data) -> tuple[memoryview, memoryview]:
