@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 from unittest import mock
@@ -17,7 +17,7 @@ from protocols import rings, upload
 from protocols.agreement import fit_ciphertexts, read_agreement, sparse_graph, write_agreement
 from protocols.attempt_aggregator import CREDIT_CHUNKS, AttemptAggregator, Phase, Spool
 from protocols.attempt_node import AttemptNode
-from protocols.encoding import FixedPoint
+from protocols.encoding import Data, FixedPoint
 from protocols.packing import BfvParameters
 from protocols.rings import Cipher, Ciphers, make_ring
 from protocols.sealing import AttemptId
@@ -123,8 +123,8 @@ class Attempt:
             else:
                 return
 
-    def _to_aggregator(self, name: str, messages: list[bytes]) -> None:
-        for data in messages:
+    def _to_aggregator(self, name: str, messages: Sequence[Data]) -> None:
+        for data in map(bytes, messages):
             message = m.decode(data, name, self.study.parties.public_keys[name], self.study.digest)
             self._sort(self._timed(AGGREGATOR, lambda m=message, d=data: self.aggregator.receive(name, m, d)))  # type: ignore[misc]
 

@@ -31,14 +31,14 @@ from tests.protocols.network import Network
 @contextmanager
 def masks_off(off: bool) -> Iterator[None]:
     """The same messages and steps with no mask and no tag computed."""
-    apply, part = MaskSet.apply, tags.Tagger.part
+    apply, hashed = MaskSet.apply, tags.Tagger.hashed
     if off:
         MaskSet.apply = lambda *_: None  # type: ignore[assignment, method-assign, misc]
-        tags.Tagger.part = lambda *_: 0  # type: ignore[assignment, method-assign, misc]
+        tags.Tagger.hashed = lambda *_: np.empty((0, tags.COLUMNS))  # type: ignore[assignment, method-assign, misc]
     try:
         yield
     finally:
-        MaskSet.apply, tags.Tagger.part = apply, part  # type: ignore[method-assign]
+        MaskSet.apply, tags.Tagger.hashed = apply, hashed  # type: ignore[method-assign]
 
 
 def _run_nodes(study: Network, address: str, off: bool) -> None:

@@ -25,6 +25,7 @@ class Label(bytes, Enum):
     AUDIT = b"secgeo/audit/v1\0"
     # the secure sum
     MESSAGE = b"secgeo/message/v1\0"
+    MESSAGE_BATCH = b"secgeo/message-batch/v1\0"
     COHORT = b"secgeo/cohort/v1\0"
     UNMASKED_COHORT = b"secgeo/unmasked-cohort/v1\0"
     PAIR_KEY = b"secgeo/pair-key/v1\0"

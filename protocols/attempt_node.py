@@ -23,7 +23,7 @@ is journalled before it is sent.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -38,7 +38,7 @@ from keys.labels import Label
 from protocols import messages as m
 from protocols import sealing, shamir, tags
 from protocols.agreement import MINIMUM_CONTRIBUTORS, Agreement
-from protocols.encoding import FixedPoint, Float64Vector
+from protocols.encoding import Data, FixedPoint, Float64Vector
 from protocols.graph import MaskGraph
 from protocols.prg import MaskSet
 from protocols.rings import Ring
@@ -198,7 +198,7 @@ class AttemptNode:
         self._own_keys = self._sign(keys)
         return [self._own_keys]
 
-    def receive(self, body: m.AnyBody) -> list[bytes]:
+    def receive(self, body: m.AnyBody) -> Sequence[Data]:
         """Take one body of the aggregator and give the signed messages that answer it.
 
         Raises:
@@ -273,7 +273,8 @@ class AttemptNode:
         }
         self._shares[self._me] = given[self._me]
         self._state = State.SEEDS
-        return [self._sign(self._seal_for(name, given.get(name, Shares(None, None, dealt)))) for name in recipients]
+        seeds = [self._seal_for(name, given.get(name, Shares(None, None, dealt))) for name in recipients]
+        return m.encode_together(self._identity, self._attempt, seeds)
 
     def _check_last_records(self) -> None:
         """All build on the same sum: nobody was told that a round was lost which others have applied."""
@@ -380,13 +381,13 @@ class AttemptNode:
 
     # --- UPLOAD: chunks as far as credit goes
 
-    def _on_credit(self, body: m.Credit) -> list[bytes]:
+    def _on_credit(self, body: m.Credit) -> Sequence[Data]:
         upload = self._upload
         if upload is None or self._digest:
             return []  # Everything is sent already.
         answer = upload.make(
             body.chunks,
-            lambda index, digest, data: m.encode(self._identity, self._attempt, m.UploadChunk(index, digest), data),
+            lambda index, digest: m.envelope(self._identity, self._attempt, m.UploadChunk(index, digest)),
         )
         if upload.made == upload.chunks:
             self._digest, self._upload = upload.digest, None

@@ -20,6 +20,8 @@ from protocols.agreement import Agreement
 
 Float64Vector = NDArray[np.float64]
 Uint32Vector = NDArray[np.uint32]
+Data = bytes | memoryview
+"""Bytes that are made once and then only read: [n] octets, wherever they lie."""
 
 _THREE_BYTES = np.dtype([("low", "<u2"), ("high", "u1")])
 _FIVE_BYTES = np.dtype([("low", "<u4"), ("high", "u1")])
@@ -127,7 +129,7 @@ def pack(values: Uint32Vector, ring_bits: int) -> memoryview:
     return pairs.view(np.uint8).data
 
 
-def unpack(data: bytes | bytearray | memoryview, count: int, ring_bits: int) -> Uint32Vector:
+def unpack(data: Data | bytearray, count: int, ring_bits: int) -> Uint32Vector:
     """The inverse of `pack`, without a copy at 32 bits.
 
     Raises:

@@ -1,16 +1,18 @@
 """The typed messages of the secure sum, and the signed envelope that carries each (DESIGN section 4).
 
 A message is the head's length (4 bytes, big-endian), the head, and the tail. The head is one MessagePack array: version,
-agreement digest, round, attempt, sender, body, Ed25519 signature by the sender over all that precedes it. Only chunks have
-a tail: their packed values, which the signed body binds by SHA-256, so that bulk data is hashed once and never copied.
-Bodies are tagged arrays of fixed fields; every string and list has a bound that is checked while decoding, trailing bytes
-and extra fields are refused, and a decoded head must re-encode to the very same bytes. Bytes from the network are
-hostile: the only exception that leaves this module for them is `RemoteProtocolError(peer)`.
+agreement digest, round, attempt, sender, body, Ed25519 signature by the sender over all that precedes it; or one signature
+for several messages that go out together, with the digests that it is over (docs/adr/0018). Only chunks have a tail: their
+packed values, which the signed body binds by SHA-256, so that bulk data is hashed once and never copied. Bodies are tagged
+arrays of fixed fields; every string and list has a bound that is checked while decoding, trailing bytes and extra fields
+are refused, and a decoded head must re-encode to the very same bytes. Bytes from the network are hostile: the only
+exception that leaves this module for them is `RemoteProtocolError(peer)`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final
 
@@ -18,10 +20,11 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Meta, Struct
 
-from keys.errors import RemoteProtocolError, VerificationFailed
+from keys.errors import LocalProtocolError, RemoteProtocolError, VerificationFailed
 from keys.identity import Identity, verify_signature
 from keys.labels import Label
 from protocols.agreement import MAXIMUM_MEMBERS, Name
+from protocols.encoding import Data
 from protocols.prg import TAG_PRIME
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
 from protocols.shamir import SHARE_BYTES
@@ -33,6 +36,12 @@ AGGREGATOR: Final = "aggregator"
 CHUNK_LIMIT_BYTES: Final = 1 << 20
 MESSAGE_LIMIT_BYTES: Final = CHUNK_LIMIT_BYTES + (1 << 16)
 """No message is larger: one chunk of at most 1 MiB and its head. The transport enforces the same bound."""
+
+CHUNK_ENVELOPE_BYTES: Final = 256
+"""The head of an `UploadChunk` and its length take no more. A multiple of an AES block: masks are fastest on aligned values."""
+
+BATCH_MESSAGES: Final = 16
+"""Messages that share a signature, at most: each of them holds the digests of all."""
 
 NO_RECORD: Final = bytes(32)
 """Stands for the digest of the last record before the first sum."""
@@ -287,6 +296,13 @@ AnyBody = (
 )
 
 
+class BatchSignature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One signature over the digests of several messages that went out together; that of the message that it is in is among them."""
+
+    signature: Signature
+    digests: Annotated[tuple[Digest, ...], Meta(min_length=2, max_length=BATCH_MESSAGES)]
+
+
 class _Head(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     version: int
     agreement_digest: Digest
@@ -294,7 +310,7 @@ class _Head(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     attempt: Number
     sender: Name
     body: AnyBody
-    signature: Signature
+    signature: Signature | BatchSignature
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,21 +329,65 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Head)
 
 
-def chunk_digest(data: bytes | memoryview) -> bytes:
+def chunk_digest(data: Data) -> bytes:
     """SHA-256 of one chunk's packed values."""
     return hashlib.sha256(data).digest()
 
 
-def encode(identity: Identity, attempt: AttemptId, body: AnyBody, tail: bytes | memoryview = b"") -> bytes:
+def encode(identity: Identity, attempt: AttemptId, body: AnyBody, tail: Data = b"") -> bytes:
     """Sign and encode one message; `tail` is for chunks, whose body must hold its digest."""
-    unsigned = (VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body)
-    signature = identity.sign(Label.MESSAGE, _encoder.encode(unsigned))
+    return b"".join((envelope(identity, attempt, body), tail))
+
+
+def envelope(identity: Identity, attempt: AttemptId, body: AnyBody) -> bytes:
+    """Sign one message and encode all but its tail: the head's length and the head. A chunk's is at most `CHUNK_ENVELOPE_BYTES`."""
+    unsigned = _unsigned(identity, attempt, body)
+    return _framed(unsigned, identity.sign(Label.MESSAGE, _encoder.encode(unsigned)))
+
+
+def encode_together(identity: Identity, attempt: AttemptId, bodies: Sequence[AnyBody]) -> list[bytes]:
+    """Sign and encode messages without tails that go out together, `BATCH_MESSAGES` under one signature.
+
+    Who gets one of them gets digests of the others, and could test a guess at them: bodies must hold what nobody guesses.
+
+    Raises:
+        LocalProtocolError: two of them are the same.
+    """
+    batches = [bodies[first : first + BATCH_MESSAGES] for first in range(0, len(bodies), BATCH_MESSAGES)]
+    return [message for batch in batches for message in _encode_batch(identity, attempt, batch)]
+
+
+def _encode_batch(identity: Identity, attempt: AttemptId, bodies: Sequence[AnyBody]) -> list[bytes]:
+    if len(bodies) == 1:
+        return [encode(identity, attempt, bodies[0])]
+    heads = [_unsigned(identity, attempt, body) for body in bodies]
+    digests = tuple(_batch_digest(_encoder.encode(unsigned)) for unsigned in heads)
+    if len(set(digests)) < len(digests):
+        raise LocalProtocolError("the same message twice in one batch")
+    signature = BatchSignature(identity.sign(Label.MESSAGE_BATCH, _encoder.encode(digests)), digests)
+    return [_framed(unsigned, signature) for unsigned in heads]
+
+
+_Unsigned = tuple[int, bytes, int, int, str, AnyBody]
+"""The fields of a head before its signature."""
+
+
+def _unsigned(identity: Identity, attempt: AttemptId, body: AnyBody) -> _Unsigned:
+    return VERSION, attempt.agreement_digest, attempt.round, attempt.attempt, identity.node_id, body
+
+
+def _framed(unsigned: _Unsigned, signature: bytes | BatchSignature) -> bytes:
     head = _encoder.encode((*unsigned, signature))
-    return b"".join((len(head).to_bytes(_LENGTH_BYTES), head, tail))
+    return len(head).to_bytes(_LENGTH_BYTES) + head
+
+
+def _batch_digest(unsigned: bytes) -> bytes:
+    """What stands for a message in a batch: SHA-256 of the very bytes that would be signed if it went alone."""
+    return hashlib.sha256(Label.MESSAGE + unsigned).digest()
 
 
 def decode(
-    data: bytes, peer: str, public_key: Ed25519PublicKey, agreement_digest: bytes, name: str | None = None
+    data: Data, peer: str, public_key: Ed25519PublicKey, agreement_digest: bytes, name: str | None = None
 ) -> Message:
     """Decode and verify one message of `peer`, whose roster key is `public_key`.
 
@@ -360,7 +420,7 @@ def decode(
         raise RemoteProtocolError(peer, "a message that is not in canonical form")
     unsigned = (head.version, head.agreement_digest, head.round, head.attempt, head.sender, head.body)
     try:
-        verify_signature(public_key, Label.MESSAGE, _encoder.encode(unsigned), head.signature)
+        _verify(public_key, _encoder.encode(unsigned), head.signature)
     except VerificationFailed:
         raise RemoteProtocolError(peer, "a message with a wrong signature") from None
     if isinstance(head.body, UploadChunk | SumChunk):
@@ -371,7 +431,22 @@ def decode(
     return Message(head.sender, head.round, head.attempt, head.body, tail)
 
 
-def _split(data: bytes) -> tuple[memoryview, memoryview]:
+def _verify(public_key: Ed25519PublicKey, unsigned: bytes, signature: bytes | BatchSignature) -> None:
+    """Check the signature of an encoded head without it.
+
+    Raises:
+        VerificationFailed: it is not its sender's; or the message is not in the batch, or one is in it twice.
+    """
+    if not isinstance(signature, BatchSignature):
+        verify_signature(public_key, Label.MESSAGE, unsigned, signature)
+        return
+    digests = signature.digests
+    if _batch_digest(unsigned) not in digests or len(set(digests)) < len(digests):
+        raise VerificationFailed("a batch that this message is not in, or that has one twice")
+    verify_signature(public_key, Label.MESSAGE_BATCH, _encoder.encode(digests), signature.signature)
+
+
+def _split(data: Data) -> tuple[memoryview, memoryview]:
     view = memoryview(data)
     end = _LENGTH_BYTES + int.from_bytes(view[:_LENGTH_BYTES])
     return view[_LENGTH_BYTES:end], view[end:]

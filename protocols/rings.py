@@ -29,7 +29,7 @@ from protocols.ciphertexts import (
     unpack_words,
     upload_bytes,
 )
-from protocols.encoding import Uint32Vector, pack, packed_bytes, unpack
+from protocols.encoding import Data, Uint32Vector, pack, packed_bytes, unpack
 from protocols.packing import DEGREE, BfvParameters, Packing, Uint64Matrix, choose
 from protocols.prg import MaskSet
 from protocols.workers import spread
@@ -37,7 +37,6 @@ from protocols.workers import spread
 Total = NDArray[Any]
 """A sum under way: [d] uint32, or [blocks, 2, 4096] uint64 words below q."""
 
-Data = bytes | memoryview
 Chunk = tuple[int, Data]
 """The index of its first value, and what a node sealed."""
 
@@ -55,7 +54,10 @@ class Ring(Protocol):
     """So many values of the sum go back in one message."""
 
     def seal(self, values: Uint32Vector, masks: MaskSet, start: int) -> Data:
-        """The chunk of a node's encoded values ([m] uint32) that begins at `start`, masked; `values` may be overwritten."""
+        """The chunk of a node's encoded values ([m] uint32) that begins at `start`, masked; `values` may be overwritten.
+
+        What comes back may be the memory of `values`: `memoryview.obj` says so.
+        """
 
     def sealed_bytes(self, count: int) -> int:
         """The size of a sealed chunk."""

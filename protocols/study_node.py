@@ -33,7 +33,7 @@ from protocols import sealing, tags
 from protocols import transcript as t
 from protocols.attempt_node import AttemptNode, Ballot, Parties, State
 from protocols.ciphertexts import FrameBroken
-from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector
+from protocols.encoding import Data, FixedPoint, Float64Vector, Uint32Vector
 from protocols.packing import Packing, choose
 from protocols.prg import TAG_PRIME
 from protocols.rings import Ciphers, Ring, Total, make_ring, octets
@@ -78,7 +78,7 @@ class Journal(Protocol):
 class Send:
     """Send these bytes to the aggregator."""
 
-    data: bytes = field(repr=False)
+    data: Data = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,9 @@ COLUMNS = 5
 COLUMN_BITS = 11
 ROW_STRIDE = 12
 
+Hashed = NDArray[np.float64]
+"""v, or some of its rows: [rows, 5] integers below 2^53."""
+
 BATCH_ROWS = 32
 """So few rows at once that BLAS starts no threads of its own: chunks are spread over the cores already."""
 
@@ -59,10 +62,13 @@ class Tagger:
 
     def part(self, values: Uint32Vector | Float64Vector, start: int = 0) -> int:
         """What [m] `values` add to the tag, at coordinate `start` (a multiple of 1,024) and following: uint32, or the same as float64."""
+        return self.inner_product(self.hashed(values), start // ROW_VALUES)
+
+    def hashed(self, values: Uint32Vector | Float64Vector) -> Hashed:
+        """v of [m] `values` that begin with a row: [ceil(m / 1,024), 5]. Nearly all of the work, without the interpreter."""
         integers = values.astype(np.float64, copy=False)
         full, rest = divmod(integers.size, ROW_VALUES)
-        rows = full + bool(rest)
-        hashed = np.empty((rows, COLUMNS))
+        hashed = np.empty((full + bool(rest), COLUMNS))
         batched = full - full % BATCH_ROWS
         batches = integers[: batched * ROW_VALUES].reshape(-1, BATCH_ROWS, ROW_VALUES)
         np.matmul(batches, self._columns, out=hashed[:batched].reshape(-1, BATCH_ROWS, COLUMNS))
@@ -70,9 +76,13 @@ class Tagger:
         np.matmul(others, self._columns, out=hashed[batched:full])
         if rest:
             hashed[full] = integers[full * ROW_VALUES :] @ self._columns[:rest]
+        return hashed
+
+    def inner_product(self, hashed: Hashed, first: int = 0) -> int:
+        """<R, v> of [rows, 5], the rows `first` and following. Many small steps: best taken once for all rows, in one thread."""
         # Two 4-byte values of the keystream make one of R; a row takes 6 of them, whole AES blocks, and uses 5.
-        place = start // ROW_VALUES * ROW_STRIDE
-        words = np.frombuffer(keystream(self._row_key, place, rows * ROW_STRIDE), dtype="<u8")
+        rows = len(hashed)
+        words = np.frombuffer(keystream(self._row_key, first * ROW_STRIDE, rows * ROW_STRIDE), dtype="<u8")
         random = words.reshape(rows, ROW_STRIDE // 2)[:, :COLUMNS].reshape(-1) & np.uint64(TAG_PRIME)
         return _inner_product(random, hashed.reshape(-1).astype(np.uint64)) % TAG_PRIME
 

@@ -33,6 +33,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from keys.errors import ConfigError, LocalProtocolError, TransportError
+from protocols.encoding import Data
 from protocols.messages import MESSAGE_LIMIT_BYTES
 from secgeo.zap import (
     KEY_PROPERTY,
@@ -356,8 +357,8 @@ class NodeEndpoint:
         if self.state != "connected":
             raise TransportError(self._diagnosis(timeout_seconds))
 
-    def send(self, message: bytes) -> None:
-        """Queue a message for the aggregator; waits at most `send_seconds` for a connection with room in its queue.
+    def send(self, message: Data) -> None:
+        """Queue a copy of a message for the aggregator; waits at most `send_seconds` for a connection with room in its queue.
 
         Raises:
             TransportError: there was none in time; the message was not queued.
@@ -497,6 +498,6 @@ def _check_address(address: str, *, wildcard: bool) -> None:
         )
 
 
-def _check_message(message: bytes, limits: TransportLimits) -> None:
+def _check_message(message: Data, limits: TransportLimits) -> None:
     if not 0 < len(message) <= limits.max_message_bytes:
         raise LocalProtocolError(f"a message has 1 to {limits.max_message_bytes} bytes, not {len(message)}")

@@ -256,7 +256,7 @@ class Network:
         for output in outputs:
             match output:
                 case node.Send():
-                    self._post(name, AGGREGATOR, output.data)
+                    self._post(name, AGGREGATOR, bytes(output.data))
                 case node.Train():
                     self._from_node(name, self.nodes[name].submit(output.round, self.vectors(name, output.round)))
                 case node.Summed():

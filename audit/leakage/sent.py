@@ -10,7 +10,7 @@ from audit.leakage.evidence import Values
 from protocols import sealing
 from protocols.agreement import Agreement
 from protocols.ciphertexts import unpack_upload
-from protocols.encoding import FixedPoint, unpack
+from protocols.encoding import Data, FixedPoint, unpack
 from protocols.packing import choose
 from protocols.prg import MaskSet
 from protocols.rings import make_ring
@@ -55,14 +55,14 @@ class Uploads:
             return code.decode(code.encode(vector), 1)
         tagger = Tagger(secrets.token_bytes(32), self._attempt)
         upload = Upload(self._ring, code, vector, tagger, self.masks(), self._ring_of.chunk_values)
-        chunks = upload.make(upload.chunks, lambda _, __, data: bytes(data))
+        chunks = upload.make(upload.chunks, lambda _, __: b"")
         sizes = [
             min(self._ring_of.chunk_values, vector.size - start)
             for start in range(0, vector.size, self._ring_of.chunk_values)
         ]
         return np.concatenate([self.read(chunk, count) for chunk, count in zip(chunks, sizes, strict=True)])
 
-    def read(self, chunk: bytes, count: int) -> Values:
+    def read(self, chunk: Data, count: int) -> Values:
         """`count` numbers out of a chunk, as if nothing protected it: c0 of a ciphertext is then the plaintext times q / t."""
         if self._packing is None:
             values = unpack(chunk, count, self._ring_of.ring_bits)

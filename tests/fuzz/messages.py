@@ -155,8 +155,18 @@ def _message(data: bytes) -> None:
     except RemoteProtocolError as fault:
         require(fault.peer == sender, "a message is blamed on whom it came from")
         return
+    if isinstance(head(data)[6], list):
+        require(data in _batched(), "a message of a batch is, byte for byte, as its sender made it")
+        return
     address = AttemptId(network.digest, message.round, message.attempt)
     require(m.encode(identities[sender], address, message.body, message.tail) == data, "one message, one spelling")
+
+
+@cache
+def _batched() -> frozenset[bytes]:
+    """What was sent under a signature that other messages share, which no input has made anew."""
+    sent = (data for recording in recordings() for _, _, data in recording.messages)
+    return frozenset(data for data in sent if isinstance(head(data)[6], list))
 
 
 @cache

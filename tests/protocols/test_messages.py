@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keys.errors import RemoteProtocolError
+from keys.errors import LocalProtocolError, RemoteProtocolError
+from keys.identity import Identity
 from keys.labels import Label
 from protocols import messages as m
 from protocols.sealing import PUBLIC_KEY_BYTES, AttemptId
@@ -233,7 +234,123 @@ def test_a_chunk_is_bound_to_its_bytes_and_nothing_else_may_have_any(tail: bytes
             decode(m.encode(ALICE, ATTEMPT, m.Ready(), tail))
 
 
+# --- one signature for several messages
+
+
+def seeds(count: int) -> list[m.SealedSeeds]:
+    return [m.SealedSeeds(name, H32, b"sealed", b"", H32, None, None) for name in names(count)]
+
+
+def batch(*bodies: m.AnyBody, identity: Identity = ALICE, attempt: AttemptId = ATTEMPT) -> list[bytes]:
+    return m.encode_together(identity, attempt, bodies)
+
+
+def with_signature(data: bytes, signature: object) -> bytes:
+    return frame(msgspec.msgpack.encode([*head(data)[:6], signature]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 15, 16, 17, 18, 40])
+def test_messages_that_go_together_share_signatures(count: int) -> None:
+    """16 under one signature; the one that is left over alone is signed alone."""
+    bodies = seeds(count)
+    messages = batch(*bodies)
+    assert [decode(data).body for data in messages] == bodies
+    for first in range(0, count, 16):
+        together = [head(data)[6] for data in messages[first : first + 16]]
+        assert together.count(together[0]) == len(together)
+        if len(together) == 1:
+            assert messages[first] == encode(bodies[first])
+        else:
+            assert len(together[0][1]) == len(together)
+    assert len({str(head(data)[6]) for data in messages}) == -(-count // 16)
+
+
+def test_the_same_message_twice_is_not_signed() -> None:
+    with pytest.raises(LocalProtocolError, match="twice"):
+        batch(m.Ready(), m.Credit(1), m.Ready())
+
+
+def test_a_largest_message_with_a_largest_batch_can_be_relayed() -> None:
+    sealed = (H32, bytes(2048), bytes(2048), H32, H32, H32)
+    messages = batch(*(m.SealedSeeds(f"{index:063d}", *sealed) for index in range(16)))
+    relayed = m.SeedSet((NAME,), tuple(messages))
+    assert decode(encode(relayed)).body == relayed
+
+
+def test_a_message_of_a_batch_is_bound_to_its_agreement_sender_round_attempt_and_body() -> None:
+    data = batch(m.Join(1), m.Join(2))[0]
+    for place, value in ((1, bytes(32)), (2, 4), (3, 1), (4, "hospital-01"), (5, ["Join", 3, H32, b""])):
+        moved = head(data)
+        moved[place] = value
+        with pytest.raises(RemoteProtocolError):
+            decode(frame(msgspec.msgpack.encode(moved)))
+    bob = CONSORTIUM.identities["hospital-01"]
+    for other in (
+        batch(m.Join(1), m.Join(3), identity=bob),
+        batch(m.Join(1), m.Join(3), attempt=AttemptId(DIGEST, 3, 1)),
+    ):
+        with pytest.raises(RemoteProtocolError, match="wrong signature"):
+            decode(with_signature(data, head(other[0])[6]))
+
+
+def test_batches_that_say_too_little_or_too_much_are_refused() -> None:
+    """Each is really signed by its sender."""
+
+    def digest(body: m.AnyBody) -> bytes:
+        return m.chunk_digest(Label.MESSAGE + msgspec.msgpack.encode((m.VERSION, DIGEST, 3, 2, "hospital-00", body)))
+
+    def under(label: Label, *digests: bytes) -> bytes:
+        signature = ALICE.sign(label, msgspec.msgpack.encode(digests))
+        return with_signature(encode(m.Ready()), [signature, digests])
+
+    own, others = digest(m.Ready()), [digest(m.Credit(number)) for number in range(16)]
+    good = under(Label.MESSAGE_BATCH, own, others[0])
+    assert decode(good).body == m.Ready()
+    assert good == batch(m.Ready(), m.Credit(0))[0]
+    assert decode(under(Label.MESSAGE_BATCH, *others[:15], own)).body == m.Ready()
+    for bad in ([], [own], [own, own], [own, others[0], others[0]], others[:2], [own, *others], [own, own[1:]]):
+        with pytest.raises(RemoteProtocolError):
+            decode(under(Label.MESSAGE_BATCH, *bad))
+    with pytest.raises(RemoteProtocolError, match="wrong signature"):
+        decode(under(Label.MESSAGE, own, others[0]))
+
+
+def test_a_signature_of_a_batch_is_none_of_a_message_nor_the_other_way_round() -> None:
+    alone, together = encode(m.Ready()), batch(m.Ready(), m.Credit(0))[0]
+    signature, digests = head(together)[6]
+    for bad in (
+        with_signature(alone, signature),
+        with_signature(together, [head(alone)[6], digests]),
+        with_signature(together, [signature, digests[::-1]]),
+        with_signature(together, [signature, digests[:1]]),
+        with_signature(together, [digests, signature]),
+        with_signature(together, [signature, digests, None]),
+        with_signature(together, [[signature, digests], digests]),
+        with_signature(together, {"signature": signature, "digests": digests}),
+    ):
+        with pytest.raises(RemoteProtocolError):
+            decode(bad)
+
+
+@pytest.mark.parametrize("kind", [m.UploadChunk, m.SumChunk])
+def test_an_envelope_and_the_tail_are_the_message(kind: type[m.UploadChunk] | type[m.SumChunk]) -> None:
+    body = kind(7, m.chunk_digest(TAIL))
+    envelope = m.envelope(ALICE, ATTEMPT, body)
+    assert envelope + TAIL == m.encode(ALICE, ATTEMPT, body, TAIL)
+    received = memoryview(envelope + TAIL)
+    assert m.decode(received, "hospital-00", ALICE.public_key, DIGEST).body == body
+
+
+def test_the_envelope_of_any_chunk_fits_into_the_room_before_its_values() -> None:
+    """The longest name and the largest numbers."""
+    longest = Identity.generate("a" * 63, "hospital")
+    largest = AttemptId(DIGEST, 2**32 - 1, 2**32 - 1)
+    envelope = m.envelope(longest, largest, m.UploadChunk(2**32 - 1, H32))
+    assert m.CHUNK_ENVELOPE_BYTES - 32 < len(envelope) <= m.CHUNK_ENVELOPE_BYTES
+
+
 DATA = m.encode(ALICE, ATTEMPT, m.Unmasking((("hospital-01", SHARE),), (("hospital-02", SHARE),)))
+TOGETHER = batch(m.Unmasking((("hospital-01", SHARE),), ()), m.Credit(1), m.Ready())[0]
 NESTED = st.recursive(
     st.none()
     | st.booleans()
@@ -246,11 +363,11 @@ NESTED = st.recursive(
 )
 
 
-@given(st.integers(0, len(DATA) - 1), st.integers(0, 40), st.binary(max_size=40))
-@settings(max_examples=300, deadline=None)
-def test_any_splice_of_a_message_is_refused(start: int, length: int, put: bytes) -> None:
-    spliced = DATA[:start] + put + DATA[start + length :]
-    if spliced != DATA:
+@given(st.sampled_from([DATA, TOGETHER]), st.integers(0, 400), st.integers(0, 40), st.binary(max_size=40))
+@settings(max_examples=600, deadline=None)
+def test_any_splice_of_a_message_is_refused(data: bytes, start: int, length: int, put: bytes) -> None:
+    spliced = data[:start] + put + data[start + length :]
+    if spliced != data:
         with pytest.raises(RemoteProtocolError):
             decode(spliced)
     m.claimed_sender(spliced)

@@ -13,7 +13,7 @@ from protocols import tags
 from protocols.encoding import Uint32Vector
 from protocols.prg import TAG_PRIME
 from protocols.sealing import AttemptId
-from protocols.tags import ROW_VALUES, Tagger
+from protocols.tags import COLUMNS, ROW_VALUES, Tagger
 
 ATTEMPT = AttemptId(bytes(32), 1, 1)
 TAGGER = Tagger(bytes(range(32)), ATTEMPT)
@@ -53,6 +53,18 @@ def test_rows_that_are_multiplied_together_give_what_each_gives(rows: int) -> No
     values = np.concatenate([vector(rows, rows * ROW_VALUES), np.full(7, 2**32 - 1, np.uint32)])
     alone = sum(TAGGER.part(values[at : at + ROW_VALUES], at) for at in range(0, values.size, ROW_VALUES))
     assert TAGGER.part(values) == TAGGER.part(values.astype(np.float64)) == alone % TAG_PRIME
+
+
+def test_rows_hashed_apart_and_put_together_give_the_same() -> None:
+    """As an upload has them: from chunks of some rows each, the last one not full."""
+    values = vector(1, 5 * ROW_VALUES + 7)
+    places = [0, 2 * ROW_VALUES, 4 * ROW_VALUES, values.size]
+    rows = np.concatenate([TAGGER.hashed(values[a:b]) for a, b in pairwise(places)])
+    assert rows.shape == (6, COLUMNS)
+    assert TAGGER.inner_product(rows) == TAGGER.part(values)
+    halves = TAGGER.inner_product(rows[:4]), TAGGER.inner_product(rows[4:], 4)
+    assert sum(halves) % TAG_PRIME == TAGGER.part(values)
+    assert TAGGER.inner_product(rows, 1) != TAGGER.part(values)
 
 
 @given(st.integers(0, 2999), st.integers(1, 2**32 - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 
 from keys.errors import LocalProtocolError
 from protocols import prg
-from protocols.encoding import FixedPoint, Float64Vector, Uint32Vector, unpack
-from protocols.messages import chunk_digest
+from protocols.encoding import Data, FixedPoint, Float64Vector, Uint32Vector, unpack
+from protocols.messages import CHUNK_ENVELOPE_BYTES, chunk_digest
 from protocols.prg import BLOCK_BYTES, TAG_PRIME, MaskSet, keystream
 from protocols.rings import IntegerRing
 from protocols.sealing import AttemptId
-from protocols.tags import Tagger
+from protocols.tags import Hashed, Tagger
 from protocols.transcript import upload_digest
 from protocols.upload import Upload
 from protocols.workers import spread
@@ -46,15 +47,16 @@ def masks(added: int = 2) -> MaskSet:
     return MaskSet(KEYS[:added], KEYS[added:])
 
 
-def message(index: int, digest: bytes, data: memoryview) -> bytes:
-    """All that `finish` gets; the values hold only during the call."""
-    assert digest == chunk_digest(data)
-    return index.to_bytes(4) + digest + bytes(data)
+def envelope(index: int, digest: bytes) -> bytes:
+    return index.to_bytes(4) + digest
 
 
-def ring_values(messages: list[bytes], total: int, chunk_values: int, fixed_point: FixedPoint) -> Uint32Vector:
+def ring_values(messages: list[Data], total: int, chunk_values: int, fixed_point: FixedPoint) -> Uint32Vector:
     sizes = [min(chunk_values, total - start) for start in range(0, total, chunk_values)]
-    assert [int.from_bytes(data[:4]) for data in messages] == list(range(len(sizes)))
+    assert [bytes(data[:36]) for data in messages] == [
+        envelope(index, chunk_digest(data[36:])) for index, data in enumerate(messages)
+    ]
+    assert len(messages) == len(sizes)
     parts = [unpack(data[36:], size, fixed_point.ring_bits) for data, size in zip(messages, sizes, strict=True)]
     return np.concatenate(parts)
 
@@ -93,15 +95,15 @@ def test_the_chunks_are_the_encoded_vector_its_tag_and_the_masks(
     """Also where the vector ends with a chunk, or one value before or behind; and in whatever steps."""
     fixed_point, values = ENCODINGS[encoding], vector(size, size)
     upload = integers(fixed_point, values, TAGGER, masks(), chunk_values)
-    messages: list[bytes] = []
+    messages: list[Data] = []
     for stop in [*sorted(stops), upload.chunks]:
-        messages += upload.make(stop, message)
+        messages += upload.make(stop, envelope)
         assert upload.made == len(messages) == max(len(messages), min(stop, upload.chunks))
     uploaded = ring_values(messages, size, chunk_values, fixed_point)
     assert np.array_equal(uploaded, by_hand(fixed_point, values, masks(), chunk_values))
     assert upload.tag == masked_tag(fixed_point, values, KEYS[:2], KEYS[2:])
     assert upload.digest == upload_digest(b"".join(data[4:36] for data in messages), upload.tag)
-    assert upload.make(upload.chunks + 3, message) == []
+    assert upload.make(upload.chunks + 3, envelope) == []
 
 
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
@@ -116,7 +118,7 @@ def test_the_sum_of_uploads_is_the_sum_and_carries_the_sum_of_the_tags(encoding:
         added = [key for (low, _), key in pairs.items() if low == me]
         subtracted = [key for (_, high), key in pairs.items() if high == me]
         upload = integers(fixed_point, values, TAGGER, MaskSet(added, subtracted), 1024)
-        messages = upload.make(upload.chunks, message)
+        messages = upload.make(upload.chunks, envelope)
         tag = (tag + upload.tag) % TAG_PRIME
         total = total + ring_values(messages, total.size, 1024, fixed_point) & mask
     encoded = sum(fixed_point.encode(values).astype(np.uint64) for values in vectors)
@@ -132,7 +134,7 @@ def test_an_upload_shows_nothing_of_the_vector_and_other_masks_make_another() ->
     seen, tags = [], {(TAGGER.part(WIDE.encode(values)) + TAGGER.pad) % TAG_PRIME}
     for key in KEYS:
         upload = integers(WIDE, values, TAGGER, MaskSet([key], []), 1024)
-        seen.append(ring_values(upload.make(upload.chunks, message), 4096, 1024, WIDE))
+        seen.append(ring_values(upload.make(upload.chunks, envelope), 4096, 1024, WIDE))
         tags.add(upload.tag)
     assert len(tags) == 1 + len(KEYS)
     plain = by_hand(WIDE, values, None)
@@ -152,27 +154,27 @@ def test_the_vector_is_not_changed_and_may_be_read_only() -> None:
     before = values.copy()
     values.setflags(write=False)
     upload = integers(WIDE, values, TAGGER, masks(), 1024)
-    upload.make(upload.chunks, message)
+    upload.make(upload.chunks, envelope)
     assert np.array_equal(values, before)
 
 
 def test_an_error_in_a_chunk_is_raised_and_the_chunks_are_made_again_just_so() -> None:
     """A second try with other masks or another tag under the same masks would give the difference away."""
 
-    def make(failing: int | None) -> list[bytes]:
+    def make(failing: int | None) -> list[Data]:
         upload = integers(WIDE, vector(9000), TAGGER, masks(), 1024)
-        first = upload.make(2, message)
+        first = upload.make(2, envelope)
 
-        def finish(index: int, digest: bytes, data: memoryview) -> bytes:
+        def finish(index: int, digest: bytes) -> bytes:
             if index == failing:
                 raise LocalProtocolError(f"chunk {index}")
-            return message(index, digest, data)
+            return envelope(index, digest)
 
         if failing is not None:
             with pytest.raises(LocalProtocolError, match=f"chunk {failing}"):
                 upload.make(upload.chunks, finish)
             assert upload.made == 2
-        return first + upload.make(upload.chunks, message)
+        return first + upload.make(upload.chunks, envelope)
 
     assert make(5) == make(None)
 
@@ -180,27 +182,57 @@ def test_an_error_in_a_chunk_is_raised_and_the_chunks_are_made_again_just_so() -
 def test_a_last_chunk_that_fails_is_made_again_just_so() -> None:
     """The tag must not have counted the values twice."""
 
-    def refuse(index: int, digest: bytes, data: memoryview) -> bytes:
+    def refuse(index: int, digest: bytes) -> bytes:
         if index == 2:
             raise LocalProtocolError("no")
-        return message(index, digest, data)
+        return envelope(index, digest)
 
     upload = integers(WIDE, vector(3000), TAGGER, masks(), 1024)
     with pytest.raises(LocalProtocolError):
         upload.make(3, refuse)
-    got = ring_values(upload.make(3, message), 3000, 1024, WIDE)
+    got = ring_values(upload.make(3, envelope), 3000, 1024, WIDE)
     assert np.array_equal(got, by_hand(WIDE, vector(3000), masks()))
     assert upload.tag == masked_tag(WIDE, vector(3000), KEYS[:2], KEYS[2:])
+
+
+def test_the_tag_of_half_an_upload_is_refused() -> None:
+    """A second tag under the same masks would give the difference away."""
+    upload = integers(WIDE, vector(3000), TAGGER, masks(), 1024)
+    upload.make(2, envelope)
+    with pytest.raises(LocalProtocolError, match="3 chunks, of which 2 were made"):
+        _ = upload.tag
+    upload.make(3, envelope)
+    assert upload.tag == masked_tag(WIDE, vector(3000), KEYS[:2], KEYS[2:])
+
+
+def test_the_inner_product_is_taken_once_where_the_caller_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of chunks hash rows and nothing more."""
+    calls: list[tuple[int, int]] = []
+
+    def inner_product(self: Tagger, hashed: Hashed, first: int = 0) -> int:
+        calls.append((threading.get_ident(), len(hashed)))
+        return genuine(self, hashed, first)
+
+    genuine = Tagger.inner_product
+    monkeypatch.setattr(Tagger, "inner_product", inner_product)
+    upload = integers(WIDE, vector(30_000), TAGGER, masks(), 2048)
+    upload.make(5, envelope)
+    upload.make(upload.chunks, envelope)
+    assert not calls
+    assert upload.tag == upload.tag
+    assert upload.digest
+    assert calls == [(threading.get_ident(), 30)]
 
 
 def test_each_chunk_is_finished_once_and_in_other_threads_too() -> None:
     calls: list[int] = []
     threads = set()
 
-    def finish(index: int, digest: bytes, data: memoryview) -> bytes:
+    def finish(index: int, digest: bytes) -> bytes:
         calls.append(index)
         threads.add(threading.get_ident())
-        return message(index, digest, data)
+        time.sleep(0.001)  # Chunks as small as these would be made before another thread wakes up.
+        return envelope(index, digest)
 
     upload = integers(WIDE, vector(30_000), TAGGER, masks(), 1024)
     for stop in (3, 3, 2, 17, 99, 99):
@@ -213,15 +245,49 @@ def test_memory_is_that_of_the_chunks_asked_for() -> None:
     """The vector takes 32 MB, and 16 MB encoded; four chunks of 64 KiB and the cores' scratch take far less."""
     values = np.zeros(4_000_000)
     upload = integers(WIDE, values, TAGGER, MaskSet(KEYS[:1], []), 16_384)
-    upload.make(4, lambda index, digest, data: b"m")
+    upload.make(4, lambda index, digest: b"m")
     tracemalloc.start()
     try:
         while upload.made < 60:
-            upload.make(upload.made + 4, lambda index, digest, data: b"m")
+            upload.make(upload.made + 4, lambda index, digest: b"m")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 8 << 20
+
+
+def test_values_that_are_sealed_in_place_are_not_copied_into_their_message() -> None:
+    """The message is the memory that they were encoded into, at a place where masks are fast, and read-only."""
+    upload = integers(WIDE, vector(3000), TAGGER, masks(), 1024)
+    messages = upload.make(upload.chunks, envelope)
+    for data, size in zip(messages, (1024, 1024, 952), strict=True):
+        assert isinstance(data, memoryview)
+        assert data.readonly
+        assert len(data) == data.nbytes == 36 + 4 * size
+        memory = data.obj
+        assert isinstance(memory, np.ndarray)
+        while isinstance(memory.base, np.ndarray):
+            memory = memory.base
+        assert memory.nbytes == CHUNK_ENVELOPE_BYTES + 4 * size
+        assert np.frombuffer(data, np.uint8).ctypes.data - memory.ctypes.data == CHUNK_ENVELOPE_BYTES - 36
+    assert CHUNK_ENVELOPE_BYTES % 16 == 0
+
+
+@pytest.mark.parametrize("encoding", ["20 bits", "24 bits"])
+def test_packed_values_are_joined_to_their_envelope(encoding: str) -> None:
+    fixed_point, values = ENCODINGS[encoding], vector(3000)
+    messages = integers(fixed_point, values, TAGGER, masks(), 1024).make(3, envelope)
+    assert all(isinstance(data, bytes) for data in messages)
+    assert np.array_equal(ring_values(messages, 3000, 1024, fixed_point), by_hand(fixed_point, values, masks()))
+
+
+def test_an_envelope_that_does_not_fit_is_refused_and_never_reaches_the_values() -> None:
+    upload = integers(WIDE, vector(1024), TAGGER, masks(), 1024)
+    with pytest.raises(LocalProtocolError, match="257 bytes; there is room for 256"):
+        upload.make(1, lambda index, digest: bytes(CHUNK_ENVELOPE_BYTES + 1))
+    (data,) = upload.make(1, lambda index, digest: b"e" * CHUNK_ENVELOPE_BYTES)
+    assert data[:CHUNK_ENVELOPE_BYTES] == b"e" * CHUNK_ENVELOPE_BYTES
+    assert np.array_equal(unpack(data[CHUNK_ENVELOPE_BYTES:], 1024, 32), by_hand(WIDE, vector(1024), masks()))
 
 
 # --- masks of chunks

@@ -187,6 +187,16 @@ def test_the_largest_message_passes_both_ways(aggregator: AggregatorEndpoint) ->
         assert node.receive(PATIENCE_SECONDS) == message
 
 
+def test_a_view_is_sent_as_it_was_even_if_its_memory_is_written_to_again(aggregator: AggregatorEndpoint) -> None:
+    message = os.urandom(LIMITS.max_message_bytes)
+    memory = bytearray(message)
+    with dial(aggregator.address, ALICE) as node:
+        node.wait_connected(PATIENCE_SECONDS)
+        node.send(memoryview(memory).toreadonly())
+        memory[:] = bytes(len(memory))
+        assert aggregator.receive(PATIENCE_SECONDS) == ("alice", message)
+
+
 def test_default_limits_carry_a_chunk_of_a_mebibyte() -> None:
     limits = dataclasses.replace(TransportLimits(), linger_seconds=0.2)
     message = os.urandom(limits.max_message_bytes)

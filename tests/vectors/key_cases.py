@@ -308,8 +308,62 @@ def messages() -> Iterator[Case]:
             alice, AttemptId(*ATTEMPT), m.SealedSeeds("hospital-01", H32, b"sealed seed", b"", None, None, None)
         ),
     )
-    for why, data, change in _bad_messages(alice):
+    for count in (3, m.BATCH_MESSAGES):
+        batch = [m.SealedSeeds(name, H32, b"sealed shares", b"", H32, H32, None) for name in named(count)]
+        for place, data in enumerate(m.encode_together(alice, AttemptId(*ATTEMPT), batch)):
+            if place in (0, count - 1):
+                yield case(f"message {place + 1} of {count} under one signature", "read_message", **given, data=data)
+    for why, data, change in (*_bad_messages(alice), *_bad_batches(alice)):
         yield refused("RemoteProtocolError", why, "read_message", **(given | {"data": data} | change))
+
+
+def _bad_batches(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each an honest batch of three but for what it says."""
+
+    def unsigned(number: int, round_number: int = ATTEMPT[1]) -> list[Any]:
+        return [m.VERSION, ATTEMPT[0], round_number, ATTEMPT[2], ALICE, ["RoundOpen", number]]
+
+    def digest(number: int) -> bytes:
+        return m.chunk_digest(Label.MESSAGE + packed(unsigned(number)))
+
+    def made(signature: Any, head: list[Any] | None = None) -> bytes:
+        data = packed([*(unsigned(1) if head is None else head), signature])
+        return len(data).to_bytes(4) + data
+
+    def signed(digests: list[bytes], label: Label = Label.MESSAGE_BATCH) -> list[Any]:
+        return [alice.sign(label, packed(digests)), digests]
+
+    digests = [digest(number) for number in (1, 2, 3)]
+    signature, _ = good = signed(digests)
+    bare = m.chunk_digest(packed(unsigned(1)))
+    for bad, why in (
+        (signed([digest(2), digest(3)]), "a message that is not in it"),
+        (signed([bare, *digests[1:]]), "a digest without the label"),
+        (signed([]), "of none"),
+        (signed([digest(1)]), "of one message"),
+        (signed([digest(number) for number in range(17)]), "of 17 messages"),
+        (signed([digest(1), digest(1)]), "of one message twice"),
+        (signed([digest(1), digest(2), digest(2)]), "with another message twice"),
+        (signed([digest(1), digest(2)[1:]]), "with a digest of 31 bytes"),
+        (signed(digests, Label.MESSAGE), "signed under the label of a message alone"),
+        ([alice.sign(Label.MESSAGE_BATCH, b"".join(digests)), digests], "signed as bytes, not as an array"),
+        ([signature, digests[::-1]], "in another order than was signed"),
+        ([signature, digests[:2]], "without one that was signed"),
+        ([signature, [*digests, digest(4)]], "with one that was not signed"),
+        ([bytes(64), digests], "with a signature of zeros"),
+        ([signature[1:], digests], "with a signature of 63 bytes"),
+        ([digests, signature], "the digests before the signature"),
+        ([*good, None], "with a third field"),
+        ([signature], "without its digests"),
+        (signature, "the signature without the list"),
+        (alice.sign(Label.MESSAGE_BATCH, packed(unsigned(1))), "its label over a message alone"),
+    ):
+        yield f"a batch: {why}", made(bad), {}
+    yield "a batch: the message moved to another round", made(good, unsigned(1, ATTEMPT[1] + 1)), {}
+    bob = identity("hospital-01")
+    yield "a batch: another sender's key", made(good), {"public": bob.public_key.public_bytes_raw()}
+    wide = made(good).replace(b"\x93\xc4\x20" + digests[0], b"\xdc\x00\x03\xc4\x20" + digests[0], 1)
+    yield "a batch: not canonical, its list with a length of its own", (len(wide) - 4).to_bytes(4) + wide[4:], {}
 
 
 def _bad_messages(alice: Identity) -> Iterator[tuple[str, Any, dict[str, Any]]]:

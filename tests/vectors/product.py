@@ -118,14 +118,8 @@ def _upload(
         MaskSet(added, subtracted),
         chunk_values,
     )
-    chunks: dict[int, tuple[bytes, bytes]] = {}
-
-    def finish(index: int, digest: bytes, data: memoryview) -> bytes:
-        chunks[index] = digest, bytes(data)
-        return b"message"
-
-    upload.make(upload.chunks, finish)
-    made = [chunks[index] for index in range(upload.chunks)]
+    messages = upload.make(upload.chunks, lambda _, digest: digest)
+    made = [(bytes(data[:32]), bytes(data[32:])) for data in messages]
     tag = (tagger.part(_uint32(encoded)) + tagger.pad) % TAG_PRIME
     return {
         "tag": tag.to_bytes(8),

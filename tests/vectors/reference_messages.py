@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tests.vectors.reference import Refused, need, packed, sha256, signed
+from tests.vectors.reference import Refused, label, need, packed, sha256, signed
 
 
 def unpacked(data: bytes) -> Any:
@@ -118,6 +118,18 @@ def read_message(data: bytes, peer: str, public: bytes, agreement_digest: bytes)
     need(isinstance(body, list) and bool(body) and isinstance(body[0], str) and body[0] in BODIES)
     kinds = BODIES[body[0]]
     need(len(body) == 1 + len(kinds) and all(kind(value) for kind, value in zip(kinds, body[1:], strict=True)))
-    need(_signature(signature) and signed(public, "message", packed(fields[:6]), signature), "signature")
+    need(_is_signed(public, packed(fields[:6]), signature), "signature")
     need(sha256(tail) == body[2] if body[0] in ("UploadChunk", "SumChunk") else not tail, "tail")
     return {"round": number, "attempt": attempt, "body": body, "signature": signature, "tail": tail}
+
+
+def _is_signed(public: bytes, unsigned: bytes, signature: Any) -> bool:
+    """By a signature of its own, or one over the digests of 2 to 16 messages of which it is one."""
+    if isinstance(signature, bytes):
+        return _signature(signature) and signed(public, "message", unsigned, signature)
+    if not isinstance(signature, list) or len(signature) != 2 or not isinstance(signature[1], list):
+        return False
+    own, digests = signature
+    each_once = 2 <= len(digests) <= 16 and all(map(_digest, digests)) and len(set(digests)) == len(digests)
+    in_it = each_once and sha256(label("message"), unsigned) in digests
+    return in_it and _signature(own) and signed(public, "message-batch", packed(digests), own)

@@ -109,11 +109,14 @@ def test_what_is_sealed() -> None:
         assert ref.unseal(master, ATTEMPT, info, entry["sealed"]) == plaintext
 
 
-def test_signed_seeds_can_be_made_again_from_their_parts() -> None:
-    entries = VECTOR["sealed"]
-    for entry in entries:
-        if "message_digest" not in entry:
-            continue
+@pytest.mark.parametrize("sender", NAMES)
+def test_signed_seeds_can_be_made_again_from_their_parts(sender: str) -> None:
+    """What a node seals goes out under one signature."""
+    entries = [entry for entry in VECTOR["sealed"] if entry["sender"] == sender]
+    messages = [entry for entry in entries if "message_digest" in entry]
+    assert len(messages) == len(NAMES) - 1
+    heads = []
+    for entry in messages:
         names = (entry["sender"], entry["recipient"])
         seals = {e["key"]: e["sealed"] for e in entries if "key" in e and (e["sender"], e["recipient"]) == names}
         body = [
@@ -124,10 +127,13 @@ def test_signed_seeds_can_be_made_again_from_their_parts() -> None:
             seals.get("pair", b""),
             *entry["fields_after_the_seals"],
         ]
-        fields = [2, *ATTEMPT, names[0], body]
-        signing = identity(names[0])._signing_key
-        assert signing.private_bytes_raw() == NODES[names[0]]["identity_private"]
-        head = ref.packed([*fields, signing.sign(ref.label("message") + ref.packed(fields))])
+        heads.append([2, *ATTEMPT, sender, body])
+    signing = identity(sender)._signing_key
+    assert signing.private_bytes_raw() == NODES[sender]["identity_private"]
+    digests = [ref.sha256(ref.label("message"), ref.packed(unsigned)) for unsigned in heads]
+    signature = [signing.sign(ref.label("message-batch") + ref.packed(digests)), digests]
+    for entry, unsigned in zip(messages, heads, strict=True):
+        head = ref.packed([*unsigned, signature])
         assert ref.sha256(len(head).to_bytes(4), head) == entry["message_digest"]
 
 
