@@ -62,7 +62,7 @@ PROMISES = (
         "second-sum",
         "... a second sum of one round, after the first or beside it; an old round or attempt; an upload that comes after its "
         "pair masks were revealed",
-        "refused, unless it is the very same sum once more; the self mask keeps a late upload private",
+        "refused, unless it is of the same nodes with the same updates of all honest ones; the self mask keeps a late upload private",
     ),
     Promise(
         "changed-sum",

@@ -349,6 +349,8 @@ class AggregatorMachine:
             answer.append(Progress("joined", {"node": peer, "joined": len(self._joined)}))
             answer += self._ask_dealer()
         if self.stage is Stage.SUM and self._attempt is not None:
+            if self._round in self._voted_on:
+                self._ready.discard(peer)  # It may have started again: should another attempt be needed, it says so.
             answer += self._carry(self._attempt.rejoin(peer), now)
         if missed:
             answer += self._missed_sum(peer, missed[0])  # It asks for the next when it has applied this one.
@@ -530,7 +532,11 @@ class AggregatorMachine:
         self._dealt.clear()
         self._received_bytes = self._sent_bytes = 0
         self._round_started = now
-        self.stage, self._deadline = Stage.TRAIN, now + self._agreement.deadlines.train_seconds
+        deadlines, trained = self._agreement.deadlines, self._round in self._voted_on  # if so, in a life before a crash
+        self.stage, self._deadline = (
+            Stage.TRAIN,
+            now + (deadlines.phase_seconds if trained else deadlines.train_seconds),
+        )
         self._wanting = dict.fromkeys(self._wanting, "")  # Whoever was asked to deal to them has not.
         return [
             Progress("round", {"round": self._round, "nodes": len(self._joined)}),
@@ -565,13 +571,10 @@ class AggregatorMachine:
         cohort = self._cohort
         if not cohort:
             if not self._enough(self._left) or (self._overtime and now >= self._deadline):
-                self._overtime = self._overtime and len(self._ready) < self._parties.minimum
-                lost = (
-                    "not all came back for whom nodes have voted"
-                    if self._round in self._voted_on
-                    else "too few nodes were ready"
-                )
-                return self._abandon(lost, (), now)
+                if self._round not in self._voted_on:
+                    return self._abandon("too few nodes were ready", (), now)
+                self._overtime = False  # Others may be enough for the next round.
+                return self._abandon("not all came back for whom nodes have voted", (), now)
             if self._overtime:
                 return []
             # Perhaps a line is down and nobody noticed. To open the next round would not help, and would throw updates away.

@@ -479,6 +479,11 @@ class NodeMachine:
         if not isinstance(record, t.RoundRecord):
             raise RemoteProtocolError(m.AGGREGATOR, "sent another kind of record as a round's result")
         self._check(record.round == number, "sent the record of another round")
+        begun_round, begun_attempt = self._journal.last()
+        self._check(
+            number != begun_round or record.attempt >= begun_attempt,
+            "recorded an attempt that it had given up for another one",
+        )
         kept = self._journal.receipt(number)
         if kept != line:
             self._journal.keep_receipt(number, line)

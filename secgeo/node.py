@@ -247,6 +247,10 @@ class NodeProcess:
         if kept is not None:
             self._report("resumed", {"round": round_number})
             return self._machine.submit(round_number, kept)
+        if self._journal.ballot(round_number):
+            raise ConfigError(
+                f"we have voted in round {round_number}, but the update is no longer in {self._folder}; put back the folder as it was"
+            )
         self._round_started = time.monotonic()
         steps = private_steps(self._study.agreement, self._state)
         try:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import msgspec
 import pytest
 
 from audit.attacks.forged import opened
 from audit.attacks.knowledge import decoded, is_vector_of
 from audit.attacks.play import Bodies, Play, PrivateAttempt, keep
 from protocols import messages as m
+from protocols import transcript as t
+from protocols.attempt_aggregator import SumOutcome
 from protocols.encoding import FixedPoint
+from protocols.rings import octets
 from tests.adversary import weaken
 from tests.adversary.attackers import revealed
 from tests.adversary.test_cohort import blamed
@@ -220,6 +224,69 @@ def test_the_same_sum_once_more_gives_nothing() -> None:
     assert (opened(network, network.totals[1]) == opened(network, outcome.total)).all()
     assert not network.faults
     assert not attack.knowledge.recovers(VICTIM)
+
+
+def tell_two_records(guard: AbstractContextManager[None]) -> Network:
+    """The aggregator sums the same five in two attempts, and tells one hospital of the second, the others of the first."""
+    network = make_network(5, size=1500, threshold=4, minimum_cohort=4)
+    attack, aggregator = Play(network), network.identities[AGGREGATOR]
+    second: list[PrivateAttempt] = []
+    held: dict[str, list[tuple[m.AnyBody, bytes]]] = {}
+
+    def tell_them(outcome: SumOutcome) -> None:
+        record = t.read_line(network.aggregator._record_line, aggregator.public_key).body
+        assert isinstance(record, t.RoundRecord)
+        survivors = tuple(t.Survivor(n, d.hex(), outcome.votes.get(n, b"").hex()) for n, d in outcome.survivors)
+        other = msgspec.structs.replace(
+            record,
+            attempt=2,
+            senders_view=outcome.view.hex(),
+            survivors=survivors,
+            aggregate_digest=t.aggregate_digest(octets(outcome.total)).hex(),
+            aggregate_tag=outcome.tag.to_bytes(8).hex(),
+        )
+        line, ring = network.aggregator._transcript.append(other), network.aggregator._ring
+        chunks = [ring.pack_sum(outcome.total, start) for start in range(0, network.size, ring.sum_chunk_values)]
+        held[VICTIM] = [(m.SumChunk(i, m.chunk_digest(data)), bytes(data)) for i, data in enumerate(chunks)]
+        held[VICTIM].append((m.RoundResult(line), b""))
+        for name, bodies in held.items():
+            for body, tail in bodies:
+                attack.say(name, (1, 0), body, tail)
+        held.clear()
+
+    @attack.tell("SumChunk", "RoundResult")
+    def hold(message: m.Message, to: str) -> Bodies:
+        if not second:
+            second.append(PrivateAttempt(attack, (1, 2), names(5)))
+        held.setdefault(to, []).append((message.body, bytes(message.tail)))
+        return []
+
+    @attack.hear("RoundKeys", "SealedSeeds", "UploadChunk", "UploadDone", "SurvivorVote", "Unmasking")
+    def divert(message: m.Message, data: bytes) -> list[bytes]:
+        if message.attempt == 2:
+            second[0].receive(message, data)
+            outcome = second[0].machine.outcome
+            if outcome is not None and held:
+                tell_them(outcome)
+        return [] if message.attempt == 2 else [data]
+
+    with guard:
+        network.run()
+    assert second[0].machine.outcome is not None
+    return network
+
+
+def test_two_records_of_one_round_by_two_attempts() -> None:
+    """A round has one record: who began the second attempt takes none of the first, although its sum is the same."""
+    network = tell_two_records(weaken.memory_of_attempts())
+    assert len({network.journals[name].receipt(1) for name in names(5)}) == 2
+    assert all(network.sums[name] for name in names(5))
+
+    network = tell_two_records(nullcontext())
+    for name in OTHERS:
+        blamed(network, name, "an attempt that it had given up for another one")
+        assert not network.sums[name]
+    assert network.sums[VICTIM]
 
 
 # --- 10

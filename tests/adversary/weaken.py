@@ -120,6 +120,11 @@ def memory_of_votes() -> Any:
     return replaced(MemoryJournal, "ballot", lambda self, number: b"")
 
 
+def memory_of_attempts() -> Any:
+    """Nodes forget which attempts they have begun."""
+    return replaced(MemoryJournal, "last", lambda self: (0, 0))
+
+
 def _shares(coefficients: Callable[[int, shamir.Coins], list[int]]) -> Any:
     """Secrets are split with these coefficients, given the threshold."""
 

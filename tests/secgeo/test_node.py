@@ -213,6 +213,17 @@ def end(running: NodeProcess) -> None:
         part.close()
 
 
+def test_a_round_in_which_we_have_voted_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is booked or drawn: with another update the node could not take part anyway."""
+    site, seen = make_site(tmp_path), Seen(monkeypatch)
+    running = after_first_round(site, seen)
+    running._journal.record(2, 1, "voted", b"ballot")
+    with pytest.raises(ConfigError, match="we have voted in round 2"):
+        running._train(SimpleNamespace(), 2)  # type: ignore[arg-type]
+    assert seen.order == []
+    end(running)
+
+
 @pytest.mark.parametrize("hospital", [None, HOSPITAL], ids=["dp-sgd alone", "with noise for the hospital"])
 def test_a_round_is_booked_before_anything_is_drawn_and_kept_before_it_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hospital: dict[str, float] | None
