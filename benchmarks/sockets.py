@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from parties import Kept, Row, make_study
@@ -31,14 +32,12 @@ from tests.protocols.network import Network
 @contextmanager
 def masks_off(off: bool) -> Iterator[None]:
     """The same messages and steps with no mask and no tag computed."""
-    apply, hashed = MaskSet.apply, tags.Tagger.hashed
-    if off:
-        MaskSet.apply = lambda *_: None  # type: ignore[assignment, method-assign, misc]
-        tags.Tagger.hashed = lambda *_: np.empty((0, tags.COLUMNS))  # type: ignore[assignment, method-assign, misc]
-    try:
+    with ExitStack() as patches:
+        if off:
+            patches.enter_context(mock.patch.object(MaskSet, "apply", return_value=None))
+            patches.enter_context(mock.patch.object(tags.Tagger, "hashed", return_value=np.zeros((1, tags.COLUMNS))))
+            patches.enter_context(mock.patch.object(tags.Tagger, "inner_product", return_value=0))
         yield
-    finally:
-        MaskSet.apply, tags.Tagger.hashed = apply, hashed  # type: ignore[method-assign]
 
 
 def _run_nodes(study: Network, address: str, off: bool) -> None:
