@@ -532,11 +532,10 @@ class AggregatorMachine:
         self._dealt.clear()
         self._received_bytes = self._sent_bytes = 0
         self._round_started = now
-        deadlines, trained = self._agreement.deadlines, self._round in self._voted_on  # if so, in a life before a crash
-        self.stage, self._deadline = (
-            Stage.TRAIN,
-            now + (deadlines.phase_seconds if trained else deadlines.train_seconds),
-        )
+        trained = self._round in self._voted_on  # by all who are needed, before we crashed
+        deadlines = self._agreement.deadlines
+        self._deadline = now + (deadlines.phase_seconds if trained else deadlines.train_seconds)
+        self.stage = Stage.TRAIN
         self._wanting = dict.fromkeys(self._wanting, "")  # Whoever was asked to deal to them has not.
         return [
             Progress("round", {"round": self._round, "nodes": len(self._joined)}),
