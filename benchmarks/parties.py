@@ -14,7 +14,7 @@ import numpy as np
 
 from protocols import messages as m
 from protocols import rings, upload
-from protocols.agreement import fit_ciphertexts, read_agreement, sparse_graph, write_agreement
+from protocols.agreement import fit_chunks, fit_ciphertexts, read_agreement, sparse_graph, write_agreement
 from protocols.attempt_aggregator import CREDIT_CHUNKS, AttemptAggregator, Phase, Spool
 from protocols.attempt_node import AttemptNode
 from protocols.encoding import Data, FixedPoint
@@ -47,7 +47,7 @@ def make_study(count: int, values: int, **secure_sum: object) -> Network:
     graph = {"neighbours": neighbours, "share_threshold": share_threshold} if neighbours else {}
     settings: dict[str, object] = {"threshold": threshold, "minimum_cohort": max(3, threshold)}
     if secure_sum.get("protocol", "masked") == "masked":
-        settings["chunk_values"] = CHUNK_VALUES
+        fit_chunks(settings, count)
     else:
         settings |= secure_sum
         fit_ciphertexts(settings, count)

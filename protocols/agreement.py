@@ -417,6 +417,12 @@ def _ciphertext_rules(ring: SecureSum, n_max: int) -> list[tuple[str, bool]]:
     ]
 
 
+def fit_chunks(ring: dict[str, Any], members: int) -> None:
+    """Fill in the size of the chunks of `masked`, where it is not given: 1 MiB up to 16 members, and with more as much smaller as they are
+    more. A chunk of each member waits at the aggregator, so what waits there does not grow with their number."""
+    ring.setdefault("chunk_values", 262_144 * 16 // max(16, members) // 1024 * 1024)
+
+
 def fit_ciphertexts(ring: dict[str, Any], n_max: int) -> None:
     """Fill in what follows from the other fields of a `secure_sum` section, where it is not given.
 

@@ -36,7 +36,7 @@ from protocols.prg import TAG_PRIME, MaskSet
 from protocols.rings import Ring, Total
 from protocols.transcript import survivor_statement, upload_digest
 
-CREDIT_CHUNKS, CREDIT_CHUNKS_TOGETHER = 4, 64
+CREDIT_CHUNKS, CREDIT_CHUNKS_TOGETHER = 4, 32
 """So many chunks of one upload may be under way, and of all uploads together; but one of each."""
 
 

@@ -29,6 +29,7 @@ from keys.signed import sign_document
 from protocols.agreement import (
     Agreement,
     agreement_digest,
+    fit_chunks,
     fit_ciphertexts,
     read_agreement,
     sparse_graph,
@@ -372,6 +373,8 @@ def complete(spec: dict[str, Any], roster: Roster, fingerprint: str, anchors: di
         ring["neighbours"], ring["share_threshold"] = sparse_graph(len(spec.get("members", ()))) if masked else (0, 0)
     if ring.get("protocol") in ("layered", "homomorphic"):
         fit_ciphertexts(ring, len(spec.get("members", ())))
+    else:
+        fit_chunks(ring, len(spec.get("members", ())))
     try:
         model = spec.setdefault("model", {}) | {"trunk_digest": "0" * 64}
         draft = msgspec.convert(spec | {"model": model}, Agreement, strict=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keys.errors import ConfigError
-from protocols.agreement import Agreement, fit_ciphertexts, read_agreement, sparse_graph, write_agreement
+from protocols.agreement import Agreement, fit_chunks, fit_ciphertexts, read_agreement, sparse_graph, write_agreement
 from secgeo.admin import complete
 from tests.keys.factory import make_consortium
 from tests.protocols.network import names
@@ -14,13 +14,14 @@ from tests.secgeo.site import MODALITIES, make_spec
 
 
 def made(count: int, **secure_sum: object) -> Agreement:
-    """The agreement of `count` members from a spec with these settings of the secure sum."""
+    """The agreement of `count` members from a spec with these settings of the secure sum; without those that are None."""
     consortium, spec = make_consortium(names(count)), make_spec()
     spec["members"] = [
         {"node_id": name, "modality": MODALITIES[index % 2], "expected_batch_size": 10.0}
         for index, name in enumerate(names(count))
     ]
-    spec["secure_sum"] |= {"value_bits": 22, "fraction_bits": 16} | secure_sum
+    settings = spec["secure_sum"] | {"value_bits": 22, "fraction_bits": 16} | secure_sum
+    spec["secure_sum"] = {name: value for name, value in settings.items() if value is not None}
     anchors = {name: np.zeros((128, 10), np.float32) for name in MODALITIES}
     agreement = complete(spec, consortium.roster, consortium.authority.fingerprint, anchors)
     return read_agreement(write_agreement(agreement))
@@ -56,6 +57,22 @@ def test_what_follows_for_ciphertexts_is_filled_in(bits: int, count: int, plain_
     ring = dict(spec["secure_sum"] | settings)
     fit_ciphertexts(ring, count)
     assert (ring["plain_bits"], ring["chunk_values"]) == (plain_bits, chunk_values)
+
+
+@pytest.mark.parametrize(("members", "chunk_values"), [(3, 262_144), (16, 262_144), (17, 245_760), (256, 16_384)])
+def test_chunks_of_more_members_are_smaller(members: int, chunk_values: int) -> None:
+    """So that one of each member takes no more memory at the aggregator than with 16."""
+    ring: dict[str, object] = {}
+    fit_chunks(ring, members)
+    assert ring == {"chunk_values": chunk_values}
+    given = {"chunk_values": 1024}
+    fit_chunks(given, members)
+    assert given == {"chunk_values": 1024}
+
+
+def test_chunks_are_filled_in_for_many_members() -> None:
+    ring = made(24, threshold=19, minimum_cohort=19, chunk_values=None).secure_sum
+    assert ring.chunk_values == 174_080
 
 
 def test_a_spec_of_ciphertexts_without_masks_gets_no_graph() -> None:
