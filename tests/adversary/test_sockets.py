@@ -52,6 +52,8 @@ AGAIN: list[tuple[ModuleType, Callable[..., None], tuple[Any, ...]]] = [
     (test_shares, test_shares.test_different_survivor_sets_to_different_nodes, ()),
     (test_shares, test_shares.test_survivors_without_enough_signatures, ()),
     (test_shares, test_shares.test_a_replayed_attempt_after_the_sum, (test_shares.OTHERS,)),
+    (test_shares, test_shares.test_a_replayed_attempt_after_the_sum, (test_shares.names(5),)),
+    (test_shares, test_shares.test_two_records_of_one_round_by_two_attempts, ()),
     (test_shares, test_shares.test_two_attempts_of_one_round_side_by_side, ()),
     (test_shares, test_shares.test_an_upload_that_comes_after_its_pair_masks_were_revealed, ()),
     (test_shares, test_shares.test_a_victim_that_hears_its_honest_neighbours_never_dealt_seeds, ()),
