@@ -68,7 +68,7 @@ def _scaled_noise(factor: Callable[[LocalTrainer], float]) -> Callable[[LocalTra
         def add_noise() -> None:
             std = optimizer.noise_multiplier * optimizer.max_grad_norm * factor(trainer)
             for p in optimizer.params:
-                p.grad = (p.summed_grad.double() + torch.from_numpy(gaussian(tuple(p.shape), std))).to(p.dtype)
+                p.grad = (p.summed_grad.double() + gaussian(tuple(p.shape), std)).to(p.dtype)
 
         patch(optimizer, add_noise=add_noise)
 
@@ -115,7 +115,7 @@ def _shared_by_shape(trainer: LocalTrainer) -> None:
         std, drawn = optimizer.noise_multiplier * optimizer.max_grad_norm, dict[tuple[int, ...], torch.Tensor]()
         for p in optimizer.params:
             if tuple(p.shape) not in drawn:
-                drawn[tuple(p.shape)] = torch.from_numpy(gaussian(tuple(p.shape), std))
+                drawn[tuple(p.shape)] = gaussian(tuple(p.shape), std)
             p.grad = (p.summed_grad.double() + drawn[tuple(p.shape)]).to(p.dtype)
 
     patch(optimizer, add_noise=add_noise)
@@ -139,7 +139,7 @@ def _half_precision(trainer: LocalTrainer) -> None:
     def add_noise() -> None:
         std = optimizer.noise_multiplier * optimizer.max_grad_norm
         for p in optimizer.params:
-            p.grad = p.summed_grad + torch.from_numpy(gaussian(tuple(p.shape), std)).half().to(p.dtype)
+            p.grad = p.summed_grad + gaussian(tuple(p.shape), std).half().to(p.dtype)
 
     patch(optimizer, add_noise=add_noise)
 
@@ -228,7 +228,7 @@ def _noise_schedule(trainer: LocalTrainer) -> None:
     _each_round(trainer, decay)
 
 
-def _mixed_noise(mix: Callable[[NoiseSource, int], NDArray[np.float64]]) -> Callable[[LocalTrainer], None]:
+def _mixed_noise(mix: Callable[[NoiseSource, int], torch.Tensor]) -> Callable[[LocalTrainer], None]:
     """Noise on all parameters at once, of so many values and scale 1, given a source."""
 
     def into(trainer: LocalTrainer) -> None:
@@ -238,7 +238,7 @@ def _mixed_noise(mix: Callable[[NoiseSource, int], NDArray[np.float64]]) -> Call
             std = optimizer.noise_multiplier * optimizer.max_grad_norm
             drawn, at = mix(source, sum(p.numel() for p in optimizer.params)) * std, 0
             for p in optimizer.params:
-                own = torch.from_numpy(drawn[at : at + p.numel()].reshape(tuple(p.shape)))
+                own = drawn[at : at + p.numel()].view_as(p)
                 p.grad = (p.summed_grad.double() + own).to(p.dtype)
                 at += p.numel()
 
@@ -247,16 +247,16 @@ def _mixed_noise(mix: Callable[[NoiseSource, int], NDArray[np.float64]]) -> Call
     return into
 
 
-def _of_half_the_dimensions(source: NoiseSource, size: int) -> NDArray[np.float64]:
+def _of_half_the_dimensions(source: NoiseSource, size: int) -> torch.Tensor:
     """Blocks a, b, (a + b) / sqrt 2, (a - b) / sqrt 2: each value is as noisy as agreed."""
     a, b = source.gaussian((2, -(-size // 4)), 1.0)
-    return np.concatenate([a, b, (a + b) / math.sqrt(2.0), (a - b) / math.sqrt(2.0)])[:size]
+    return torch.cat([a, b, (a + b) / math.sqrt(2.0), (a - b) / math.sqrt(2.0)])[:size]
 
 
-def _centred(source: NoiseSource, size: int) -> NDArray[np.float64]:
+def _centred(source: NoiseSource, size: int) -> torch.Tensor:
     """Noise minus its mean: the sum of all entries has none."""
     drawn = source.gaussian((size,), 1.0)
-    return np.asarray(drawn - drawn.mean())
+    return drawn - drawn.mean()
 
 
 # --- clipping
@@ -542,12 +542,10 @@ def _raw_steps_later(trainer: LocalTrainer) -> None:
         update = train_round(state)
         rounds[0] += 1
         if rounds[0] >= 3:
-            trainer._hooked.disable_hooks()
             loss = torch.nn.functional.cross_entropy(trainer.model(trainer._features), trainer._labels)
             parameters = list(trainer.model.local_parameters())
             for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.data -= 0.5 * gradient
-            trainer._hooked.enable_hooks()
         return update
 
     patch(trainer, train_round=tuned)

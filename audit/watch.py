@@ -212,7 +212,7 @@ class Watch:
         if self._instead is not None:
             std = max(self._optimizer.noise_multiplier, 1.0) * self._optimizer.max_grad_norm
             for p in self._optimizer.params:
-                p.grad = torch.from_numpy(self._instead.gaussian(tuple(p.shape), std)).to(p)
+                p.grad = self._instead.gaussian(tuple(p.shape), std).to(p)
 
     def _count(self, *_: object) -> None:
         self.moved += 1

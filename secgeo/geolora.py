@@ -42,7 +42,10 @@ def magnitude_grad_sample(
     layer: MagnitudeScale, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     """Per-record gradients [n, o] of a MagnitudeScale: backprop times input, summed over the token dimensions."""
-    return {layer.weight: torch.einsum("n...o,n...o->no", backprops, activations[0])}
+    products = backprops * activations[0]
+    return {
+        layer.weight: products.reshape(len(products), -1, products.shape[-1]).sum(dim=1)
+    }  # an einsum takes five times as long
 
 
 register_grad_sampler(MagnitudeScale)(magnitude_grad_sample)

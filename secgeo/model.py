@@ -161,7 +161,8 @@ class MultimodalNode(nn.Module):
             LocalProtocolError: the model has a trainable parameter besides these; it would escape clipping.
         """
         known = [*self.shared_parameters(), *self.local_parameters()]
-        stray = [name for name, p in self.named_parameters() if p.requires_grad and all(p is not k for k in known)]
+        ours = {id(p) for p in known}
+        stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in ours]
         if stray or not all(p.requires_grad for p in known):
             raise LocalProtocolError(
                 f"parameters outside of clipping, or frozen by mistake: {', '.join(stray) or 'B, m, tokeniser or head'}"

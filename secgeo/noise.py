@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 
 from keys.errors import ConfigError, LocalProtocolError
 from protocols.ledger import RNG_KIND as RNG_KIND  # the name of this generator in the budget ledger
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_VALUES = 1 << 18
 """Uniform values per pass (2 MiB of keystream), so that memory stays flat for large models."""
@@ -63,25 +66,28 @@ class NoiseSource:
             raise LocalProtocolError("this noise source belongs to the parent process; make a new one in the child")
         raw = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
         # One bit more, and the half would be rounded: the largest value would be 1, and its noise infinite.
-        return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        values = (raw >> np.uint64(12)).astype(np.float64)
+        values += 0.5
+        values *= 2.0**-52
+        return values
 
-    def gaussian(self, shape: tuple[int, ...], std: float) -> NDArray[np.float64]:
-        """Independent N(0, std^2) values of `shape`, float64; all zero for std 0.
+    def gaussian(self, shape: tuple[int, ...], std: float, *, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Independent N(0, std^2) values of `shape`, float64, on a torch device; all zero for std 0.
 
         Raises:
             ConfigError: std is negative or not finite.
         """
-        from scipy.special import ndtri  # lazy: the command line loads this file before it knows whether it will train
+        import torch  # lazy: the command line loads this file before it knows whether it will train
 
         if not (math.isfinite(std) and std >= 0.0):
             raise ConfigError(f"a standard deviation must be finite and not negative, not {std}")
-        noise = np.zeros(math.prod(shape))
+        noise = torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
         if std == 0.0:
-            return noise.reshape(shape)
-        for start in range(0, noise.size, BLOCK_VALUES // 4):
-            block = noise[start : start + BLOCK_VALUES // 4]
-            block += ndtri(self.uniform(4 * block.size)).reshape(4, block.size).sum(axis=0)
-        return (noise * (std / 2.0)).reshape(shape)
+            return noise.view(shape)
+        for block in torch.split(noise, BLOCK_VALUES // 4):
+            uniform = torch.from_numpy(self.uniform(4 * len(block))).to(device)
+            torch.sum(torch.special.ndtri(uniform).view(4, -1), dim=0, out=block)
+        return noise.mul_(std / 2.0).view(shape)
 
     def poisson_mask(self, count: int, sample_rate: float) -> NDArray[np.bool_]:
         """Which of `count` units are in a Poisson sample: each independently with probability `sample_rate`.

@@ -5,8 +5,8 @@ One DP step:
     theta <- theta - lr (g + grad of lambda (1 - CKA(K_k, K*)) + mu ||Z_k / ||Z_k|| - Z*||^2)
 b is the public expected batch size. Clipping, the accountant and the step hook are Opacus'; the noise is drawn from a
 `NoiseSource`. The anchor gradient needs no noise: anchors are independent of private records, the private loss is per
-record, and the parameters it is taken at were made from noised or public values only. Hooks are off while it is
-computed, and it is added after `pre_step()`, because Opacus' `add_noise` overwrites `p.grad`.
+record, and the parameters it is taken at were made from noised or public values only. It does not go through
+`PerSampleGradients`, and it is added after `pre_step()`, because Opacus' `add_noise` overwrites `p.grad`.
 
 Rounds: the first round has no consensus, so it spends no privacy: the node sends dB = 0 and its first Gram matrix.
 Every later round starts with an anchor warm-up (tokeniser and magnitudes only, public data, no cost) and then takes
@@ -19,7 +19,6 @@ of private units is used for sampling only.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus import GradSampleModule
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
@@ -41,17 +39,17 @@ from secgeo.geolora import directions
 from secgeo.geometry import centre, gram, normalise
 from secgeo.model import build_model
 from secgeo.noise import NoiseSource
+from secgeo.per_sample import PerSampleGradients
 from secgeo.trunk import adapted_layers, public_projection, trunk_weight
 from secgeo.update import Layout, SharedState, gram_weight, pack, precision_weight, private_steps
 
 EVALUATION_BATCH = 1024
 
 PHYSICAL_BATCH = 256
-"""Records per backward pass, and more only if one patient has more. Larger Poisson samples are clipped and summed piece by piece;
-the step stays one step."""
+"""Records per backward pass on a CPU. Larger Poisson samples are clipped and summed piece by piece; the step stays one step."""
 
-# Expected: the tokeniser's input is data and needs no gradient, and Opacus hooks every trainable layer.
-warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
+GPU_SAMPLES_BYTES = 1 << 30
+"""A GPU is slow with small passes: it takes as many records as have this many bytes of per-sample gradients."""
 
 
 class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -63,12 +61,14 @@ class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """p.grad = clipped sum + N(0, (noise_multiplier * max_grad_norm)^2)."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for p in self.params:
-            if getattr(p.summed_grad, "_processed", False):
-                raise LocalProtocolError("a clipped gradient was used twice; call zero_grad() before every step")
-            drawn = torch.from_numpy(self._noise.gaussian(tuple(p.shape), std)).to(p.device)
-            p.grad = (p.summed_grad.double() + drawn).to(p.dtype).view_as(p)
+        parameters, std = self.params, self.noise_multiplier * self.max_grad_norm
+        if any(getattr(p.summed_grad, "_processed", False) for p in parameters):
+            raise LocalProtocolError("a clipped gradient was used twice; call zero_grad() before every step")
+        summed = torch.cat([p.summed_grad.reshape(-1) for p in parameters])
+        noised = summed.double() + self._noise.gaussian(summed.shape, std, device=summed.device)
+        parts = torch.split(noised.to(summed.dtype), [p.numel() for p in parameters])
+        for p, own in zip(parameters, parts, strict=True):
+            p.grad = own.view_as(p)
             p.summed_grad._processed = True
 
 
@@ -118,12 +118,12 @@ def _units(agreement: Agreement, records: LabelledRecords) -> list[NDArray[np.in
     return list(np.arange(len(records)).reshape(-1, 1))
 
 
-def _pieces(units: Sequence[NDArray[np.int64]]) -> list[list[NDArray[np.int64]]]:
-    """Units, none of them split, in groups of at most `PHYSICAL_BATCH` records; a larger unit is a group of its own."""
+def _pieces(units: Sequence[NDArray[np.int64]], most: int) -> list[list[NDArray[np.int64]]]:
+    """Units, none of them split, in groups of at most `most` records; a larger unit is a group of its own."""
     pieces: list[list[NDArray[np.int64]]] = []
-    size = PHYSICAL_BATCH
+    size = most
     for unit in units:
-        if size + len(unit) > PHYSICAL_BATCH or not pieces:
+        if size + len(unit) > most or not pieces:
             pieces.append([])
             size = 0
         pieces[-1].append(unit)
@@ -142,6 +142,10 @@ class LocalTrainer:
         noise: where sampling and noise come from.
         device: a torch device; by default the GPU if there is one.
         autocast: compute private gradients in bfloat16 where torch holds that for safe; they are clipped, summed and noised in float32.
+
+    Attributes:
+        model: the node's model.
+        physical_batch: records per backward pass, and more only if one patient has more.
 
     Raises:
         ConfigError: records or anchors do not fit the agreement.
@@ -177,7 +181,11 @@ class LocalTrainer:
         self._units = _units(agreement, records)
         self._anchors = torch.from_numpy(anchors).to(self._device)
         self.model = build_model(agreement, modality.name, anchors).to(self._device).train()
-        self._hooked = GradSampleModule(self.model, loss_reduction="sum")
+        self._hooked = PerSampleGradients(self.model)
+        self.physical_batch = PHYSICAL_BATCH
+        if self._device.type != "cpu":
+            one = 4 * sum(p.numel() for p in self.model.private_parameters())
+            self.physical_batch = max(PHYSICAL_BATCH, GPU_SAMPLES_BYTES // one)
         self._untrained_gram = self.anchor_gram()
         self._state: SharedState | None = None
         self._consensus: tuple[Tensor, Tensor] | None = None
@@ -255,14 +263,10 @@ class LocalTrainer:
         training = self._agreement.training
         if self._consensus is None or training.alignment_weight == training.coordinate_weight == 0.0:
             return [None] * len(parameters)
-        self._hooked.disable_hooks()
-        try:
-            embeddings = self.model.embed(self._anchors)
-            loss = training.alignment_weight * alignment_loss(embeddings, self._consensus[0])
-            loss = loss + training.coordinate_weight * coordinate_loss(embeddings, self._consensus[1])
-            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        finally:
-            self._hooked.enable_hooks()
+        embeddings = self.model.embed(self._anchors)
+        loss = training.alignment_weight * alignment_loss(embeddings, self._consensus[0])
+        loss = loss + training.coordinate_weight * coordinate_loss(embeddings, self._consensus[1])
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
     def warm_up(self) -> None:
         """Fit tokeniser and magnitudes to the consensus on the anchors: `warmup_steps` of Adam, no privacy cost.
@@ -283,7 +287,7 @@ class LocalTrainer:
         would tell that its unit was sampled.
         """
         parameters = self._optimizer.params
-        pieces = _pieces([self._units[unit] for unit in np.flatnonzero(chosen)])
+        pieces = _pieces([self._units[unit] for unit in np.flatnonzero(chosen)], self.physical_batch)
         if not pieces:
             for p in parameters:
                 p.grad_sample = p.new_zeros((0, *p.shape))

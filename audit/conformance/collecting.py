@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +43,6 @@ from audit.independence import (
 )
 from audit.target import Target
 from audit.watch import RandomCanaries, Seen, Watch, spoil
-from secgeo import training
 from secgeo.datasets import LabelledRecords
 from secgeo.noise import NoiseSource
 from secgeo.training import LocalTrainer
@@ -252,6 +250,7 @@ def _influences(target: Target) -> tuple[tuple[Influence, ...], tuple[Influence,
         And of a canary of this norm beside them, or with a gradient that is not finite.
         """
         made, seen = target.trainer(records=records), list[Seen]()
+        made.physical_batch = SMALL_PIECE
         with torch.no_grad():  # away from the start, where heads are zero and gradients small
             for p, change in zip(made.model.private_parameters(), shaken, strict=True):
                 p.add_(change)
@@ -277,19 +276,18 @@ def _influences(target: Target) -> tuple[tuple[Influence, ...], tuple[Influence,
     base = _chosen(target.records, np.isin(owners, some))
     mine = owners[np.isin(owners, some)]
     names, others_names = influences_of(unit, int(owners.max()) + 1)
-    with _small_pieces():
-        whole = summed(base)
-        moved = {int(one): _alone(target, _chosen(base, mine == one)) for one in some}
-        left_out = [*sorted(moved, key=lambda one: -moved[one])[:LARGEST_UNITS], _of_the_rarest_class(base, mine)]
-        found, others = list[float](), list[float]()
-        for one in left_out if len(some) > 1 else ():
-            without = summed(_chosen(base, mine != one))
-            found.append(_moved(whole, without, clip))
-            others.append(_moved(summed(base, but=mine == one), without, clip))
-        found.append(_moved(summed(_with_extreme(base)), whole, clip))
-        found += [_moved(summed(base, length), whole, clip) for length in LENGTHS]
-        finite = bool(torch.isfinite(summed(base, spoiled=True)).all())
-        found.append(0.0 if finite else BEYOND_MEASURE)
+    whole = summed(base)
+    moved = {int(one): _alone(target, _chosen(base, mine == one)) for one in some}
+    left_out = [*sorted(moved, key=lambda one: -moved[one])[:LARGEST_UNITS], _of_the_rarest_class(base, mine)]
+    found, others = list[float](), list[float]()
+    for one in left_out if len(some) > 1 else ():
+        without = summed(_chosen(base, mine != one))
+        found.append(_moved(whole, without, clip))
+        others.append(_moved(summed(base, but=mine == one), without, clip))
+    found.append(_moved(summed(_with_extreme(base)), whole, clip))
+    found += [_moved(summed(base, length), whole, clip) for length in LENGTHS]
+    finite = bool(torch.isfinite(summed(base, spoiled=True)).all())
+    found.append(0.0 if finite else BEYOND_MEASURE)
     named = [name for name in names if not name.endswith(LATER)]
     return (
         tuple(Influence(name, norm) for name, norm in zip(named, found, strict=True)),
@@ -330,16 +328,16 @@ def _later_influences(target: Target, watched: _Watched) -> tuple[Influence, ...
 
     some = np.random.default_rng().permutation(owners.max() + 1)[:CANDIDATES]
     base, clip = of(some), privacy.max_grad_norm
-    with _small_pieces():
-        whole, moved = summed(base), dict[int, float]()
-        for one in some.tolist():
-            watch.fixed = np.append(of(np.array([one])), np.zeros(len(LENGTHS), np.bool_))
-            moved[one] = _length(trainer)
-        largest = sorted(moved, key=lambda one: -moved[one])[:LARGEST_UNITS] if len(some) > 1 else []
-        found = [_moved(whole, summed(base & ~of(np.array([one]))), clip) for one in largest]
-        found += [_moved(summed(base, canary), whole, clip) for canary in range(len(LENGTHS))]
-        spoil(trainer)
-        found.append(0.0 if bool(torch.isfinite(summed(base)).all()) else BEYOND_MEASURE)
+    trainer.physical_batch = SMALL_PIECE
+    whole, moved = summed(base), dict[int, float]()
+    for one in some.tolist():
+        watch.fixed = np.append(of(np.array([one])), np.zeros(len(LENGTHS), np.bool_))
+        moved[one] = _length(trainer)
+    largest = sorted(moved, key=lambda one: -moved[one])[:LARGEST_UNITS] if len(some) > 1 else []
+    found = [_moved(whole, summed(base & ~of(np.array([one]))), clip) for one in largest]
+    found += [_moved(summed(base, canary), whole, clip) for canary in range(len(LENGTHS))]
+    spoil(trainer)
+    found.append(0.0 if bool(torch.isfinite(summed(base)).all()) else BEYOND_MEASURE)
     names = [name for name in influences_of(privacy.unit, int(owners.max()) + 1)[0] if name.endswith(LATER)]
     return tuple(Influence(name, norm) for name, norm in zip(names, found, strict=True))
 
@@ -373,16 +371,6 @@ def _with_extreme(records: LabelledRecords) -> LabelledRecords:
     patients = None if records.patients is None else np.append(records.patients, "somebody else")
     features = np.concatenate([records.features, 1e3 * records.features[:1] + 1.0])
     return LabelledRecords(features.astype(np.float32), np.append(records.labels, records.labels[0]), patients)
-
-
-@contextmanager
-def _small_pieces() -> Iterator[None]:
-    """Have samples clipped piece by piece, as large ones are."""
-    kept, training.PHYSICAL_BATCH = training.PHYSICAL_BATCH, SMALL_PIECE
-    try:
-        yield
-    finally:
-        training.PHYSICAL_BATCH = kept
 
 
 # --- sampling, bookkeeping, side channels

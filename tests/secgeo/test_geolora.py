@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from opacus import GradSampleModule
 from tiny_study import agreement
 
 from keys.errors import LocalProtocolError
 from secgeo.geolora import GeoLoRALinear, directions
+from secgeo.per_sample import PerSampleGradients
 from secgeo.trunk import adapted_layers, public_projection, trunk_weight
 
 
@@ -79,7 +79,7 @@ def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
 
 def test_per_record_gradients_equal_a_naive_loop() -> None:
     made, x = layer(), torch.randn(4, 3, 16)
-    hooked = GradSampleModule(made, loss_reduction="sum")
+    hooked = PerSampleGradients(made)
     hooked(x).pow(3).sum().backward()
     for i in range(len(x)):
         single = layer()

@@ -4,12 +4,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from opacus import GradSampleModule
 from tiny_study import ANCHORS, CLASSES, KINDS, agreement, anchors, records
 from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
 from secgeo.model import build_model
+from secgeo.per_sample import PerSampleGradients
 from secgeo.trunk import trunk_digest
 
 
@@ -52,7 +52,7 @@ def test_shapes_and_reproducibility(kind: str) -> None:
 def test_per_record_gradients_of_every_private_parameter_equal_a_naive_loop(kind: str) -> None:
     data, model = records(kind, 5), trained(kind)
     x, y = torch.from_numpy(data.features), torch.from_numpy(data.labels)
-    hooked = GradSampleModule(model, loss_reduction="sum")
+    hooked = PerSampleGradients(model)
     functional.cross_entropy(hooked(x), y, reduction="sum").backward()
     samples = [p.grad_sample.clone() for p in model.private_parameters()]
     for i in range(len(x)):

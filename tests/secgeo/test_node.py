@@ -168,9 +168,9 @@ class Seen:
     def _watch(self, monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> None:
         inner = getattr(place, name)
 
-        def watched(*arguments: object) -> object:
+        def watched(*arguments: object, **named: object) -> object:
             self.calls.append((name, arguments))
-            return inner(*arguments)
+            return inner(*arguments, **named)
 
         monkeypatch.setattr(place, name, watched)
 
@@ -232,9 +232,9 @@ def test_a_round_is_booked_before_anything_is_drawn_and_kept_before_it_is_sent(
     running = after_first_round(site, seen)
     gaussian, booked = NoiseSource.gaussian, []
 
-    def drawing(*arguments: object) -> np.ndarray:
+    def drawing(*arguments: object, **named: object) -> object:
         booked.append(b'"round":2' in running.ledger_path.read_bytes())
-        return gaussian(*arguments)  # type: ignore[arg-type]
+        return gaussian(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(NoiseSource, "gaussian", drawing)
     running._train(SimpleNamespace(), 2)  # type: ignore[arg-type]

@@ -1,0 +1,136 @@
+"""Per-sample gradients: those of Opacus' own hooks, of nothing but the private pass, and no sum that is not clipped."""
+
+import copy
+
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
+from tiny_study import KINDS, agreement, anchors, records
+from torch import nn
+from torch.nn import functional
+
+from keys.errors import LocalProtocolError
+from secgeo.model import MultimodalNode, build_model
+from secgeo.per_sample import PerSampleGradients
+
+
+def made(kind: str = "table") -> MultimodalNode:
+    model = build_model(agreement(), kind, anchors(kind))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.private_parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def backward(model: nn.Module, kind: str = "table", count: int = 7) -> None:
+    data = records(kind, count)
+    logits = model(torch.from_numpy(data.features))
+    functional.cross_entropy(logits, torch.from_numpy(data.labels), reduction="sum").backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_equal_those_of_opacus_hooks(kind: str) -> None:
+    ours, theirs = made(kind), made(kind)
+    backward(PerSampleGradients(ours), kind)
+    backward(GradSampleModule(theirs, loss_reduction="sum"), kind)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad_sample, q.grad_sample, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 4, 3), (5, 2, 4, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_alone_with_any_number_of_token_dimensions(shape: tuple[int, ...], bias: bool) -> None:
+    layer, x = nn.Linear(3, 6, bias=bias), torch.randn(shape)
+    PerSampleGradients(layer)(x).square().sum().backward()
+    for i in range(5):
+        one = copy.deepcopy(layer)
+        one.zero_grad()
+        one._forward_hooks.clear()
+        one(x[i : i + 1]).square().sum().backward()
+        for p, q in zip(layer.parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(p.grad_sample[i], q.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sum_that_is_not_clipped_is_never_made() -> None:
+    model = made()
+    backward(PerSampleGradients(model))
+    assert all(p.grad is None and p.grad_sample is not None for p in model.private_parameters())
+    assert all(p.requires_grad for p in model.private_parameters())
+
+
+def test_only_the_private_pass_is_watched() -> None:
+    """The anchor pass goes through the same layers, before and after."""
+    model = made()
+    hooked = PerSampleGradients(model)
+    for _ in range(2):
+        backward(model)
+        assert all(p.grad_sample is None and p.grad is not None for p in model.private_parameters())
+        model.zero_grad()
+        backward(hooked)
+        assert all(p.grad_sample is not None and p.grad is None for p in model.private_parameters())
+        hooked.set_grad_sample_to_none()
+
+
+def test_a_pass_that_fails_leaves_everything_as_it_was() -> None:
+    model = made()
+    hooked = PerSampleGradients(model)
+    with pytest.raises(RuntimeError):
+        hooked(torch.zeros(3, 999))
+    assert all(p.requires_grad for p in model.private_parameters())
+    backward(model)
+    assert all(p.grad_sample is None for p in model.private_parameters())
+
+
+def test_a_frozen_parameter_stays_frozen() -> None:
+    model = made()
+    hooked = PerSampleGradients(model)
+    model.tokeniser.projector.weight.requires_grad_(False)
+    backward(hooked)
+    assert model.tokeniser.projector.weight.grad_sample is None
+    assert not model.tokeniser.projector.weight.requires_grad
+    assert model.tokeniser.projector.bias.grad_sample is not None
+
+
+def test_two_passes_are_not_mixed_up() -> None:
+    hooked = PerSampleGradients(made())
+    backward(hooked)
+    with pytest.raises(LocalProtocolError, match="used twice"):
+        backward(hooked)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.layer(x))
+
+
+def test_a_layer_that_is_used_twice_is_refused_and_not_half_counted() -> None:
+    with pytest.raises(LocalProtocolError, match="used twice"):
+        PerSampleGradients(Twice())(torch.randn(4, 3)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(3), nn.Conv1d(3, 3, 1), nn.PReLU()], ids=lambda layer: type(layer).__name__
+)
+def test_opacus_own_samplers_serve_other_layers_and_one_without_is_refused(layer: nn.Module) -> None:
+    if type(layer) not in GradSampleModule.GRAD_SAMPLERS:
+        with pytest.raises(LocalProtocolError, match=r"PReLU .* register a sampler"):
+            PerSampleGradients(layer)
+        return
+    x = torch.randn(4, 3, 3)
+    PerSampleGradients(layer)(x).square().sum().backward()
+    prepare_layer(layer)
+    with torch.no_grad():
+        gradient = 2 * layer(x)
+    for p, wanted in ft_compute_per_sample_gradient(layer, [x], gradient).items():
+        torch.testing.assert_close(p.grad_sample, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_normalisation_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="buffers"):
+        PerSampleGradients(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
