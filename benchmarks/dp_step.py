@@ -5,13 +5,13 @@
 
 Prints one JSON line per model and way, then a summary. The ways to per-unit gradients, all of Opacus, on the same model and batch:
 
-* `hooks`: backward hooks (`GradSampleModule`), what `secgeo.training` uses;
+* `hooks`: two hooks a layer (`GradSampleModule`);
 * `functorch`: vmap over the gradient of one record;
 * `ghost`: norms first, then a second backward pass of the clipped loss (`GradSampleModuleFastGradientClipping`).
 
-`secgeo` is a whole step of `secgeo.training.LocalTrainer`, with cryptographic noise and sampling. The floor, `plain`, is the same batch
-through the same model with plain SGD. Times are best of alternating runs (medians beside them), to the end of what the device was
-given; memory is the peak that steps add in a process of its own, of the device if it is a GPU.
+`secgeo` is a whole step of `secgeo.training.LocalTrainer`: one hook a layer, cryptographic noise and sampling. The floor, `plain`, is
+the same batch through the same model with plain SGD. Times are best of alternating runs (medians beside them), to the end of what the
+device was given; memory is the peak that steps add in a process of its own, of the device if it is a GPU.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from protocols import messages as m
 from protocols import transcript as t
 from protocols.attempt_aggregator import AttemptAggregator, ClosedAttempt, Phase, Spool, SumOutcome
 from protocols.attempt_node import Parties
+from protocols.key_dealing import KeyDealing
 from protocols.rings import Ciphers, Total, make_ring, octets
 from protocols.sealing import AttemptId
 
@@ -139,14 +140,7 @@ class AggregatorMachine:
         self._agreement = parties.agreement
         self._ring = make_ring(parties.agreement, ciphers)
         self._joined: set[str] = set()
-        self._study_key = b""
-        self._said: dict[str, bytes] = {}
-        self._wanting: dict[str, str] = {}
-        """Who lacks the study key, and who was asked to deal it."""
-        self._makers: list[str] = []
-        self._dealt: set[tuple[str, bytes]] = set()
-        """Who has sealed a key in answer to which Join, in this round: it is not asked again, whatever that was."""
-        self._dealer = ""
+        self._keys = KeyDealing()
         self._waited_enough = False
         self._out: dict[str, str] = {}
         self._records: dict[int, tuple[bytes, Receipts]] = {}
@@ -211,7 +205,7 @@ class AggregatorMachine:
                     self._contributors = frozenset(survivor.node_id for survivor in body.survivors)
                     self._records[body.round] = line, ()
                     self._taking_part |= set(body.cohort)
-                    self._study_key = bytes.fromhex(body.study_key)
+                    self._keys.key = bytes.fromhex(body.study_key)
                     self._resume_at = Stage.RECEIPTS
                 case t.RoundAbandoned():
                     self._round, self._resume_at = body.round, Stage.TRAIN
@@ -226,7 +220,7 @@ class AggregatorMachine:
                     self._deadline = now + self._agreement.deadlines.train_seconds
         if kept.closed is not None and kept.closed[0].round == self._round + 1:
             state, masked = kept.closed
-            self._study_key = state.study_key
+            self._keys.key = state.study_key
             self._voted_on[state.round] = frozenset(name for name, _ in state.survivors)
             if kept.attempts.get(state.round, 0) > state.attempt:
                 return self._resumed  # It was given up for another attempt, which is begun anew.
@@ -255,8 +249,7 @@ class AggregatorMachine:
 
     def leave(self, peer: str, now: float) -> list[Output]:
         """The transport cannot reach `peer` any more. It may join again later."""
-        self._wanting.pop(peer, None)
-        self._forget_dealer(peer)
+        self._keys.left(peer)
         if peer not in self._joined:
             return []
         self._joined.discard(peer)
@@ -337,9 +330,8 @@ class AggregatorMachine:
         self._joins[peer] += 1
         if self._joins[peer] > MAX_REPEATED_JOINS:
             return []  # No fault: whose connection is cut again and again is not to blame for it.
-        if self._agreement.secure_sum.encrypted and not self._holds_key(peer, body, data):
+        if self._agreement.secure_sum.encrypted and not self._keys.joined(peer, body, data):
             return [*self.leave(peer, now), *self._want_key(peer, now)]
-        self._wanting.pop(peer, None)
         answer: list[Output] = []
         # Before the attempt goes on without it: a sum that this opens is sent to all who have joined, and is not stored yet.
         missed = [number for number in sorted(self._records) if number >= body.next_round]
@@ -359,7 +351,7 @@ class AggregatorMachine:
                 self._send(peer, m.RoundResult(self._record_line), self._round, 0)
             )  # Its receipt may be lost.
         everybody = len(self._joined) == len(self._left)
-        enough = self._waited_enough and not self._wanting and len(self._joined) >= self._parties.minimum
+        enough = self._waited_enough and not self._keys.wanting and len(self._joined) >= self._parties.minimum
         if self.stage is Stage.GATHER and (everybody or enough):
             return answer + self._gathered(now)
         match self.stage:
@@ -377,65 +369,35 @@ class AggregatorMachine:
     @property
     def _lacks_key(self) -> bool:
         """Whether the study can begin with a new study key only, and there is a member who may make it."""
-        here = self._joined | self._wanting.keys()
+        here = self._joined | self._keys.wanting
         begun = self._records or self._attempt is not None
-        return not begun and len(self._joined) < self._parties.minimum <= len(here) and not here <= set(self._makers)
-
-    def _holds_key(self, peer: str, body: m.Join, data: bytes) -> bool:
-        """Whether a member has joined with the study's key. The first that is shown is it, or the one of whom we asked to make it."""
-        self._said[peer] = data
-        if not self._study_key and body.study_key != m.NO_KEY and peer in (self._makers[-1:] or [peer]):
-            self._study_key = body.study_key
-        return body.study_key == self._study_key
+        return not begun and len(self._joined) < self._parties.minimum <= len(here) and not here <= self._keys.makers
 
     def _want_key(self, peer: str, now: float) -> list[Output]:
-        self._wanting[peer] = ""
+        self._keys.lacks(peer)
         waiting: list[Output] = [Progress("waits for the study key", {"node": peer})]
         if self._joined:
             return waiting + self._ask_dealer()
-        if (
-            self.stage is Stage.GATHER
-            and len(self._wanting) == len(self._left)
-            and not self._makers
-            and self._lacks_key
-        ):
+        everybody = len(self._keys.wanting) == len(self._left)
+        if self.stage is Stage.GATHER and everybody and not self._keys.makers and self._lacks_key:
             return waiting + self._have_key_made(now)
         return waiting
 
     def _have_key_made(self, now: float) -> list[Output]:
-        """Ask the next member to make the study key, and to seal it to all others who are here."""
-        self._wanting |= dict.fromkeys(self._joined, "")
+        for name in self._joined:
+            self._keys.lacks(name)
         self._joined.clear()
-        self._study_key = b""
-        maker = min(self._wanting.keys() - set(self._makers))
-        self._makers.append(maker)
         self._deadline = now + self._agreement.deadlines.phase_seconds
-        others = [name for name in sorted(self._wanting) if name != maker]
-        self._wanting |= dict.fromkeys(others, maker)
-        made = Progress("study key", {"maker": maker})
-        return [made, self._send(maker, m.DealKey(tuple(self._said[name] for name in others), make=True), 0, 0)]
+        maker, task = self._keys.make()
+        return [Progress("study key", {"maker": maker}), self._send(maker, task, 0, 0)]
 
     def _ask_dealer(self) -> list[Output]:
-        """Ask the next of those who hold the study key to seal it to those for whom nobody was asked."""
-        waiting = sorted(name for name, dealer in self._wanting.items() if not dealer)
-        for dealer in sorted(self._joined, key=lambda name: (name <= self._dealer, name)):
-            unserved = [name for name in waiting if (dealer, self._said[name]) not in self._dealt]
-            if unserved:
-                self._dealer = dealer
-                self._wanting |= dict.fromkeys(unserved, dealer)
-                joins = tuple(self._said[name] for name in unserved)
-                return [self._send(dealer, m.DealKey(joins, make=False), 0, 0)]
-        return []  # All have sealed something to them that was no key to them; the next who joins is asked.
-
-    def _forget_dealer(self, dealer: str) -> None:
-        self._wanting = {name: "" if asked == dealer else asked for name, asked in self._wanting.items()}
+        asked = self._keys.deal(self._joined)
+        return [self._send(*asked, 0, 0)] if asked else []
 
     def _on_sealed_key(self, peer: str, body: m.SealedKey, data: bytes) -> list[Output]:
-        if peer not in self._joined or self._wanting.get(body.recipient) != peer or body.key_id != self._study_key:
+        if peer not in self._joined or not self._keys.carries(peer, body):
             return []
-        if (peer, self._said[body.recipient]) in self._dealt:
-            return []
-        self._dealt.add((peer, self._said[body.recipient]))
         return [self._send(body.recipient, m.DealtKey(data), 0, 0)]
 
     # --- rounds that a node has missed
@@ -504,8 +466,7 @@ class AggregatorMachine:
         self._out[peer] = why
         self._joined.discard(peer)
         self._ready.discard(peer)
-        self._wanting.pop(peer, None)
-        self._forget_dealer(peer)
+        self._keys.left(peer)
         if self.stage is Stage.FAREWELL:
             self._await_farewells(self._farewells_due - {peer})
 
@@ -529,14 +490,13 @@ class AggregatorMachine:
         self._ready.clear()
         self._trained.clear()
         self._joins.clear()
-        self._dealt.clear()
+        self._keys.next_round()
         self._received_bytes = self._sent_bytes = 0
         self._round_started = now
         trained = self._round in self._voted_on  # by all who are needed, before we crashed
         deadlines = self._agreement.deadlines
         self._deadline = now + (deadlines.phase_seconds if trained else deadlines.train_seconds)
         self.stage = Stage.TRAIN
-        self._wanting = dict.fromkeys(self._wanting, "")  # Whoever was asked to deal to them has not.
         return [
             Progress("round", {"round": self._round, "nodes": len(self._joined)}),
             *self._ask_dealer(),
@@ -596,7 +556,7 @@ class AggregatorMachine:
             self._spool,
             ring=self._ring,
             last_record=self._last_record,
-            study_key=self._study_key,
+            study_key=self._keys.key,
             whole=self._round in self._voted_on,
         )
         self._attempt_phase = Phase.KEYS
@@ -674,7 +634,7 @@ class AggregatorMachine:
             round=self._round,
             attempt=self._attempts[self._round],
             protocol=self._agreement.secure_sum.protocol,
-            study_key=self._study_key.hex(),
+            study_key=self._keys.key.hex(),
             builds_on=self._last_record.hex(),
             cohort=outcome.cohort,
             senders_view=outcome.view.hex(),
@@ -769,7 +729,7 @@ class AggregatorMachine:
         closed = t.StudyClosed(rounds_completed=len(self._records), reason=reason)
         return [
             Record(self._transcript.append(closed)),
-            *(self._send(name, m.StudyEnded(reason)) for name in sorted(self._joined | self._wanting.keys())),
+            *(self._send(name, m.StudyEnded(reason)) for name in sorted(self._joined | self._keys.wanting)),
             Progress("ended", {"reason": reason, "rounds_completed": len(self._records), "away": away}),
         ]
 

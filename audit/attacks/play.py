@@ -22,6 +22,7 @@ from protocols.attempt_aggregator import AttemptAggregator, Phase
 from protocols.attempt_node import AttemptNode, Parties
 from protocols.chain import Entry
 from protocols.graph import MaskGraph
+from protocols.key_dealing import KeyDealing
 from protocols.messages import AGGREGATOR
 from protocols.rings import make_ring
 from protocols.sealing import AttemptId
@@ -79,12 +80,22 @@ class LooseAttempt(AttemptAggregator):
         return super()._close_uploads()
 
 
+class LooseKeys(KeyDealing):
+    """Any key is the study's."""
+
+    def joined(self, peer: str, body: m.Join, data: bytes) -> bool:
+        """Whether a member has joined with a key."""
+        if not super().joined(peer, body, data) and body.study_key != m.NO_KEY:
+            self._wanting.pop(peer, None)
+        return body.study_key != m.NO_KEY
+
+
 class LooseMachine(agg.AggregatorMachine):
     """A study whose aggregator takes whoever says that it is here."""
 
-    def _holds_key(self, peer: str, body: m.Join, data: bytes) -> bool:
-        held = super()._holds_key(peer, body, data)
-        return held or body.study_key != m.NO_KEY
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._keys = LooseKeys()
 
 
 class Accomplice(AttemptNode):
@@ -236,7 +247,7 @@ class PrivateAttempt:
             network.size,
             MemorySpool(),
             ring=make_ring(network.agreement, network.ciphers),
-            study_key=network.aggregator._study_key,
+            study_key=network.aggregator._keys.key,
         )
         turn(self.machine, LooseAttempt)
         self._carry(self.machine.start())

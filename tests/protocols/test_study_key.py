@@ -164,7 +164,7 @@ def test_the_aggregator_holds_no_key_and_cannot_decrypt(protocol: str) -> None:
     assert not holds(machine, secret)
     network.finish()
     assert not holds(machine, secret)
-    machine._said["a place for it"] = b"..." + secret
+    machine._keys._said["a place for it"] = b"..." + secret
     assert holds(machine, secret)
     total = network.totals[1]
     with pytest.raises(LocalProtocolError, match="no key"):
@@ -582,7 +582,7 @@ def two_keys(network: Network) -> None:
             # The victim says which key it has; the aggregator does as if it were that of the others.
             box = network.nodes[victim]._box
             assert box is not None
-            join = m.Join(1, network.aggregator._study_key, box.public)
+            join = m.Join(1, network.aggregator._keys.key, box.public)
             return [m.encode(network.consortium.identities[victim], AttemptId(network.digest, 0, 0), join)]
         if (recipient, body_type(data)) == (victim, "DealtKey"):
             box = network.nodes[victim]._box
