@@ -32,7 +32,7 @@ def spoil(trainer: LocalTrainer) -> None:
     forward = trainer._hooked.forward
 
     def spoiled(*inputs: Tensor) -> Tensor:
-        outputs: Tensor = forward(*inputs)
+        outputs: Tensor = forward(*inputs).clone()  # The head has looked at its own output by then.
         first = torch.zeros(outputs.shape, dtype=torch.bool, device=outputs.device)
         first[0] = True
         outputs.register_hook(lambda gradient: gradient.masked_fill(first, float("inf")))  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 
 from keys.errors import LocalProtocolError
+from secgeo.per_sample import by_token
 
 
 class MagnitudeScale(nn.Module):
@@ -42,10 +43,9 @@ def magnitude_grad_sample(
     layer: MagnitudeScale, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     """Per-record gradients [n, o] of a MagnitudeScale: backprop times input, summed over the token dimensions."""
-    products = backprops * activations[0]
-    return {
-        layer.weight: products.reshape(len(products), -1, products.shape[-1]).sum(dim=1)
-    }  # an einsum takes five times as long
+    if not layer.weight.requires_grad:
+        return {}
+    return {layer.weight: by_token(backprops * activations[0]).sum(dim=1)}  # An einsum takes five times as long.
 
 
 register_grad_sampler(MagnitudeScale)(magnitude_grad_sample)

@@ -2,7 +2,7 @@
 
 `GradSampleModule` puts two hooks on every trainable layer, which wrap what goes in and out into nodes of the graph, and lets
 autograd compute the gradients of the batch too, which nobody uses. Here every trainable layer has one hook, on the tensor that it
-returns, and its parameters need no gradient while the graph is made: the backward pass goes through activations only, and a layer's
+returns, and no parameter needs a gradient while the graph is made: the backward pass goes through activations only, and a layer's
 hook hands what it was given, and the gradient of what it returned, to the layer's sampler. The sum that is not clipped is
 never computed.
 """
@@ -19,14 +19,18 @@ from torch import Tensor, nn
 from keys.errors import LocalProtocolError
 
 
+def by_token(values: Tensor) -> Tensor:
+    """[n, ..., d] as [n, tokens, d]."""
+    return values.flatten(1, -2) if values.dim() > 2 else values.unsqueeze(1)
+
+
 def _linear(layer: Any, given: list[Tensor], gradient: Tensor) -> dict[Any, Tensor]:
     """Opacus' sampler for linear layers in other words: its einsum takes longer than the product for layers as small as ours."""
-    inputs, outputs = (t.reshape(len(t), -1, t.shape[-1]) for t in (given[0].to(gradient.dtype), gradient))
     samples = dict[Any, Tensor]()
     if layer.weight.requires_grad:
-        samples[layer.weight] = torch.bmm(outputs.transpose(1, 2), inputs)
+        samples[layer.weight] = torch.bmm(by_token(gradient).transpose(1, 2), by_token(given[0].to(gradient.dtype)))
     if layer.bias is not None and layer.bias.requires_grad:
-        samples[layer.bias] = outputs.sum(dim=1)
+        samples[layer.bias] = by_token(gradient).sum(dim=1)
     return samples
 
 
@@ -34,10 +38,11 @@ class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
     """An Opacus `GradSampleModule` with one hook a layer: `backward()` leaves `p.grad_sample` [n, *p.shape], and `p.grad` as it was.
 
     Args:
-        module: its layers take and return tensors [n, ...], and each is used once in a forward pass; the loss is the sum over records.
+        module: its trainable layers take one tensor [n, ...] each and return one, once in a forward pass; the loss is the sum over records.
 
     Raises:
-        LocalProtocolError: a trainable layer has no sampler (see `opacus.grad_sample.register_grad_sampler`).
+        LocalProtocolError: a trainable layer has no sampler (see `opacus.grad_sample.register_grad_sampler`). Passes raise it where
+            gradients would be wrong.
         NotImplementedError: by Opacus: a trainable layer has buffers.
     """
 
@@ -52,17 +57,20 @@ class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
                 raise LocalProtocolError(
                     f"{type(layer).__name__} is trainable and has no per-sample gradients; register a sampler for it"
                 )
-        self._trainable = [p for layer in layers for p in layer.parameters(recurse=False)]
+        self._records = 0
         self.autograd_grad_sample_hooks = [layer.register_forward_hook(self._watch) for layer in layers]
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, records: Tensor) -> Any:
         """The module's own output, whose `backward()` makes per-sample gradients; calls of the module itself make none."""
-        trained = [p for p in self._trainable if p.requires_grad]
-        for p in trained:
-            p.requires_grad_(False)
+        if self.hooks_enabled:
+            raise LocalProtocolError("per-sample gradients are taken in one pass at a time")
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        self._records = len(records)
         self.enable_hooks()
         try:
-            return self._module(*inputs)
+            for p in trained:
+                p.requires_grad_(False)
+            return self._module(records)
         finally:
             self.disable_hooks()
             for p in trained:
@@ -70,13 +78,23 @@ class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
 
     def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.hooks_enabled and torch.is_grad_enabled():
+            if len(inputs) != 1:
+                raise LocalProtocolError(f"{type(layer).__name__} must be called with one tensor, not by keyword")
+            given = inputs[0].detach()
             if not output.requires_grad:  # the first layer: its input is data
                 output.requires_grad_()
-            output.register_hook(partial(self._sample, layer, inputs[0].detach()))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._sample, layer, given, given._version))  # type: ignore[no-untyped-call]
 
-    def _sample(self, layer: nn.Module, given: Tensor, gradient: Tensor) -> None:
+    def _sample(self, layer: nn.Module, given: Tensor, version: int, gradient: Tensor) -> None:
+        name = type(layer).__name__
+        if given._version != version:
+            raise LocalProtocolError(
+                f"what {name} was given was changed in place afterwards; its gradient would be wrong"
+            )
         sampler = _linear if type(layer) is nn.Linear else self.GRAD_SAMPLERS[type(layer)]
-        for p, sample in sampler(layer, [given], gradient.detach()).items():
+        for p, sample in sampler(layer, [given], gradient).items():
             if p.grad_sample is not None:
-                raise LocalProtocolError("a layer was used twice; clip the gradients of one pass before the next")
+                raise LocalProtocolError(f"{name} was used twice, or the gradients of the last pass were not taken")
+            if len(sample) != self._records:
+                raise LocalProtocolError(f"{name} has {len(sample)} gradients for {self._records} records")
             p.grad_sample = sample

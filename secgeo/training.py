@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
-from protocols.agreement import Agreement, Member
+from protocols.agreement import Agreement, Member, Model
 from secgeo.accountant import epsilon_after
 from secgeo.datasets import LabelledRecords, anchor_digest
 from secgeo.geolora import directions
@@ -48,8 +48,8 @@ EVALUATION_BATCH = 1024
 PHYSICAL_BATCH = 256
 """Records per backward pass on a CPU. Larger Poisson samples are clipped and summed piece by piece; the step stays one step."""
 
-GPU_SAMPLES_BYTES = 1 << 30
-"""A GPU is slow with small passes: it takes as many records as have this many bytes of per-sample gradients."""
+GPU_PASS_BYTES = 1 << 32
+"""A GPU is slow with small passes: it takes as many records as need about this much memory."""
 
 
 class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -109,6 +109,14 @@ class RoundUpdate:
     def vector(self, layout: Layout) -> NDArray[np.float64]:
         """The flat vector [layout.size] for the secure sum."""
         return pack(layout, self.delta_b, self.weights, self.gram, self.gram_weight)
+
+
+def physical_batch(device_type: str, model: Model, parameters: int) -> int:
+    """Records per backward pass on such a device, for a model with so many private parameters."""
+    if device_type == "cpu":
+        return PHYSICAL_BATCH
+    activations = model.layers * model.tokens * (12 * model.width + 3 * model.feedforward)
+    return max(1, GPU_PASS_BYTES // (4 * (parameters + activations)))
 
 
 def _units(agreement: Agreement, records: LabelledRecords) -> list[NDArray[np.int64]]:
@@ -182,10 +190,8 @@ class LocalTrainer:
         self._anchors = torch.from_numpy(anchors).to(self._device)
         self.model = build_model(agreement, modality.name, anchors).to(self._device).train()
         self._hooked = PerSampleGradients(self.model)
-        self.physical_batch = PHYSICAL_BATCH
-        if self._device.type != "cpu":
-            one = 4 * sum(p.numel() for p in self.model.private_parameters())
-            self.physical_batch = max(PHYSICAL_BATCH, GPU_SAMPLES_BYTES // one)
+        parameters = sum(p.numel() for p in self.model.private_parameters())
+        self.physical_batch = physical_batch(self._device.type, agreement.model, parameters)
         self._untrained_gram = self.anchor_gram()
         self._state: SharedState | None = None
         self._consensus: tuple[Tensor, Tensor] | None = None
@@ -297,6 +303,8 @@ class LocalTrainer:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                 logits = self._hooked(self._features[index])
                 functional.cross_entropy(logits, self._labels[index], reduction="sum").backward()  # type: ignore[no-untyped-call]
+            if any(p.grad_sample is None for p in parameters):
+                raise LocalProtocolError("the backward pass has not reached some of the private parameters")
             for p in parameters:
                 # A norm in bfloat16 would be off by up to 0.4 %, and so would the clipping.
                 p.grad_sample = p.grad_sample.float()

@@ -11,7 +11,7 @@ import torch
 
 from audit import training
 from audit.training import CanaryScores, Claim, bounds, check_whole, judge, refuted
-from audit.watch import DiracCanaries, RandomCanaries, Seen, Watch
+from audit.watch import DiracCanaries, RandomCanaries, Seen, Watch, spoil
 from keys.errors import ConfigError, VerificationFailed
 from tests.audit.targets import target
 
@@ -251,6 +251,16 @@ def test_who_was_sampled_is_estimated_as_from_whole_gradients() -> None:
 
 
 # --- the watch
+
+
+def test_a_spoiled_gradient_is_not_finite_for_every_parameter() -> None:
+    trainer = target().trainer()
+    spoil(trainer)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "nan_to_num_", lambda tensor, **_: tensor)
+        trainer._private_gradient(np.ones(len(trainer._units), np.bool_))
+    finite = [name for name, p in trainer.model.named_parameters() if p.grad_sample[0].isfinite().all()]
+    assert not finite
 
 
 def test_canaries_go_through_the_products_sampling_and_clipping() -> None:

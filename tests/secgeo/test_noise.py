@@ -36,6 +36,15 @@ def test_each_value_is_half_the_sum_of_four_gaussians() -> None:
     np.testing.assert_allclose(NoiseSource(KEY).gaussian((5,), 3.0), 3.0 * parts.sum(axis=0) / 2.0, rtol=1e-14)
 
 
+@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 65_537, 65_541, 131_072, 131_075])
+def test_no_value_is_left_out_where_blocks_meet(size: int) -> None:
+    source, block = NoiseSource(KEY), BLOCK_VALUES // 4
+    sizes = [min(block, size - start) for start in range(0, size, block)]
+    parts = [ndtri(source.uniform(4 * count)).reshape(4, count).sum(axis=0) / 2.0 for count in sizes]
+    found, wanted = NoiseSource(KEY).gaussian((size,), 1.0), np.concatenate([np.zeros(0), *parts])
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-14)
+
+
 def test_the_keystream_is_aes_256_ctr() -> None:
     """First block for the zero key and counter: a published AES-256 known answer."""
     block = bytes.fromhex("dc95c078a2408989ad48a21492842087")

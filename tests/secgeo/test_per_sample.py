@@ -84,13 +84,27 @@ def test_a_pass_that_fails_leaves_everything_as_it_was() -> None:
 
 
 def test_a_frozen_parameter_stays_frozen() -> None:
+    """Of every kind: a weight, a bias, a magnitude."""
     model = made()
     hooked = PerSampleGradients(model)
-    model.tokeniser.projector.weight.requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(False)
+        backward(hooked)
+        assert p.grad_sample is None, name
+        assert not p.requires_grad
+        assert sum(q.grad_sample is None for q in model.parameters()) == 1
+        hooked.set_grad_sample_to_none()
+        p.requires_grad_(True)
+
+
+def test_a_parameter_that_came_later_gets_no_gradient_of_the_batch() -> None:
+    model = made()
+    hooked = PerSampleGradients(model)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.head.weight.grad_sample = None
     backward(hooked)
-    assert model.tokeniser.projector.weight.grad_sample is None
-    assert not model.tokeniser.projector.weight.requires_grad
-    assert model.tokeniser.projector.bias.grad_sample is not None
+    assert model.head.weight.grad is None
+    assert model.head.weight.grad_sample is not None
 
 
 def test_two_passes_are_not_mixed_up() -> None:
@@ -128,6 +142,63 @@ def test_other_layers_have_the_samplers_of_opacus(layer: nn.Module) -> None:
 def test_a_layer_without_a_sampler_is_refused() -> None:
     with pytest.raises(LocalProtocolError, match=r"PReLU .* register a sampler"):
         PerSampleGradients(nn.Sequential(nn.Linear(3, 3), nn.PReLU()))
+
+
+class Odd(nn.Module):
+    """Two layers and something that gradients by layer cannot follow."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how, self.outer = nn.Linear(3, 3), nn.Linear(3, 3), how, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x) * 1.0
+        if self.how == "tokens as records":
+            return self.second(h.reshape(-1, 3)).reshape(x.shape)
+        if self.how == "by keyword":
+            return self.second(input=h)
+        if self.how == "inside":
+            return self.outer(h)
+        y = self.second(h)
+        h.mul_(3.0)
+        return y + h
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("changed in place", "changed in place afterwards"),
+        ("tokens as records", "20 gradients for 4 records"),
+        ("by keyword", "not by keyword"),
+        ("inside", "one pass at a time"),
+    ],
+)
+def test_what_would_make_gradients_wrong_is_refused(how: str, says: str) -> None:
+    odd = Odd(how)
+    hooked = PerSampleGradients(odd)
+    object.__setattr__(odd, "outer", hooked)
+    with pytest.raises(LocalProtocolError, match=says):
+        hooked(torch.randn(4, 5, 3)).sum().backward()
+    assert not hooked.hooks_enabled
+    assert all(p.requires_grad for p in odd.parameters())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 4, 3)], ids=str)
+def test_nobody_has_no_gradients(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(3, 6)
+    PerSampleGradients(layer)(torch.randn(shape)).sum().backward()
+    assert layer.weight.grad_sample.shape == (0, 6, 3)
+    assert layer.bias.grad_sample.shape == (0, 6)
+
+
+def test_gradients_of_a_forward_pass_in_half_precision_are_sampled_outside_of_autocast_too() -> None:
+    layer, x = nn.Linear(3, 6), torch.randn(4, 2, 3)
+    hooked = PerSampleGradients(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = hooked(x)
+    y.sum().backward()
+    wanted = x.sum(dim=1, keepdim=True).expand(4, 6, 3)
+    torch.testing.assert_close(layer.weight.grad_sample.float(), wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_batch_normalisation_is_refused() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -173,8 +174,11 @@ def test_an_extreme_record_cannot_poison_the_sum(index: int) -> None:
     assert total.norm() <= 1.0 + 1e-3
 
 
-def test_a_gradient_that_is_not_finite_counts_as_zero() -> None:
+@pytest.mark.parametrize("most", [256, 5])
+def test_a_gradient_that_is_not_finite_counts_as_zero(most: int) -> None:
+    """In the last pass of a step, or in an earlier one."""
     t, everyone = trainer(agreement()), np.ones(24, dtype=bool)
+    t.physical_batch = most
     without = noised_gradient(t, np.arange(24) != 3)[0]
     t._features[3, 0] = float("nan")
     t.model.tokeniser.forward = lambda x: t.model.tokeniser.projector(x).reshape(-1, 2, 16)  # no cleaning of the input
@@ -224,12 +228,25 @@ def test_a_parameter_left_out_of_the_optimiser_is_caught() -> None:
         t.step()
 
 
-def test_using_a_clipped_gradient_twice_is_refused() -> None:
+@pytest.mark.parametrize("which", [0, -1])
+def test_using_a_clipped_gradient_twice_is_refused(which: int) -> None:
+    """Of any parameter."""
     t = trainer(agreement())
     t._private_gradient(np.ones(24, dtype=bool))
     t._optimizer.pre_step()
+    for p in t._optimizer.params:
+        p.summed_grad = p.summed_grad.clone() if p is not t._optimizer.params[which] else p.summed_grad
     with pytest.raises(LocalProtocolError, match="twice"):
         t._optimizer.add_noise()
+
+
+def test_a_parameter_that_the_backward_pass_does_not_reach_is_found_out() -> None:
+    t = trainer(agreement())
+    forward = t.model.head.forward
+    t.model.head.forward = lambda x: forward(x.detach())
+    with pytest.raises(LocalProtocolError, match="has not reached"):
+        t.step()
+    assert t.steps_taken == 0
 
 
 def test_epsilon_limits() -> None:
@@ -464,13 +481,62 @@ def test_patients_are_sampled_whole_with_the_agreed_rate(monkeypatch: pytest.Mon
     assert sampled.mean() == pytest.approx(0.25, abs=0.05)
 
 
-def test_a_patient_is_never_split_between_passes() -> None:
+def passes(t: LocalTrainer, chosen: np.ndarray) -> tuple[list[int], torch.Tensor]:
+    """How many records each backward pass of a step takes, and the clipped sum."""
+    seen, forward = list[int](), t._hooked.forward
+    t._hooked.forward = lambda x: (seen.append(len(x)), forward(x))[1]
+    total = noised_gradient(t, chosen)[0]
+    t._hooked.forward = forward
+    return seen, total
+
+
+def test_no_pass_takes_more_records_than_it_may_and_no_patient_is_split() -> None:
     t, everyone = patient_trainer("patient"), np.ones(6, dtype=bool)
-    whole = noised_gradient(t, everyone)[0]
-    for size in (1, 4, 7):
-        t.physical_batch = size
-        assert {len(piece) for piece in training._pieces(t._units, size)} <= {max(1, size // MOST)}
-        torch.testing.assert_close(noised_gradient(t, everyone)[0], whole, rtol=1e-4, atol=1e-6)
+    _, whole = passes(t, everyone)
+    for most, wanted in (
+        (1, [3] * 6),
+        (4, [3] * 6),
+        (5, [3] * 6),
+        (6, [6] * 3),
+        (8, [6] * 3),
+        (9, [9, 9]),
+        (17, [15, 3]),
+        (18, [18]),
+    ):
+        t.physical_batch = most
+        sizes, total = passes(t, everyone)
+        assert sizes == wanted
+        torch.testing.assert_close(total, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("records_of", [{"a": 2}, {"a": 2, "b": 1}, {"a": 1, "b": 3, "c": 2}], ids=str)
+def test_patients_with_few_records_count_as_one_unit_too(records_of: dict[str, int]) -> None:
+    """Alone in a pass, or beside those who have another number of records."""
+    owners = np.repeat(list(records_of), list(records_of.values()))
+    study = agreement(privacy={"unit": "patient", "records_per_patient": 3, "max_grad_norm": 0.01})
+    data = records("table", len(owners))
+    owned = LabelledRecords(data.features, data.labels, owners.astype(np.str_))
+    t = LocalTrainer(study, study.members[0], owned, anchors("table"), noise=NoiseSource(bytes(32)), device="cpu")
+    wanted = torch.zeros(sum(p.numel() for p in t._optimizer.params))
+    for who in records_of:
+        own = owners == who
+        loss = functional.cross_entropy(t.model(t._features[own]), t._labels[own], reduction="sum")
+        gradient = flat(torch.autograd.grad(loss, t._optimizer.params))
+        wanted += gradient * min(1.0, 0.01 / gradient.norm().item())
+    for most in (1, 3, 4, 256):
+        t.physical_batch = most
+        total = noised_gradient(t, np.ones(len(records_of), dtype=bool))[0]
+        torch.testing.assert_close(total, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_a_gpu_takes_larger_passes_within_its_memory() -> None:
+    model = agreement().model
+    assert training.physical_batch("cpu", model, 10**6) == training.PHYSICAL_BATCH
+    wide = msgspec.structs.replace(model, width=256, feedforward=1024, layers=4, tokens=16)
+    assert training.physical_batch("cuda", wide, 150_000) > 1024
+    deep = msgspec.structs.replace(wide, layers=12, tokens=32)
+    assert 100 < training.physical_batch("cuda", deep, 150_000) < 1024
+    assert training.physical_batch("cuda", wide, 10**12) == 1
 
 
 def test_one_record_that_is_not_finite_takes_its_patient_out_and_nobody_else() -> None:
