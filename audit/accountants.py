@@ -114,7 +114,7 @@ def opacus_prv(history: History, delta: float) -> float:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            epsilon = float(accountant.get_epsilon(delta))
+            epsilon = max(0.0, float(accountant.get_epsilon(delta)))
     except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise VerificationFailed(f"PRV gives no number here: {str(error) or 'it takes too much memory'}") from None
     if not pessimistic * 0.99 - PRV_ERROR <= epsilon <= pessimistic * 1.01 + PRV_ERROR:

@@ -89,7 +89,7 @@ def budget_plan(
     budget = Budget(epsilon, delta, patients, rounds, steps_per_round)
     with Console(stderr=True).status("trying noise multipliers ..."), _settings():
         plan = calibrate(budget, batch)
-        plans = trade_offs(budget, batch)
+        plans = trade_offs(plan)
     warnings = []
     if delta * patients >= 1.0:
         warnings.append(
@@ -139,7 +139,7 @@ def budget_hospital(
     ],
     json: Json = False,
 ) -> None:
-    """Turn a budget of the whole hospital into the noise that hospitals share out inside the sums ([hospital_privacy]).
+    """Turn a budget of the whole hospital into the noise that hospitals share out inside the sums (hospital_privacy in the agreement).
 
     The neighbouring relation is: one hospital's updates are zero. With fewer counted on than there are members, the sum of all has more
     noise than a trusted centre would add; that is the price of dropouts and colluders.

@@ -71,7 +71,7 @@ def verify_budgets(folder: Path, *, authority_fingerprint: str | None, now: date
             for count, claim in claims:
                 rdp = opacus_rdp(_history(events, claim.steps_total), claim.delta)[0]
                 least = rdp * (1 - RDP_TOLERANCE) - claim.steps_total * RDP_ROUNDING
-                check_claim(claim, events[:count], least, f"{rdp:.6g} (Opacus RDP)")
+                check_claim(claim, events[:count], least, "Opacus RDP")
             last = claims[-1][1]
             budgets[name] = last.epsilon, answers(_history(events, last.steps_total), last.delta)
         except VerificationFailed as error:
@@ -114,7 +114,7 @@ def compose(
         ConfigError: fewer than two, one named twice, a hospital without a ledger, another unit, or a delta out of range.
         VerificationFailed: a folder does not verify, or no accountant has an answer.
     """
-    if len(set(ledgers)) != len(ledgers) or len(ledgers) < 2:
+    if len({(folder.resolve(), node) for folder, node in ledgers}) != len(ledgers) or len(ledgers) < 2:
         raise ConfigError("name two or more ledgers, each once")
     if delta is not None and not 0.0 < delta < 1.0:
         raise ConfigError(f"delta is above 0 and below 1, not {delta}")

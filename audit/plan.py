@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from audit.accountants import Epsilons, epsilons, opacus_rdp
 from audit.budget import Steps
 from keys.errors import ConfigError, KeyFileError
 from keys.files import write_public
-from protocols.agreement import NOISE_RANGE
+from protocols.agreement import NOISE_RANGE, Privacy
 from secgeo.accountant import hospital_epsilon
 
 NOISE_DIGITS = 4
@@ -141,17 +142,23 @@ def plan_hospital(epsilon: float, delta: float, rounds: int, contributors: int) 
     return HospitalPlan(noise, spent(noise), noise / math.sqrt(contributors))
 
 
-def trade_offs(budget: Budget, batch: int) -> list[Plan]:
-    """Plans for a quarter of the batch to twice it, as far as there are patients."""
-    batches = sorted({max(1, round(batch * factor)) for factor in BATCH_FACTORS})
-    return [calibrate(budget, size) for size in batches if size <= budget.patients]
+def trade_offs(plan: Plan) -> list[Plan]:
+    """This plan, and such for a quarter of its batch to twice it, as far as there are patients and a noise that keeps the budget."""
+    plans = []
+    for size in sorted({max(1, round(plan.batch * factor)) for factor in BATCH_FACTORS}):
+        with suppress(ConfigError):
+            plans.append(plan if size == plan.batch else calibrate(plan.budget, size))
+    return plans
 
 
 def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
     """Write a study's parameters with the planned ones in them. Comments of the original are lost.
 
+    Members keep the number of patients that their `expected_batch_size` stood for, at the sample rate that it stood with.
+
     Raises:
-        ConfigError: `path` exists or cannot be written, or the spec has no [privacy], [training] or [study].
+        ConfigError: `path` exists or cannot be written, the spec has no [privacy], [training] or [study], the members' batches are at no
+            sample rate, or no agreement may have such privacy.
     """
     import tomli_w
 
@@ -161,6 +168,13 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
     missing = [section for section in ("study", "privacy", "training") if not isinstance(changed.get(section), dict)]
     if missing:
         raise ConfigError(f"the study's parameters have no [{missing[0]}]")
+    before = changed["privacy"].get("sample_rate")
+    for member in changed.get("members", []):
+        if not isinstance(before, float | int) or before <= 0.0:
+            raise ConfigError(
+                "the study's [privacy] has no sample_rate at which its members' expected_batch_size would hold"
+            )
+        member["expected_batch_size"] = round(member["expected_batch_size"] * plan.sample_rate / before, 9)
     changed["study"]["rounds"] = plan.budget.rounds
     changed["training"]["steps_per_round"] = plan.budget.steps_per_round
     changed["privacy"] |= {
@@ -169,6 +183,10 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
         "delta": plan.budget.delta,
         "epsilon_budget": plan.budget.epsilon,
     }
+    try:
+        msgspec.convert(changed["privacy"], Privacy)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"no agreement may have this [privacy]: {error}") from None
     try:
         write_public(path, tomli_w.dumps(changed).encode())
     except KeyFileError as error:
@@ -198,6 +216,7 @@ def plot_plans(path: Path, plans: Sequence[Plan], batch: int, unit: str) -> None
     budget = plans[0].budget
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     title = f"delta {budget.delta:g}, {budget.steps} steps; {budget.patients} {unit}s, add or remove one; Opacus RDP"
@@ -211,6 +230,10 @@ def plot_plans(path: Path, plans: Sequence[Plan], batch: int, unit: str) -> None
     for axis, name in zip(axes, ("noise multiplier", "noise on the averaged gradient (clip norms)"), strict=True):
         axis.axvline(budget.epsilon, color="gray", linewidth=0.8, linestyle="--")
         axis.set(xlabel="epsilon", ylabel=name, xscale="log", yscale="log")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
     try:

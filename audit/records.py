@@ -290,6 +290,10 @@ def _verify_ledger(
         "google_pld": _finite(pld),
         "delta": privacy.delta,
     }
+    if privacy.noise_multiplier > 0 and any(claim.epsilon is None for _, claim in claims):
+        report.warnings.append(
+            f"{node_id} claims an infinite epsilon although there is noise; its node is broken, or misleads"
+        )
     _verify_claims(study.agreement, events, claims)
     report.ledgers[node_id] = events, claims
     whole = _verify_hospital(node_id, study.agreement, events, claims, records, report)
@@ -331,7 +335,7 @@ def _verify_claims(
             pld = math.inf
         enough = min(enough, pld * (1 - EPSILON_TOLERANCE))
         smaller, accountant = min((pld, "PLD"), (rdp, "RDP"))
-        check_claim(claim, events[:count], smaller * (1 - EPSILON_TOLERANCE), f"{smaller:.6g} ({accountant})")
+        check_claim(claim, events[:count], smaller * (1 - EPSILON_TOLERANCE), accountant)
 
 
 def _pld_or_infinite(events: Sequence[DpSgdEvent | Steps], delta: float) -> float:
@@ -385,8 +389,8 @@ def _verify_hospital(
     )
 
 
-def check_claim(claim: EpsilonClaim, events: Sequence[DpSgdEvent], least: float, given: str) -> None:
-    """Compare a claim with the `least` that holds for the events before it; `given` names epsilon and who computed it.
+def check_claim(claim: EpsilonClaim, events: Sequence[DpSgdEvent], least: float, accountant: str) -> None:
+    """Compare a claim with the `least` that holds for the events before it, by this accountant.
 
     Raises:
         VerificationFailed: the claim is lower.
@@ -394,8 +398,8 @@ def check_claim(claim: EpsilonClaim, events: Sequence[DpSgdEvent], least: float,
     if _claimed(claim) < least:
         after = f"after the event of round {events[-1].round}" if events else "before any event"
         raise VerificationFailed(
-            f"the claim {after} ({claim.steps_total} steps): the node claims epsilon {_claimed(claim):.6g}, "
-            f"but its events give {given}"
+            f"the claim {after} ({claim.steps_total} steps): the node claims epsilon {_claimed(claim):.12g}, "
+            f"but its events give at least {least:.12g} ({accountant})"
         )
 
 

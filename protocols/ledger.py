@@ -175,7 +175,11 @@ def verify_ledger(
                 pass
             case EpsilonClaim():
                 if body.steps_total != total or body.delta != opened.delta:
-                    raise VerificationFailed(f"the claim of epsilon {body.epsilon} does not count every step before it")
+                    after = f"after the event of round {events[-1].round}" if events else "before any event"
+                    raise VerificationFailed(
+                        f"the claim {after} counts {body.steps_total} steps at delta {body.delta:g}, but {total} at {opened.delta:g} are "
+                        "booked before it: an event is missing, or one was added"
+                    )
                 if len(claims) == agreement.study.rounds + lives:
                     raise VerificationFailed(
                         f"there are more claims than a node makes: one for each of {agreement.study.rounds} rounds, and one "
@@ -196,24 +200,17 @@ def verify_ledger(
 
 def _verify_event(event: DpSgdEvent, opened: LedgerOpened, agreement: Agreement) -> None:
     privacy = agreement.privacy
-    agreed = (
-        privacy.sample_rate,
-        privacy.noise_multiplier,
-        privacy.max_grad_norm,
-        privacy.unit,
-        opened.dataset_fingerprint,
-        agreement.noise_share if event.steps else None,
-    )
-    booked = (
-        event.sample_rate,
-        event.noise_multiplier,
-        event.max_grad_norm,
-        event.privacy_unit,
-        event.dataset_fingerprint,
-        event.noise_share,
-    )
-    if booked != agreed:
-        raise VerificationFailed(f"the event of round {event.round} has other parameters than agreed")
+    agreed = {
+        "sample_rate": privacy.sample_rate,
+        "noise_multiplier": privacy.noise_multiplier,
+        "max_grad_norm": privacy.max_grad_norm,
+        "privacy_unit": privacy.unit,
+        "dataset_fingerprint": opened.dataset_fingerprint,
+        "noise_share": agreement.noise_share if event.steps else None,
+    }
+    other = [name for name, value in agreed.items() if getattr(event, name) != value]
+    if other:
+        raise VerificationFailed(f"the event of round {event.round} has another {', '.join(other)} than agreed")
     if event.rng_kind not in RNG_KINDS:
         raise VerificationFailed(
             f"the event of round {event.round} names an unknown noise generator, {event.rng_kind!r}"

@@ -35,6 +35,12 @@ TokeniserKind = Literal["tabular", "image", "signal", "embedding"]
 MAX_PATIENT_CHARACTERS = 256
 """The longest name of a patient; the array of names takes four bytes for each character of the longest."""
 
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Unicode's Default_Ignorable_Code_Point, and the empty pattern of Braille."""
+
 _NOBODY = frozenset(
     ("", "#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "none", "null")
 )
@@ -171,7 +177,7 @@ def _names(patients: Any, shape: tuple[int, ...], source: str) -> NDArray[np.str
     )
     _refuse_rows(
         source,
-        [not name.isprintable() for name in names],
+        [not name.isprintable() or bool(_INVISIBLE.search(name)) for name in names],
         "have a control character or an invisible one in the name of the patient; take it away, so that every patient has one name",
     )
     _refuse_rows(

@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner, Result
 from audit import accountants
 from audit.accountants import epsilons, opacus_prv, opacus_rdp
 from audit.budget import Steps, epsilon_pld
-from audit.plan import Budget, calibrate
+from audit.plan import Budget, calibrate, trade_offs
 from keys.errors import ConfigError, VerificationFailed
 from protocols.agreement import HospitalPrivacy
 from secgeo import cli
@@ -68,7 +69,6 @@ def test_the_answers_are_the_known_ones(rate: float, noise: float, steps: int, d
         ((0.01, 0.0, 10, 1e-5), {"rdp": "no noise", "prv": "no noise", "pld": "no noise"}),
         ((0.01, 50.0, 1000, 1e-5), {"rdp": "at most 0.1041"}),
         ((0.5, 0.3, 100, 1e-5), {"rdp": "at most 40", "prv": "above 300", "pld": "above 300"}),
-        ((0.01, 1.0, 10, 0.5), {"prv": "does not hold here"}),
         ((1.0, 5.0, 30, 1e-15), {"prv": "PLD, which PRV is compared with", "pld": "which 1e-15 is below"}),
         ((1.0, 316.22776601683796, 100_000, 1e-12), {"prv": "has no answer", "pld": "which 1e-12 is below"}),
         ((0.001, 1.0, 2_000_000, 1e-5), {"prv": "too much memory"}),
@@ -122,6 +122,13 @@ def test_an_answer_names_relation_and_unit() -> None:
     assert ask(0.01, 1.0, 10, 1e-5).keys() == {"epsilon", "delta", "neighbouring_relation"}
 
 
+def test_no_epsilon_is_negative() -> None:
+    """PRV gives -0.008 there, and less than nothing is nothing."""
+    for settings in ((0.4, 20.0, 132, 0.1), (0.01, 100.0, 10, 0.5)):
+        assert all(value is None or value >= 0.0 for value in ask(*settings)["epsilon"].values())
+    assert ask(0.4, 20.0, 132, 0.1)["epsilon"]["prv"] == 0.0
+
+
 def test_no_step_costs_nothing() -> None:
     assert ask(0.1, 1.0, 0, 1e-5)["epsilon"] == {"rdp": 0.0, "prv": 0.0, "pld": 0.0}
 
@@ -165,7 +172,11 @@ def test_a_plan_is_the_smallest_noise_that_keeps_the_budget() -> None:
 
 def test_and_back(tmp_path: Path) -> None:
     """What is planned and written is what `budget epsilon` and the agreement's own rules give."""
-    (tmp_path / "study.toml").write_text(tomli_w.dumps(make_spec(rounds=7)))
+    spec = make_spec(rounds=7)
+    spec["members"] = [
+        {"node_id": name, "modality": "m", "expected_batch_size": size} for name, size in (("a", 20.0), ("b", 50))
+    ]
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(spec))
     options = [
         "--epsilon",
         4,
@@ -191,6 +202,9 @@ def test_and_back(tmp_path: Path) -> None:
     privacy = written["privacy"]
     assert (privacy["sample_rate"], privacy["delta"], privacy["epsilon_budget"]) == (0.1, 1e-4, 4.0)
     assert privacy["noise_multiplier"] == plan["noise_multiplier"]
+    before = spec["privacy"]["sample_rate"]
+    for member, old in zip(written["members"], spec["members"], strict=True):  # they have the patients that they had
+        assert member["expected_batch_size"] / 0.1 == pytest.approx(old["expected_batch_size"] / before)
     assert ask(0.1, privacy["noise_multiplier"], 36, 1e-4)["epsilon"] == plan["epsilon"]
     assert plan["epsilon"]["rdp"] <= 4.0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -206,6 +220,37 @@ def test_and_back(tmp_path: Path) -> None:
 def test_a_plan_that_cannot_be_is_refused(budget: Budget, batch: int, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         calibrate(budget, batch)
+
+
+def test_a_plan_is_made_although_other_batches_have_none() -> None:
+    plan = calibrate(Budget(1.0, 1e-5, 2, 10_000_000, 1), 1)
+    assert [other.batch for other in trade_offs(plan)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda spec: spec["privacy"].pop("sample_rate"), "no sample_rate"),
+        (lambda spec: spec["privacy"].update(max_grad_norm=-1.0), "no agreement may have"),
+    ],
+)
+def test_a_study_that_a_plan_does_not_fit_is_refused(tmp_path: Path, change: Any, why: str) -> None:
+    spec = make_spec()
+    spec["members"] = [{"node_id": "a", "modality": "m", "expected_batch_size": 20.0}]
+    change(spec)
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(spec))
+    result = run(*PLAN, "--study", tmp_path / "study.toml", "--out", tmp_path / "new.toml")
+    assert isinstance(result.exception, ConfigError)
+    assert why in str(result.exception)
+    assert not (tmp_path / "new.toml").exists()
+
+
+def test_a_plan_that_no_agreement_may_have_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(make_spec()))
+    options = ["plan", "--epsilon", 4, "--delta", 0.3, "--patients", 400, "--rounds", 2, "--batch", 40]
+    result = run(*options, "--study", tmp_path / "study.toml", "--out", tmp_path / "new.toml")
+    assert isinstance(result.exception, ConfigError)
+    assert "delta" in str(result.exception)
 
 
 def test_a_plan_overwrites_nothing(tmp_path: Path) -> None:
@@ -303,12 +348,15 @@ LIES: dict[str, tuple[Callable[[list], object], str]] = {
         lambda b: b.insert(3, replace(b[4], steps_total=b[2].steps, epsilon=0.1)),
         "after the event of round 2",
     ),
-    "an event missing": (lambda b: b.pop(3), "does not count"),
+    "an event missing": (lambda b: b.pop(3), "the claim after the event of round 2 counts"),
     "other noise than agreed": (
         lambda b: b.__setitem__(2, replace(b[2], noise_multiplier=0.5)),
-        "the event of round 2",
+        "the event of round 2 has another noise_multiplier than agreed",
     ),
-    "another rate than agreed": (lambda b: b.__setitem__(3, replace(b[3], sample_rate=0.01)), "the event of round 3"),
+    "another rate and clip norm than agreed": (
+        lambda b: b.__setitem__(3, replace(b[3], sample_rate=0.01, max_grad_norm=7.0)),
+        "the event of round 3 has another sample_rate, max_grad_norm than agreed",
+    ),
     "fewer steps than agreed": (lambda b: b.__setitem__(3, replace(b[3], steps=1)), "the event of round 3"),
 }
 

@@ -461,7 +461,7 @@ def exact_epsilon(noise: float, steps: int, delta: float) -> float:
         below = epsilon + special.log_ndtr(-shift / 2 - epsilon / shift)
         return float(above + math.log(-math.expm1(min(below - above, -1e-300))) - math.log(delta))
 
-    return float(optimize.brentq(excess, 1e-9, 100.0, xtol=1e-12))
+    return float(optimize.brentq(excess, 1e-9, 400.0, xtol=1e-12))
 
 
 def test_a_claim_that_pld_would_accept_at_a_tiny_delta_fails(study: Study, tmp_path: Path) -> None:
@@ -482,13 +482,13 @@ def test_a_claim_that_pld_would_accept_at_a_tiny_delta_fails(study: Study, tmp_p
 
 @pytest.mark.parametrize("steps", [1, 30, 1000, 30_000])
 def test_pld_is_never_below_the_truth_where_it_gives_a_number(steps: int) -> None:
-    for target in (0.1, 1.0, 3.0):
+    for target in (0.1, 1.0, 3.0, 10.0, 14.0):
         for delta in (budget.least_delta(steps), 1e-8, 1e-5):
             noise = math.sqrt(steps) / target
             if not 0.3 <= noise <= 1e4:
                 continue
             found = budget.epsilon_pld([budget.Steps(1.0, noise, steps)], delta)
-            assert found >= exact_epsilon(noise, steps, delta) * (1 - 1e-6)
+            assert found >= exact_epsilon(noise, steps, delta) * (1 - 1e-5)
     with pytest.raises(VerificationFailed, match="is below"):
         budget.epsilon_pld([budget.Steps(1.0, math.sqrt(steps), steps)], 0.9 * budget.least_delta(steps))
 

@@ -207,6 +207,8 @@ BAD_NAMES = {
     "a control character": (["Ann", "A\x07nn", "Bob"], "1 of 3 rows .* control character"),
     "a space of no width": (["Ann", "A\u200bnn", "Ann\u2060"], "2 of 3 rows .* invisible"),
     "a byte order mark": (["Ann", "\ufeffAnn", "Bob"], "1 of 3 rows .* invisible"),
+    "a selector of variants": (["Ann", "Ann\ufe0f", "Ann\u034f"], "2 of 3 rows .* invisible"),
+    "letters that fill": (["Ann\u3164", "Ann\u115f", "A\u17b4nn"], "3 of 3 rows .* invisible"),
     "another space": (["Ann Lee", "Ann\u00a0Lee", "Bob"], "1 of 3 rows .* invisible"),
     "an accent of its own": (["Andr\u00e9", "Andre\u0301", "Bob"], "1 of 3 rows .* NFC"),
 }
