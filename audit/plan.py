@@ -168,13 +168,7 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
     missing = [section for section in ("study", "privacy", "training") if not isinstance(changed.get(section), dict)]
     if missing:
         raise ConfigError(f"the study's parameters have no [{missing[0]}]")
-    before = changed["privacy"].get("sample_rate")
-    for member in changed.get("members", []):
-        if not isinstance(before, float | int) or before <= 0.0:
-            raise ConfigError(
-                "the study's [privacy] has no sample_rate at which its members' expected_batch_size would hold"
-            )
-        member["expected_batch_size"] = round(member["expected_batch_size"] * plan.sample_rate / before, 9)
+    _scale_batches(changed.get("members", []), changed["privacy"].get("sample_rate"), plan.sample_rate)
     changed["study"]["rounds"] = plan.budget.rounds
     changed["training"]["steps_per_round"] = plan.budget.steps_per_round
     changed["privacy"] |= {
@@ -191,6 +185,19 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
         write_public(path, tomli_w.dumps(changed).encode())
     except KeyFileError as error:
         raise ConfigError(str(error)) from None
+
+
+def _scale_batches(members: Any, before: Any, after: float) -> None:
+    """Have every member expect the batches at another sample rate that it expected `before`, of the same number of patients."""
+    for member in members if isinstance(members, list) else [members]:
+        size = member.get("expected_batch_size") if isinstance(member, dict) else None
+        if not isinstance(size, float | int):
+            raise ConfigError("the study's [[members]] each need a number as expected_batch_size")
+        if not isinstance(before, float | int) or before <= 0.0:
+            raise ConfigError(
+                "the study's [privacy] has no sample_rate at which its members' expected_batch_size would hold"
+            )
+        member["expected_batch_size"] = round(size * after / before, 9)
 
 
 def check_plot(path: Path) -> None:

@@ -232,6 +232,9 @@ def test_a_plan_is_made_although_other_batches_have_none() -> None:
     [
         (lambda spec: spec["privacy"].pop("sample_rate"), "no sample_rate"),
         (lambda spec: spec["privacy"].update(max_grad_norm=-1.0), "no agreement may have"),
+        (lambda spec: spec["members"][0].pop("expected_batch_size"), "each need a number"),
+        (lambda spec: spec.update(members=3), "each need a number"),
+        (lambda spec: spec.update(members=["a"]), "each need a number"),
     ],
 )
 def test_a_study_that_a_plan_does_not_fit_is_refused(tmp_path: Path, change: Any, why: str) -> None:
