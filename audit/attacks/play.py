@@ -16,7 +16,6 @@ from audit.attacks.knowledge import Address, Knowledge, peek
 from audit.attacks.network import MemorySpool, Network, NotPlayed
 from keys.errors import SecGeoError
 from protocols import messages as m
-from protocols import study_aggregator as agg
 from protocols import transcript as t
 from protocols.attempt_aggregator import AttemptAggregator, Phase
 from protocols.attempt_node import AttemptNode, Parties
@@ -81,21 +80,13 @@ class LooseAttempt(AttemptAggregator):
 
 
 class LooseKeys(KeyDealing):
-    """Any key is the study's."""
+    """Whoever says that it holds a key has joined."""
 
     def joined(self, peer: str, body: m.Join, data: bytes) -> bool:
         """Whether a member has joined with a key."""
         if not super().joined(peer, body, data) and body.study_key != m.NO_KEY:
             self._wanting.pop(peer, None)
         return body.study_key != m.NO_KEY
-
-
-class LooseMachine(agg.AggregatorMachine):
-    """A study whose aggregator takes whoever says that it is here."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._keys = LooseKeys()
 
 
 class Accomplice(AttemptNode):
@@ -149,7 +140,7 @@ class Play:
     def loosen(self) -> None:
         """The aggregator's own machine no longer checks what protects the nodes only."""
         self._loose = True
-        turn(self.network.aggregator, LooseMachine)
+        turn(self.network.aggregator._keys, LooseKeys)
         parties = self.network.parties
         self.network.aggregator._parties = LooseParties(
             parties.agreement, parties.agreement_digest, parties.public_keys

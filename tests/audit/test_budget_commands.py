@@ -222,9 +222,12 @@ def test_a_plan_that_cannot_be_is_refused(budget: Budget, batch: int, why: str) 
         calibrate(budget, batch)
 
 
-def test_a_plan_is_made_although_other_batches_have_none() -> None:
-    plan = calibrate(Budget(1.0, 1e-5, 2, 10_000_000, 1), 1)
-    assert [other.batch for other in trade_offs(plan)] == [1]
+def test_a_plan_is_made_although_other_batches_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("audit.plan.NOISE_RANGE", (0.3, 2.0))
+    budget = Budget(6.0, 1e-5, 2, 10, 1)
+    assert [other.batch for other in trade_offs(calibrate(budget, 1))] == [1]
+    with pytest.raises(ConfigError, match="no noise keeps"):
+        calibrate(budget, 2)
 
 
 @pytest.mark.parametrize(
