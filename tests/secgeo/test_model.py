@@ -4,22 +4,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from tiny_study import ANCHORS, CLASSES, KINDS, agreement, anchors, records
+from tiny_study import ANCHORS, CLASSES, KINDS, agreement, anchors, records, trained
 from torch.nn import functional
 
 from keys.errors import ConfigError, LocalProtocolError
 from secgeo.model import build_model
 from secgeo.per_sample import PerSampleGradients
 from secgeo.trunk import trunk_digest
-
-
-def trained(kind: str) -> torch.nn.Module:
-    model = build_model(agreement(), kind, anchors(kind))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.private_parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def test_the_trunk_digest_is_portable() -> None:

@@ -6,22 +6,12 @@ import pytest
 import torch
 from opacus import GradSampleModule
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
-from tiny_study import KINDS, agreement, anchors, records
+from tiny_study import KINDS, records, trained
 from torch import nn
 from torch.nn import functional
 
 from keys.errors import LocalProtocolError
-from secgeo.model import MultimodalNode, build_model
 from secgeo.per_sample import PerSampleGradients
-
-
-def made(kind: str = "table") -> MultimodalNode:
-    model = build_model(agreement(), kind, anchors(kind))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.private_parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def backward(model: nn.Module, kind: str = "table", count: int = 7) -> None:
@@ -32,7 +22,7 @@ def backward(model: nn.Module, kind: str = "table", count: int = 7) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_equal_those_of_opacus_hooks(kind: str) -> None:
-    ours, theirs = made(kind), made(kind)
+    ours, theirs = trained(kind), trained(kind)
     backward(PerSampleGradients(ours), kind)
     backward(GradSampleModule(theirs, loss_reduction="sum"), kind)
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -54,7 +44,7 @@ def test_a_linear_layer_alone_with_any_number_of_token_dimensions(shape: tuple[i
 
 
 def test_the_sum_that_is_not_clipped_is_never_made() -> None:
-    model = made()
+    model = trained("table")
     backward(PerSampleGradients(model))
     assert all(p.grad is None and p.grad_sample is not None for p in model.private_parameters())
     assert all(p.requires_grad for p in model.private_parameters())
@@ -62,7 +52,7 @@ def test_the_sum_that_is_not_clipped_is_never_made() -> None:
 
 def test_only_the_private_pass_is_watched() -> None:
     """The anchor pass goes through the same layers, before and after."""
-    model = made()
+    model = trained("table")
     hooked = PerSampleGradients(model)
     for _ in range(2):
         backward(model)
@@ -74,7 +64,7 @@ def test_only_the_private_pass_is_watched() -> None:
 
 
 def test_a_pass_that_fails_leaves_everything_as_it_was() -> None:
-    model = made()
+    model = trained("table")
     hooked = PerSampleGradients(model)
     with pytest.raises(RuntimeError):
         hooked(torch.zeros(3, 999))
@@ -85,7 +75,7 @@ def test_a_pass_that_fails_leaves_everything_as_it_was() -> None:
 
 def test_a_frozen_parameter_stays_frozen() -> None:
     """Of every kind: a weight, a bias, a magnitude."""
-    model = made()
+    model = trained("table")
     hooked = PerSampleGradients(model)
     for name, p in model.named_parameters():
         p.requires_grad_(False)
@@ -98,7 +88,7 @@ def test_a_frozen_parameter_stays_frozen() -> None:
 
 
 def test_a_parameter_that_came_later_gets_no_gradient_of_the_batch() -> None:
-    model = made()
+    model = trained("table")
     hooked = PerSampleGradients(model)
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     model.head.weight.grad_sample = None
@@ -108,7 +98,7 @@ def test_a_parameter_that_came_later_gets_no_gradient_of_the_batch() -> None:
 
 
 def test_two_passes_are_not_mixed_up() -> None:
-    hooked = PerSampleGradients(made())
+    hooked = PerSampleGradients(trained("table"))
     backward(hooked)
     with pytest.raises(LocalProtocolError, match="used twice"):
         backward(hooked)

@@ -2,6 +2,7 @@
 
 import msgspec
 import numpy as np
+import torch
 
 from protocols.agreement import (
     Agreement,
@@ -18,6 +19,7 @@ from protocols.agreement import (
     Training,
 )
 from secgeo.datasets import LabelledRecords, anchor_digest
+from secgeo.model import MultimodalNode, build_model
 from secgeo.noise import NoiseSource
 from secgeo.training import LocalTrainer
 from secgeo.trunk import trunk_digest
@@ -83,3 +85,13 @@ def trainer(study: Agreement, index: int = 0, key: int = 1, count: int = 24, dev
     kind = member.modality
     noise = NoiseSource(key.to_bytes(32, "big"))
     return LocalTrainer(study, member, records(kind, count), anchors(kind), noise=noise, device=device)
+
+
+def trained(kind: str) -> MultimodalNode:
+    """A model away from its start, where heads are zero; the same at every call."""
+    model = build_model(agreement(), kind, anchors(kind))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.private_parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
