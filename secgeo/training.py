@@ -59,6 +59,11 @@ class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
         super().__init__(optimizer, **settings)
         self._noise = noise
 
+    @property
+    def accumulated_iterations(self) -> int:
+        """One: the pieces of a sample are clipped one after the other. Opacus asks every parameter, once for each of them."""
+        return 1
+
     def add_noise(self) -> None:
         """p.grad = clipped sum + N(0, (noise_multiplier * max_grad_norm)^2)."""
         parameters, std = self.params, self.noise_multiplier * self.max_grad_norm
