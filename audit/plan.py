@@ -188,7 +188,7 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
 
 
 def _scale_batches(members: Any, before: Any, after: float) -> None:
-    """Have every member expect the batches at another sample rate that it expected `before`, of the same number of patients."""
+    """Set what members expect at the sample rate `after`, of the patients that they expected at `before`."""
     for member in members if isinstance(members, list) else [members]:
         size = member.get("expected_batch_size") if isinstance(member, dict) else None
         if not isinstance(size, float | int):

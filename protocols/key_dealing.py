@@ -1,7 +1,8 @@
 """The aggregator's part in dealing the study key: who lacks it, and who is asked to make it or to seal it to whom.
 
 The study key is the secret that members encrypt their uploads under. The aggregator never holds it: it knows its id, and carries
-seals that it cannot open. Whoever it asks may be dishonest or die, so everybody is asked once, one after the other.
+seals that it cannot open. Whoever it asks may be dishonest or die, so all are asked one after the other: to make a key once, to
+seal it once a round.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
     def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.hooks_enabled and torch.is_grad_enabled():
             if len(inputs) != 1:
-                raise LocalProtocolError(f"{type(layer).__name__} must be called with one tensor, not by keyword")
+                raise LocalProtocolError(f"{type(layer).__name__} must be called with one tensor, by position")
             given = inputs[0].detach()
             if not output.requires_grad:  # the first layer: its input is data
                 output.requires_grad_()

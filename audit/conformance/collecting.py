@@ -250,7 +250,7 @@ def _influences(target: Target) -> tuple[tuple[Influence, ...], tuple[Influence,
         And of a canary of this norm beside them, or with a gradient that is not finite.
         """
         made, seen = target.trainer(records=records), list[Seen]()
-        made.physical_batch = SMALL_PIECE
+        made.physical_batch = SMALL_PIECE  # Clipped piece by piece, as large samples are.
         with torch.no_grad():  # away from the start, where heads are zero and gradients small
             for p, change in zip(made.model.private_parameters(), shaken, strict=True):
                 p.add_(change)

@@ -159,7 +159,7 @@ class Odd(nn.Module):
     [
         ("changed in place", "changed in place afterwards"),
         ("tokens as records", "20 gradients for 4 records"),
-        ("by keyword", "not by keyword"),
+        ("by keyword", "by position"),
         ("inside", "one pass at a time"),
     ],
 )
