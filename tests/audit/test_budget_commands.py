@@ -415,6 +415,22 @@ def test_studies_are_composed_at_the_smallest_delta_of_theirs(study: Study, hone
         assert json.loads(result.stdout)["patients_of_all"]["delta"] == other.agreement.privacy.delta
 
 
+def test_one_ledger_under_two_spellings_is_not_counted_twice(study: Study, honest: Path) -> None:
+    other = honest.parent / "elsewhere" / ".." / honest.name
+    (honest.parent / "elsewhere").mkdir(exist_ok=True)
+    at = NOW.replace(tzinfo=None).isoformat(timespec="seconds")
+    result = run("compose", *(f"{folder}:{study.names[0]}" for folder in (honest, other)), "--at", at)
+    assert isinstance(result.exception, ConfigError)
+    assert "each once" in str(result.exception)
+
+
+def test_an_infinite_claim_although_there_is_noise_is_remarked(study: Study, folder: Path) -> None:
+    name, transcript = study.names[2], (folder / "transcript.jsonl").read_bytes()
+    lie = study.ledger(name, transcript, lambda b: b.__setitem__(4, replace(b[4], epsilon=None)))
+    study.put(folder, transcript, {name: lie})
+    assert any(name in warning and "infinite" in warning for warning in verify(study, folder)[1]["warnings"])
+
+
 def test_each_folder_is_pinned_to_its_own_authority(study: Study, honest: Path, tmp_path: Path) -> None:
     other = make_study(count=4, rounds=3)  # of another authority
     second, name = other.write(tmp_path / "second"), study.names[0]

@@ -134,7 +134,7 @@ def test_no_noise_is_seeded_outside_of_tests() -> None:
     assert made > 0
 
 
-@pytest.mark.parametrize("module", ["training", "noise", "hospital_noise"])
+@pytest.mark.parametrize("module", ["training", "per_sample", "noise", "hospital_noise"])
 def test_private_code_has_no_other_source_of_randomness(module: str) -> None:
     path = ROOT / "secgeo" / f"{module}.py"
     names = [name for name, _ in calls(path)]
