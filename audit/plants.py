@@ -7,7 +7,7 @@ al. 2022 (arXiv 2202.12219), Chua et al. 2024 (arXiv 2403.17673, shuffled batche
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -67,8 +67,8 @@ def _scaled_noise(factor: Callable[[LocalTrainer], float]) -> Callable[[LocalTra
 
         def add_noise() -> None:
             std = optimizer.noise_multiplier * optimizer.max_grad_norm * factor(trainer)
-            for p in optimizer.params:
-                p.grad = (p.summed_grad.double() + gaussian(tuple(p.shape), std)).to(p.dtype)
+            summed = optimizer.vector.summed_grad
+            optimizer.vector.grad = (summed.double() + gaussian(summed.shape, std)).to(summed.dtype)
 
         patch(optimizer, add_noise=add_noise)
 
@@ -95,14 +95,21 @@ def _reused_seed(trainer: LocalTrainer) -> None:
     patch(optimizer, add_noise=reseeded)
 
 
+def _unnoised(trainer: LocalTrainer, parameters: Iterable[Any], divisor: float = 1.0) -> None:
+    """What the optimiser would add to these is the clipped sum by the divisor again."""
+    optimizer, chosen = trainer._optimizer, {id(p) for p in parameters}
+    parts = optimizer.split(optimizer.vector.grad), optimizer.split(optimizer.vector.summed_grad)
+    for p, noised, summed in zip(optimizer.parameters, *parts, strict=True):
+        if id(p) in chosen:
+            noised.copy_(summed / divisor)
+
+
 def _unnoised_magnitudes(trainer: LocalTrainer) -> None:
     optimizer, add_noise = trainer._optimizer, trainer._optimizer.add_noise
-    magnitudes: list[Any] = [layer.magnitude.weight for layer in trainer.model.adapted.values()]
 
     def all_but_magnitudes() -> None:
         add_noise()
-        for p in magnitudes:
-            p.grad = p.summed_grad.clone()
+        _unnoised(trainer, [layer.magnitude.weight for layer in trainer.model.adapted.values()])
 
     patch(optimizer, add_noise=all_but_magnitudes)
 
@@ -112,11 +119,10 @@ def _shared_by_shape(trainer: LocalTrainer) -> None:
     optimizer, gaussian = trainer._optimizer, trainer._optimizer._noise.gaussian
 
     def add_noise() -> None:
-        std, drawn = optimizer.noise_multiplier * optimizer.max_grad_norm, dict[tuple[int, ...], torch.Tensor]()
-        for p in optimizer.params:
-            if tuple(p.shape) not in drawn:
-                drawn[tuple(p.shape)] = gaussian(tuple(p.shape), std)
-            p.grad = (p.summed_grad.double() + drawn[tuple(p.shape)]).to(p.dtype)
+        std, summed = optimizer.noise_multiplier * optimizer.max_grad_norm, optimizer.vector.summed_grad
+        shapes = [tuple(p.shape) for p in optimizer.parameters]
+        drawn = {shape: gaussian(shape, std).flatten() for shape in dict.fromkeys(shapes)}
+        optimizer.vector.grad = (summed.double() + torch.cat([drawn[shape] for shape in shapes])).to(summed.dtype)
 
     patch(optimizer, add_noise=add_noise)
 
@@ -138,8 +144,8 @@ def _half_precision(trainer: LocalTrainer) -> None:
 
     def add_noise() -> None:
         std = optimizer.noise_multiplier * optimizer.max_grad_norm
-        for p in optimizer.params:
-            p.grad = p.summed_grad + gaussian(tuple(p.shape), std).half().to(p.dtype)
+        summed = optimizer.vector.summed_grad
+        optimizer.vector.grad = summed + gaussian(summed.shape, std).half().to(summed.dtype)
 
     patch(optimizer, add_noise=add_noise)
 
@@ -150,8 +156,7 @@ def _local_without_noise(trainer: LocalTrainer) -> None:
 
     def clean() -> bool:
         done = bool(pre_step())
-        for p in trainer.model.local_parameters():
-            p.grad = p.summed_grad / optimizer.expected_batch_size  # type: ignore[attr-defined]
+        _unnoised(trainer, trainer.model.local_parameters(), optimizer.expected_batch_size)
         return done
 
     patch(optimizer, pre_step=clean)
@@ -189,9 +194,8 @@ def _unnoised_where_it_matters(trainer: LocalTrainer) -> None:
 
     def sometimes() -> None:
         add_noise()
-        if any(bool((p.summed_grad != 0.0).any()) for p in optimizer.params):
-            for p in local:
-                p.grad = p.summed_grad.clone()
+        if bool((optimizer.vector.summed_grad != 0.0).any()):
+            _unnoised(trainer, local)
 
     patch(optimizer, add_noise=sometimes)
 
@@ -235,12 +239,8 @@ def _mixed_noise(mix: Callable[[NoiseSource, int], torch.Tensor]) -> Callable[[L
         optimizer, source = trainer._optimizer, trainer._optimizer._noise
 
         def add_noise() -> None:
-            std = optimizer.noise_multiplier * optimizer.max_grad_norm
-            drawn, at = mix(source, sum(p.numel() for p in optimizer.params)) * std, 0
-            for p in optimizer.params:
-                own = drawn[at : at + p.numel()].view_as(p)
-                p.grad = (p.summed_grad.double() + own).to(p.dtype)
-                at += p.numel()
+            std, summed = optimizer.noise_multiplier * optimizer.max_grad_norm, optimizer.vector.summed_grad
+            optimizer.vector.grad = (summed.double() + mix(source, len(summed)) * std).to(summed.dtype)
 
         patch(optimizer, add_noise=add_noise)
 
@@ -271,11 +271,10 @@ def _clip(
         optimizer = trainer._optimizer
 
         def clip_and_accumulate() -> None:
-            parameters = optimizer.params
-            norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters], dim=1)
-            for p, factor in zip(parameters, factors(trainer, norms), strict=True):
-                summed = torch.einsum("i,i...", factor, p.grad_sample)
-                p.summed_grad = summed if p.summed_grad is None else p.summed_grad + summed
+            vector, rows = optimizer.vector, [part.flatten(1) for part in optimizer.split(optimizer.vector.grad_sample)]
+            norms = torch.stack([part.norm(dim=1) for part in rows], dim=1)
+            summed = torch.cat([factor @ part for factor, part in zip(factors(trainer, norms), rows, strict=True)])
+            vector.summed_grad = summed if vector.summed_grad is None else vector.summed_grad + summed
 
         patch(optimizer, clip_and_accumulate=clip_and_accumulate)
 
@@ -292,7 +291,7 @@ def _clip_each_parameter(trainer: LocalTrainer, norms: torch.Tensor) -> list[tor
 
 def _clip_all_but_the_head(trainer: LocalTrainer, norms: torch.Tensor) -> list[torch.Tensor]:
     head = {id(p) for p in trainer.model.head.parameters()}
-    outside = torch.tensor([id(p) in head for p in trainer._optimizer.params])
+    outside = torch.tensor([id(p) in head for p in trainer._optimizer.parameters])
     factor = (trainer._optimizer.max_grad_norm / (norms[:, ~outside].norm(dim=1) + 1e-6)).clamp(max=1.0)
     return [torch.ones(len(norms)) if out else factor for out in outside]
 
@@ -358,12 +357,10 @@ def _clip_after_sum(trainer: LocalTrainer) -> None:
     optimizer = trainer._optimizer
 
     def clip_and_accumulate() -> None:
-        sums = [p.grad_sample.sum(dim=0) for p in optimizer.params]
-        norm = torch.stack([total.norm() for total in sums]).norm()
+        vector, total = optimizer.vector, optimizer.vector.grad_sample.sum(dim=0)
         most = optimizer.max_grad_norm * trainer._member.expected_batch_size
-        for p, total in zip(optimizer.params, sums, strict=True):
-            total = total * min(1.0, float(most / (norm + 1e-6)))
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+        total = total * min(1.0, float(most / (total.norm() + 1e-6)))
+        vector.summed_grad = total if vector.summed_grad is None else vector.summed_grad + total
 
     patch(optimizer, clip_and_accumulate=clip_and_accumulate)
 
@@ -521,7 +518,7 @@ def _weights_of_raw_gradients(trainer: LocalTrainer) -> None:
 
     def seen(chosen: NDArray[np.bool_]) -> None:
         private_gradient(chosen)
-        rows = [p.grad_sample for p in trainer._optimizer.params]
+        rows = trainer._optimizer.split(trainer._optimizer.vector.grad_sample)
         if len(rows[0]) > 1:
             spread.append(float(torch.stack([row.var(dim=0).mean() for row in rows]).mean()))
 

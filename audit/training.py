@@ -160,7 +160,7 @@ def collect(target: Target, *, profile: Profile = "fast", progress: Progress = l
     """Put canaries into the training of `target` and look for them."""
     target = replace(target, agreement=_shortened(target.agreement, profile))
     probe = target.trainer()
-    size = sum(p.numel() for p in probe._optimizer.params)
+    size = probe._optimizer.vector.numel()
     units, length = len(probe._units), CANARY_LENGTH * target.agreement.privacy.max_grad_norm
     if not _can_be_bounded(target.agreement):
         return TrainingEvidence(target.member.node_id, (), size, units, target.others is not None)
@@ -262,8 +262,10 @@ def _gradient_attacks(
 def _released(trainer: LocalTrainer, changed: dict[str, NDArray[np.float64]]) -> tuple[torch.Tensor, NDArray[np.bool_]]:
     """The adapter's change as a vector over all private parameters [d], zero where they are not released, and where they are."""
     named = {id(trainer.model.adapted[name].direction.weight): delta for name, delta in changed.items()}
-    parts = [torch.as_tensor(named.get(id(p), np.zeros(tuple(p.shape)))).flatten() for p in trainer._optimizer.params]
-    where = [np.full(p.numel(), id(p) in named) for p in trainer._optimizer.params]
+    parts = [
+        torch.as_tensor(named.get(id(p), np.zeros(tuple(p.shape)))).flatten() for p in trainer._optimizer.parameters
+    ]
+    where = [np.full(p.numel(), id(p) in named) for p in trainer._optimizer.parameters]
     return torch.cat(parts), np.concatenate(where)
 
 
@@ -336,7 +338,7 @@ class _Mirror:
         self.trainer = target.trainer(records=records, plant=None)
         self._everybody, self._clip = np.ones(len(records), np.bool_), target.agreement.privacy.max_grad_norm
         self._inputs = projector_inputs(self.trainer.model, torch.from_numpy(records.features))
-        self._parameters = list(self.trainer._optimizer.params)
+        self._parameters = self.trainer._optimizer.parameters
         self._projector: Any = self.trainer.model.tokeniser.projector
         self._projector.weight.requires_grad_(False)
 
@@ -348,17 +350,19 @@ class _Mirror:
         self.trainer.model.load_state_dict(trainer.model.state_dict())
         self.trainer._optimizer.zero_grad(set_to_none=True)
         self.trainer._private_gradient(self._everybody)
+        optimizer = self.trainer._optimizer
+        rows_of = dict(zip(optimizer.parameters, optimizer.split(optimizer.vector.grad_sample), strict=True))
         count, at = len(self._everybody), 0
         products, found = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         for p in self._parameters:
             seen = noised[at : at + p.numel()]
             at += p.numel()
             if p is self._projector.weight:
-                bias, inputs = self._projector.bias.grad_sample, self._inputs
+                bias, inputs = rows_of[self._projector.bias], self._inputs
                 products += (bias @ bias.T) * (inputs @ inputs.T)
                 found += ((bias @ seen.view_as(p)) * inputs).sum(dim=1)
             else:
-                rows = p.grad_sample.flatten(1)
+                rows = rows_of[p].flatten(1)
                 products += rows @ rows.T
                 found += rows @ seen
         lengths = products.diagonal().sqrt().clamp(min=self._clip)  # clipping divides a gradient by this, in clip norms

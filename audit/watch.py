@@ -59,8 +59,8 @@ def projector_inputs(model: MultimodalNode, records: Tensor) -> Tensor:
 class Canaries(Protocol):
     """m gradients that no record has."""
 
-    def write(self, chosen: NDArray[np.int64], start: int, into: Tensor) -> None:
-        """Write the gradients of these k, as far as the parameters from `start` on go, over `into` [k, parameters]."""
+    def write(self, chosen: NDArray[np.int64], into: Tensor) -> None:
+        """Write the gradients of these k over `into` [k, d]."""
         ...
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
@@ -90,12 +90,10 @@ class DiracCanaries:
         self._places = torch.from_numpy(self.places)
         self._length = length
 
-    def write(self, chosen: NDArray[np.int64], start: int, into: Tensor) -> None:
-        """Write the gradients of these k, as far as the parameters from `start` on go, over `into` [k, parameters]."""
+    def write(self, chosen: NDArray[np.int64], into: Tensor) -> None:
+        """Write the gradients of these k over `into` [k, d]."""
         into.zero_()
-        places = self._places[torch.from_numpy(chosen)] - start
-        here = torch.nonzero((places >= 0) & (places < into.shape[1])).flatten()
-        into[here, places[here]] = self._length
+        into[torch.arange(len(chosen)), self._places[torch.from_numpy(chosen)]] = self._length
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
         """How much of a gradient [d] lies in the direction of each: [m]."""
@@ -117,10 +115,10 @@ class RandomCanaries:
         self._directions = drawn / drawn.norm(dim=1, keepdim=True)
         self._lengths = torch.tensor(np.broadcast_to(lengths, count), dtype=torch.float32).reshape(-1, 1)
 
-    def write(self, chosen: NDArray[np.int64], start: int, into: Tensor) -> None:
-        """Write the gradients of these k, as far as the parameters from `start` on go, over `into` [k, parameters]."""
-        part, who = self._directions[:, start : start + into.shape[1]], torch.from_numpy(chosen)
-        torch.mul(part[who], self._lengths[who], out=into)
+    def write(self, chosen: NDArray[np.int64], into: Tensor) -> None:
+        """Write the gradients of these k over `into` [k, d]."""
+        who = torch.from_numpy(chosen)
+        torch.mul(self._directions[who], self._lengths[who], out=into)
 
     def project(self, gradient: Tensor) -> NDArray[np.float64]:
         """How much of a gradient [d] lies in the direction of each: [m]."""
@@ -191,28 +189,21 @@ class Watch:
         canaries = self._members[np.flatnonzero(chosen[self.units :])]
         if self._canaries is None or not len(canaries):
             return
-        at = 0
-        for p in self._optimizer.params:
-            records = len(p.grad_sample)
-            rows = p.grad_sample.new_empty((records + len(canaries), p.numel()))
-            rows[:records] = p.grad_sample.flatten(1)
-            self._canaries.write(canaries, at, rows[records:])
-            p.grad_sample = rows.reshape(-1, *p.shape)
-            at += p.numel()
+        vector = self._optimizer.vector
+        records, size = vector.grad_sample.shape
+        rows = vector.grad_sample.new_empty((records + len(canaries), size))
+        rows[:records] = vector.grad_sample
+        self._canaries.write(canaries, rows[records:])
+        vector.grad_sample = rows
 
     def _watched_noise(self) -> None:
         self._noise()
+        vector = self._optimizer.vector
         if self.observe is not None:
-            parameters = self._optimizer.params
-            summed, noised = (
-                torch.cat([t.detach().reshape(-1) for t in tensors])
-                for tensors in ([p.summed_grad for p in parameters], [p.grad for p in parameters])
-            )
-            self.observe(Seen(self._sample, summed, noised))
+            self.observe(Seen(self._sample, vector.summed_grad.detach().clone(), vector.grad.detach().clone()))
         if self._instead is not None:
             std = max(self._optimizer.noise_multiplier, 1.0) * self._optimizer.max_grad_norm
-            for p in self._optimizer.params:
-                p.grad = self._instead.gaussian(tuple(p.shape), std).to(p)
+            vector.grad = self._instead.gaussian(vector.shape, std).to(vector)
 
     def _count(self, *_: object) -> None:
         self.moved += 1

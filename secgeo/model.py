@@ -162,8 +162,8 @@ class MultimodalNode(nn.Module):
         """
         known = [*self.shared_parameters(), *self.local_parameters()]
         ours = {id(p) for p in known}
-        stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in ours]
-        if stray or not all(p.requires_grad for p in known):
+        if {id(p) for p in self.parameters() if p.requires_grad} != ours:
+            stray = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in ours]
             raise LocalProtocolError(
                 f"parameters outside of clipping, or frozen by mistake: {', '.join(stray) or 'B, m, tokeniser or head'}"
             )

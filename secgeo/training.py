@@ -20,6 +20,7 @@ of private units is used for sampling only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.utils import params as parameters_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,7 +41,7 @@ from secgeo.geolora import directions
 from secgeo.geometry import centre, gram, normalise
 from secgeo.model import build_model
 from secgeo.noise import NoiseSource
-from secgeo.per_sample import PerSampleGradients
+from secgeo.per_sample import PerSampleGradients, split
 from secgeo.trunk import adapted_layers, public_projection, trunk_weight
 from secgeo.update import Layout, SharedState, gram_weight, pack, precision_weight, private_steps
 
@@ -51,30 +53,62 @@ PHYSICAL_BATCH = 256
 GPU_PASS_BYTES = 1 << 32
 """A GPU is slow with small passes: it takes as many records as need about this much memory."""
 
+NORM_VALUES = 1 << 12
+"""torch adds up squares one after the other in float32: the norm of 10^7 values can come out 1 % too small, that of so many by 1e-5."""
+
 
 class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' DPOptimizer with noise from a NoiseSource, added in float64 before rounding to the parameter's type."""
+    """Opacus' DPOptimizer with noise from a NoiseSource, added in float64 before rounding to the parameter's type.
+
+    To Opacus there is one parameter, a vector of all [d]: so it clips and sums one tensor, and not each parameter by itself.
+
+    Attributes:
+        vector: per-unit gradients of all parameters are its `grad_sample` [n, d], the clipped sum its `summed_grad` [d], and what a
+            step takes its `grad` [d]. It has no values of its own.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, noise: NoiseSource, **settings: Any) -> None:
-        super().__init__(optimizer, **settings)
         self._noise = noise
+        reference, *others = parameters_of(optimizer)
+        size = reference.numel() + sum(p.numel() for p in others)
+        self.vector: Any = nn.Parameter(reference.new_empty(size))
+        super().__init__(optimizer, **settings)
 
     @property
-    def accumulated_iterations(self) -> int:
-        """One: the pieces of a sample are clipped one after the other. Opacus asks every parameter, once for each of them."""
-        return 1
+    def params(self) -> list[nn.Parameter]:
+        """What Opacus takes for the parameters."""
+        return [self.vector]
+
+    @property
+    def grad_samples(self) -> list[Tensor]:
+        """What Opacus takes the norms of, before that of all norms: pieces [n, <= NORM_VALUES]."""
+        return list(torch.split(self.vector.grad_sample, NORM_VALUES, dim=1))
+
+    @property
+    def parameters(self) -> list[Any]:
+        """The parameters, in the order that they have in the vector."""
+        return list(parameters_of(self.original_optimizer))
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """`values` [..., d] as one view [..., *p.shape] for each parameter."""
+        return split(values, self.parameters)
 
     def add_noise(self) -> None:
-        """p.grad = clipped sum + N(0, (noise_multiplier * max_grad_norm)^2)."""
-        parameters, std = self.params, self.noise_multiplier * self.max_grad_norm
-        if any(getattr(p.summed_grad, "_processed", False) for p in parameters):
+        """vector.grad = clipped sum + N(0, (noise_multiplier * max_grad_norm)^2)."""
+        summed = self.vector.summed_grad
+        if getattr(summed, "_processed", False):
             raise LocalProtocolError("a clipped gradient was used twice; call zero_grad() before every step")
-        summed = torch.cat([p.summed_grad.reshape(-1) for p in parameters])
+        std = self.noise_multiplier * self.max_grad_norm
         noised = summed.double() + self._noise.gaussian(summed.shape, std, device=summed.device)
-        parts = torch.split(noised.to(summed.dtype), [p.numel() for p in parameters])
-        for p, own in zip(parameters, parts, strict=True):
-            p.grad = own.view_as(p)
-            p.summed_grad._processed = True
+        self.vector.grad = noised.to(summed.dtype)
+        summed._processed = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        self.vector.grad = None
+        for p in self.parameters:
+            p.grad_sample = None
+        super().zero_grad(set_to_none)
 
 
 def alignment_loss(embeddings: Tensor, consensus: Tensor) -> Tensor:
@@ -194,9 +228,9 @@ class LocalTrainer:
         self._units = _units(agreement, records)
         self._anchors = torch.from_numpy(anchors).to(self._device)
         self.model = build_model(agreement, modality.name, anchors).to(self._device).train()
-        self._hooked = PerSampleGradients(self.model)
-        parameters = sum(p.numel() for p in self.model.private_parameters())
-        self.physical_batch = physical_batch(self._device.type, agreement.model, parameters)
+        private = self.model.private_parameters()
+        self._hooked = PerSampleGradients(self.model, private)
+        self.physical_batch = physical_batch(self._device.type, agreement.model, sum(p.numel() for p in private))
         self._untrained_gram = self.anchor_gram()
         self._state: SharedState | None = None
         self._consensus: tuple[Tensor, Tensor] | None = None
@@ -228,9 +262,9 @@ class LocalTrainer:
         self._check_covered(optimizer)
         return optimizer
 
-    def _check_covered(self, optimizer: DPOptimizer) -> None:
-        private = {id(p) for p in self.model.private_parameters()}
-        if private != {id(p) for p in optimizer.params}:
+    def _check_covered(self, optimizer: CryptographicDPOptimizer) -> None:
+        private = [id(p) for p in self.model.private_parameters()]
+        if private != [id(p) for p in optimizer.parameters]:
             raise LocalProtocolError(
                 "the optimiser does not hold exactly the private parameters; clipping would miss some"
             )
@@ -292,49 +326,43 @@ class LocalTrainer:
             self._warm_up_optimizer.step()
 
     def _private_gradient(self, chosen: NDArray[np.bool_]) -> None:
-        """Per-unit gradients of the chosen units, into `p.grad_sample`; an empty sample gives empty ones.
+        """Per-unit gradients [n, d] of the chosen units, into the optimiser's vector; an empty sample gives an empty one.
 
         A gradient that is not finite becomes zero, unit by unit: clipping cannot bound NaN, and one NaN in the sum
         would tell that its unit was sampled.
         """
-        parameters = self._optimizer.params
+        vector = self._optimizer.vector
         pieces = _pieces([self._units[unit] for unit in np.flatnonzero(chosen)], self.physical_batch)
         if not pieces:
-            for p in parameters:
-                p.grad_sample = p.new_zeros((0, *p.shape))
+            vector.grad_sample = vector.new_zeros((0, *vector.shape))
         for number, piece in enumerate(pieces, start=1):
             index = torch.from_numpy(np.concatenate(piece)).to(self._device)
-            owner = torch.from_numpy(np.repeat(np.arange(len(piece)), [len(own) for own in piece])).to(self._device)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            with torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext():
                 logits = self._hooked(self._features[index])
                 functional.cross_entropy(logits, self._labels[index], reduction="sum").backward()  # type: ignore[no-untyped-call]
-            if any(p.grad_sample is None for p in parameters):
+            samples = self._hooked.rows
+            if any(p.grad_sample is None for p in self._optimizer.parameters):
                 raise LocalProtocolError("the backward pass has not reached some of the private parameters")
-            for p in parameters:
-                # A norm in bfloat16 would be off by up to 0.4 %, and so would the clipping.
-                p.grad_sample = p.grad_sample.float()
-                if len(owner) > len(piece):
-                    p.grad_sample = p.grad_sample.new_zeros((len(piece), *p.shape)).index_add_(0, owner, p.grad_sample)
-                torch.nan_to_num_(p.grad_sample, nan=0.0, posinf=0.0, neginf=0.0)
+            if len(samples) > len(piece):
+                owner = torch.from_numpy(np.repeat(np.arange(len(piece)), [len(own) for own in piece]))
+                samples = samples.new_zeros((len(piece), *vector.shape)).index_add_(0, owner.to(self._device), samples)
+            vector.grad_sample = torch.nan_to_num_(samples.detach(), nan=0.0, posinf=0.0, neginf=0.0)
             if number < len(pieces):
                 self._optimizer.clip_and_accumulate()
-                for p in parameters:
-                    p.grad_sample = None
 
     def step(self) -> None:
         """One DP step on a Poisson sample."""
-        self._check_covered(self._optimizer)
-        optimizer, parameters = self._optimizer, self._optimizer.params
-        optimizer.zero_grad(set_to_none=True)
+        optimizer, parameters = self._optimizer, self._optimizer.parameters
+        self._check_covered(optimizer)
+        optimizer.zero_grad()
         public = self._public_gradient(parameters)
         self._private_gradient(self._noise.poisson_mask(len(self._units), self._agreement.privacy.sample_rate))
         if not optimizer.pre_step():
             raise LocalProtocolError("Opacus skipped a DP step; no step may be skipped here")
-        for p, gradient in zip(parameters, public, strict=True):
-            if gradient is not None:
-                p.grad += gradient
+        for p, own, gradient in zip(parameters, optimizer.split(optimizer.vector.grad), public, strict=True):
+            p.grad = own if gradient is None else own + gradient
         optimizer.original_optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     def train_round(self, state: SharedState) -> RoundUpdate:
         """Load the shared state, warm up on the anchors, take the round's DP steps, and report the change.

@@ -145,11 +145,7 @@ def _places(size: int) -> NDArray[np.int64]:
 def _through_rounds(target: Target) -> _Watched:
     """Train round by round, with nobody sampled, many, and a few in turn."""
     trainer, agreement, random = target.trainer(), target.agreement, np.random.default_rng()
-    size, count, steps = (
-        sum(p.numel() for p in trainer._optimizer.params),
-        len(trainer._units),
-        watched_steps(agreement),
-    )
+    size, count, steps = trainer._optimizer.vector.numel(), len(trainer._units), watched_steps(agreement)
     kept = {0, *(1 + random.permutation(steps - 1)[: kept_steps(agreement, size) - 1]).tolist()}
     places, std = _places(size), _std(target) or 1.0
     noise, empty, samples = list[NDArray[np.float64]](), list[NDArray[np.float64]](), list[NDArray[np.bool_]]()
@@ -202,7 +198,7 @@ def _noise(target: Target, watched: _Watched) -> _Noise:
     if _std(target) == 0.0:
         return _Noise()
     drawn, names = watched.noise, {id(p): name for name, p in watched.trainer.model.named_parameters()}
-    shapes = {names[id(p)]: tuple(p.shape) for p in watched.trainer._optimizer.params}
+    shapes = {names[id(p)]: tuple(p.shape) for p in watched.trainer._optimizer.parameters}
     at, by_parameter = 0, []
     for name, shape in shapes.items():
         own = drawn[:, at : at + math.prod(shape)]
@@ -362,8 +358,7 @@ def _length(trainer: LocalTrainer) -> float:
     """How large the gradient of everybody, or of who is fixed, is before clipping, by the losses of the records."""
     trainer._optimizer.zero_grad(set_to_none=True)
     trainer._private_gradient(np.ones(len(trainer._units), np.bool_))
-    parts = [p.grad_sample.double().sum(dim=0).norm() for p in trainer._optimizer.params if p.grad_sample is not None]
-    return float(torch.stack(parts).norm())
+    return float(trainer._optimizer.vector.grad_sample.sum(dim=0, dtype=torch.float64).norm())
 
 
 def _with_extreme(records: LabelledRecords) -> LabelledRecords:

@@ -240,7 +240,7 @@ def test_who_was_sampled_is_estimated_as_from_whole_gradients() -> None:
     whole._private_gradient(np.ones(12, np.bool_))
     clip = 0.5 * t.agreement.privacy.max_grad_norm
     mirror._clip = clip  # so that some are clipped
-    rows = torch.cat([p.grad_sample.flatten(1) for p in whole._optimizer.params], dim=1).double() / clip
+    rows = whole._optimizer.vector.grad_sample.double() / clip
     assert (rows.norm(dim=1) > 1.0).any()
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1.0)
     seen = torch.randn(rows.shape[1])
@@ -268,7 +268,7 @@ def test_canaries_go_through_the_products_sampling_and_clipping() -> None:
         privacy={"noise_multiplier": 0.0, "max_grad_norm": 0.5, "sample_rate": 1.0}, batch_sizes=(6.0, 48.0, 6.0)
     )
     trainer, seen = t.trainer(), list[Seen]()
-    size = sum(p.numel() for p in trainer._optimizer.params)
+    size = trainer._optimizer.vector.numel()
     canaries, included = DiracCanaries(10, size, 100.0), np.arange(10) < 4
     Watch(trainer, seen.append, canaries=canaries, included=included, fixed=np.arange(52) >= 48)
     trainer.step()
@@ -278,7 +278,7 @@ def test_canaries_go_through_the_products_sampling_and_clipping() -> None:
 def test_a_canary_left_out_leaves_no_trace() -> None:
     t = target(privacy={"noise_multiplier": 0.0, "sample_rate": 1.0}, batch_sizes=(6.0, 48.0, 6.0))
     sums = []
-    for canaries in (None, RandomCanaries(5, sum(p.numel() for p in t.trainer()._optimizer.params), 10.0)):
+    for canaries in (None, RandomCanaries(5, t.trainer()._optimizer.vector.numel(), 10.0)):
         trainer, seen = t.trainer(), list[Seen]()
         Watch(trainer, seen.append, canaries=canaries, included=None if canaries is None else np.zeros(5, np.bool_))
         trainer.step()

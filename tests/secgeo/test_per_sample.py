@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from opacus import GradSampleModule
+from opacus.grad_sample import register_grad_sampler
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
 from tiny_study import KINDS, records, trained
 from torch import nn
 from torch.nn import functional
 
 from keys.errors import LocalProtocolError
-from secgeo.per_sample import PerSampleGradients
+from secgeo.per_sample import PerSampleGradients, split
 
 
 def backward(model: nn.Module, kind: str = "table", count: int = 7) -> None:
@@ -87,21 +88,60 @@ def test_a_frozen_parameter_stays_frozen() -> None:
         p.requires_grad_(True)
 
 
-def test_a_parameter_that_came_later_gets_no_gradient_of_the_batch() -> None:
+def test_a_parameter_that_came_later_is_refused() -> None:
     model = trained("table")
     hooked = PerSampleGradients(model)
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    model.head.weight.grad_sample = None
-    backward(hooked)
-    assert model.head.weight.grad is None
-    assert model.head.weight.grad_sample is not None
-
-
-def test_two_passes_are_not_mixed_up() -> None:
-    hooked = PerSampleGradients(trained("table"))
-    backward(hooked)
-    with pytest.raises(LocalProtocolError, match="used twice"):
+    with pytest.raises(LocalProtocolError, match="came later"):
         backward(hooked)
+    assert model.head.weight.grad is None
+
+
+@pytest.mark.parametrize("first", [3, 7, 9])
+def test_a_pass_is_written_over_the_last_one(first: int) -> None:
+    """Whether it is larger or smaller, nothing of the last one is left."""
+    again, once = trained("table"), trained("table")
+    hooked, fresh = PerSampleGradients(again), PerSampleGradients(once)
+    backward(hooked, count=first)
+    backward(hooked)
+    backward(fresh)
+    assert hooked.rows.shape == (7, sum(p.numel() for p in again.parameters() if p.requires_grad))
+    assert torch.equal(hooked.rows, fresh.rows)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_two_passes_are_not_mixed_up(order: tuple[int, int]) -> None:
+    layer = nn.Linear(3, 6)
+    hooked = PerSampleGradients(layer)
+    passes = [hooked(torch.full((4, 3), value)) for value in (1.0, 2.0)]
+    passes[order[0]].sum().backward()
+    taken = hooked.rows.clone()
+    with pytest.raises(LocalProtocolError, match="used twice"):
+        passes[order[1]].sum().backward()
+    assert torch.equal(hooked.rows, taken)
+
+
+def test_a_row_has_the_parameters_in_the_order_that_was_asked_for() -> None:
+    model = trained("table")
+    order = model.private_parameters()
+    hooked = PerSampleGradients(model, order)
+    backward(hooked)
+    assert [id(p) for p in order] != [id(p) for p in model.parameters()]
+    assert torch.equal(hooked.rows, torch.cat([p.grad_sample.flatten(1) for p in order], dim=1))
+    parts = split(hooked.rows, order)
+    assert all(
+        part.shape == p.grad_sample.shape and part.equal(p.grad_sample) for part, p in zip(parts, order, strict=True)
+    )
+
+
+@register_grad_sampler(Broadcast := type("Broadcast", (nn.Linear,), {}))
+def broadcast(layer: nn.Linear, given: list[torch.Tensor], gradient: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
+    return {layer.weight: torch.ones(1, 1, 3)}
+
+
+def test_gradients_of_another_shape_are_not_spread_out() -> None:
+    with pytest.raises(LocalProtocolError, match=r"shape \(1, 1, 3\), not \(4, 6, 3\)"):
+        PerSampleGradients(Broadcast(3, 6))(torch.randn(4, 3)).sum().backward()
 
 
 class Twice(nn.Module):
@@ -158,7 +198,7 @@ class Odd(nn.Module):
     ("how", "says"),
     [
         ("changed in place", "changed in place afterwards"),
-        ("tokens as records", "20 gradients for 4 records"),
+        ("tokens as records", r"shape \(20, 3, 3\), not \(4, 3, 3\)"),
         ("by keyword", "by position"),
         ("inside", "one pass at a time"),
     ],
