@@ -353,7 +353,6 @@ class LocalTrainer:
     def step(self) -> None:
         """One DP step on a Poisson sample."""
         optimizer, parameters = self._optimizer, self._optimizer.parameters
-        self._check_covered(optimizer)
         optimizer.zero_grad()
         public = self._public_gradient(parameters)
         self._private_gradient(self._noise.poisson_mask(len(self._units), self._agreement.privacy.sample_rate))
@@ -368,8 +367,9 @@ class LocalTrainer:
         """Load the shared state, warm up on the anchors, take the round's DP steps, and report the change.
 
         Raises:
-            LocalProtocolError: steps and bookkeeping disagree.
+            LocalProtocolError: steps and bookkeeping disagree, or the optimiser does not hold exactly the private parameters.
         """
+        self._check_covered(self._optimizer)
         self.load_shared(state)
         self.warm_up()
         steps, before = private_steps(self._agreement, state), self.steps_taken
