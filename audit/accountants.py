@@ -18,12 +18,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.budget import (
-    LARGEST_EPSILON,
-    History,
-    epsilon_pld,
-    grouped,
-)
+from audit.budget import LARGE_ORDERS, LARGEST_EPSILON, History, epsilon_pld, grouped
 from keys.errors import VerificationFailed
 from protocols.agreement import MAXIMUM_STEPS
 from protocols.ledger import NEIGHBOURING_RELATION
@@ -55,7 +50,7 @@ class Epsilons:
 
 
 def opacus_rdp(history: History, delta: float) -> tuple[float, bool]:
-    """Opacus' RDP bound, infinite without noise, and whether its best order is inside the range that Opacus tries.
+    """Opacus' RDP bound, infinite without noise, and whether its best order is inside the range that is tried.
 
     Raises:
         VerificationFailed: a parameter is out of range.
@@ -65,10 +60,9 @@ def opacus_rdp(history: History, delta: float) -> tuple[float, bool]:
         return math.inf, True
     if not groups:
         return 0.0, True
-    from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
-    orders = RDPAccountant.DEFAULT_ALPHAS
+    orders = _orders()
     spent = sum(steps * _opacus_divergences(rate, noise) for (rate, noise), steps in groups.items())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,16 +70,20 @@ def opacus_rdp(history: History, delta: float) -> tuple[float, bool]:
     return max(0.0, float(epsilon)), best not in (orders[0], orders[-1])
 
 
+def _orders() -> list[float]:
+    """Those that nodes try: Opacus' own and large ones."""
+    from opacus.accountants import RDPAccountant
+
+    return [*RDPAccountant.DEFAULT_ALPHAS, *LARGE_ORDERS]
+
+
 @lru_cache(maxsize=256)
 def _opacus_divergences(rate: float, noise: float) -> NDArray[np.float64]:
-    """Of one step, at the orders of Opacus: they take nearly all of its time, and steps multiply them."""
-    from opacus.accountants import RDPAccountant
+    """Of one step: they take nearly all of its time, and steps multiply them."""
     from opacus.accountants.analysis.rdp import compute_rdp
 
     try:
-        return np.asarray(
-            compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=RDPAccountant.DEFAULT_ALPHAS), np.float64
-        )
+        return np.asarray(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=_orders()), np.float64)
     except (ValueError, ArithmeticError) as error:
         raise VerificationFailed(f"Opacus' RDP gives no number here: {error}") from None
 
@@ -144,7 +142,7 @@ def epsilons(history: History, delta: float) -> Epsilons:
     found["rdp"] = rdp if inside else None
     if not inside:
         refused["rdp"] = (
-            f"the best order is at the end of the range that Opacus tries; all it says is that epsilon is at most {rdp:.4g}"
+            f"the best order is at the end of the range that is tried; all it says is that epsilon is at most {rdp:.4g}"
         )
     if rdp > LARGEST_EPSILON:
         refused |= dict.fromkeys(

@@ -24,15 +24,18 @@ from keys.errors import VerificationFailed
 from protocols.agreement import MAXIMUM_STEPS, NOISE_RANGE
 from protocols.ledger import DpSgdEvent
 
-ORDERS = (*(2.0 + x / 10.0 for x in range(90)), *range(12, 64))
-"""The orders of Opacus from 2 up. Below, Google's series for sampled noise does not always converge."""
+LARGE_ORDERS = (96, 128, 192, 256, 384, 512, 768, 1024)
+"""Those that nodes try beside Opacus' own, which end at 63."""
+
+ORDERS = (*(2.0 + x / 10.0 for x in range(90)), *range(12, 64), *LARGE_ORDERS)
+"""Those that nodes try, from 2 up. Below, Google's series for sampled noise does not always converge."""
 
 FEW_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 
 CONCENTRATED_ORDERS = sorted(
     {1.0 + x / 20.0 for x in range(1, 1000)}
     | {52.0 * 1.02**x for x in range(200)}
-    | {float(x) for x in (*range(51, 64), 96, 128, 192, 256, 384, 512, 768, 1024)}
+    | {float(x) for x in (*range(51, 64), *LARGE_ORDERS)}
 )
 """All that nodes try for a whole hospital, and many between."""
 

@@ -13,6 +13,7 @@ import msgspec
 
 from keys.errors import ConfigError
 from protocols.agreement import Model, Precision, Privacy, Training
+from secgeo.accountant import LARGE_ORDERS
 from secgeo.trunk import trunk_digest
 
 
@@ -31,14 +32,14 @@ def _model(**values: int | float) -> Model:
     return msgspec.structs.replace(draft, trunk_digest=trunk_digest(draft))
 
 
-_ORDERS = [2.0 + x / 10.0 for x in range(90)] + list(range(12, 64))
-"""The orders of Opacus' RDP accountant from 2 up: fewer orders can only give more noise."""
+_ORDERS = [*(2.0 + x / 10.0 for x in range(90)), *range(12, 64), *LARGE_ORDERS]
+"""Those that nodes try, from 2 up: fewer orders can only give more noise."""
 
 
 def noise_for(epsilon: float, *, delta: float, sample_rate: float, steps: int) -> float:
     """The smallest noise multiplier (rounded up to 0.01) that keeps `steps` within `epsilon`; 0 if that is infinite.
 
-    Google's RDP accountant, add-or-remove-one: with a subset of the orders that Opacus uses.
+    Google's RDP accountant, add-or-remove-one: with a subset of the orders that nodes try.
     """
     if math.isinf(epsilon):
         return 0.0

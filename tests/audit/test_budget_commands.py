@@ -67,7 +67,7 @@ def test_the_answers_are_the_known_ones(rate: float, noise: float, steps: int, d
     ("settings", "refused"),
     [
         ((0.01, 0.0, 10, 1e-5), {"rdp": "no noise", "prv": "no noise", "pld": "no noise"}),
-        ((0.01, 50.0, 1000, 1e-5), {"rdp": "at most 0.1041"}),
+        ((0.001, 200.0, 10, 1e-5), {"rdp": "at most 0.0035"}),
         ((0.5, 0.3, 100, 1e-5), {"rdp": "at most 40", "prv": "above 300", "pld": "above 300"}),
         ((1.0, 5.0, 30, 1e-15), {"prv": "PLD, which PRV is compared with", "pld": "which 1e-15 is below"}),
         ((1.0, 316.22776601683796, 100_000, 1e-12), {"prv": "has no answer", "pld": "which 1e-12 is below"}),
