@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +97,17 @@ def budget_plan(
             f"delta {delta:g} is not below 1 / {patients}: a hospital that gives one {unit} away would keep it"
         )
     if out is not None:
-        write_spec(spec, plan, out)
+        others = {
+            name: count
+            for name, count in write_spec(spec, plan, out).items()
+            if not isclose(count, patients, rel_tol=0.1)
+        }
+        if others:
+            counts = ", ".join(f"{name} {count:.0f}" for name, count in others.items())
+            warnings.append(
+                f"by their expected batches these members have other numbers of {unit}s than {patients}: {counts}. The sample rate of "
+                f"{plan.sample_rate:g} and the budget are theirs too; their batches are as much smaller or larger"
+            )
     if plot is not None:
         plot_plans(plot, plans, batch, unit)
     if emit(json, plan=plan.to_json(), trade_offs=[other.to_json() for other in plans], unit=unit, warnings=warnings):

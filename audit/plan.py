@@ -151,10 +151,11 @@ def trade_offs(plan: Plan) -> list[Plan]:
     return plans
 
 
-def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
+def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> dict[str, float]:
     """Write a study's parameters with the planned ones in them. Comments of the original are lost.
 
-    Members keep the number of patients that their `expected_batch_size` stood for, at the sample rate that it stood with.
+    Members keep the number of patients that their `expected_batch_size` stood for, at the sample rate that it stood with. Returns these
+    numbers by the members' ids.
 
     Raises:
         ConfigError: `path` exists or cannot be written, the spec has no [privacy], [training] or [study], the members' batches are at no
@@ -168,7 +169,7 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
     missing = [section for section in ("study", "privacy", "training") if not isinstance(changed.get(section), dict)]
     if missing:
         raise ConfigError(f"the study's parameters have no [{missing[0]}]")
-    _scale_batches(changed.get("members", []), changed["privacy"].get("sample_rate"), plan.sample_rate)
+    patients = _scale_batches(changed.get("members", []), changed["privacy"].get("sample_rate"), plan.sample_rate)
     changed["study"]["rounds"] = plan.budget.rounds
     changed["training"]["steps_per_round"] = plan.budget.steps_per_round
     changed["privacy"] |= {
@@ -185,10 +186,12 @@ def write_spec(spec: Mapping[str, Any], plan: Plan, path: Path) -> None:
         write_public(path, tomli_w.dumps(changed).encode())
     except KeyFileError as error:
         raise ConfigError(str(error)) from None
+    return patients
 
 
-def _scale_batches(members: Any, before: Any, after: float) -> None:
-    """Set what members expect at the sample rate `after`, of the patients that they expected at `before`."""
+def _scale_batches(members: Any, before: Any, after: float) -> dict[str, float]:
+    """Set what members expect at the sample rate `after`, of the patients that they expected at `before`; how many these are."""
+    patients = {}
     for member in members if isinstance(members, list) else [members]:
         size = member.get("expected_batch_size") if isinstance(member, dict) else None
         if not isinstance(size, float | int):
@@ -197,7 +200,9 @@ def _scale_batches(members: Any, before: Any, after: float) -> None:
             raise ConfigError(
                 "the study's [privacy] has no sample_rate at which its members' expected_batch_size would hold"
             )
+        patients[str(member.get("node_id"))] = size / before
         member["expected_batch_size"] = round(size * after / before, 9)
+    return patients
 
 
 def check_plot(path: Path) -> None:

@@ -174,7 +174,7 @@ def test_and_back(tmp_path: Path) -> None:
     """What is planned and written is what `budget epsilon` and the agreement's own rules give."""
     spec = make_spec(rounds=7)
     spec["members"] = [
-        {"node_id": name, "modality": "m", "expected_batch_size": size} for name, size in (("a", 20.0), ("b", 50))
+        {"node_id": name, "modality": "m", "expected_batch_size": size} for name, size in (("a", 100.0), ("b", 50))
     ]
     (tmp_path / "study.toml").write_text(tomli_w.dumps(spec))
     options = [
@@ -195,7 +195,8 @@ def test_and_back(tmp_path: Path) -> None:
     result = run("plan", *options, *files, "--json")
     assert result.exit_code == 0, result.output
     plan, warnings = (json.loads(result.stdout)[part] for part in ("plan", "warnings"))
-    assert not warnings
+    assert len(warnings) == 1
+    assert "than 400: b 200. The sample rate of 0.1" in warnings[0]
     written = tomllib.loads((tmp_path / "new.toml").read_text())
     assert written["study"] == {"id": "test-study", "rounds": 12, "classes": 2}
     assert written["training"]["steps_per_round"] == 3
