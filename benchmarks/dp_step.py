@@ -10,11 +10,12 @@ Prints one JSON line per model and way, then a summary. The ways to per-unit gra
 * `ghost`: norms first, then a second backward pass of the clipped loss (`GradSampleModuleFastGradientClipping`).
 
 `secgeo` is a whole step of `secgeo.training.LocalTrainer`: one hook a layer, cryptographic noise and sampling. The floor, `plain`, is
-the same batch through the same model with plain SGD. Times are to the end of what the device was given. Each is set against that of the
-plain step of the same turn, and the ratio is the median over turns: a host changes its speed, and the best of one way may be from
-another minute than that of the other (the ratio of best times is beside it). A step is timed after another one of its own way, as in
-training; otherwise it would find caches as another way left them. Memory is the peak that steps add in a process of its own, of the
-device if it is a GPU.
+the same batch through the same model with plain SGD. The gradient of the anchors, which costs both the same, is in neither.
+
+Times are to the end of what the device was given. Each is set against that of the plain step of the same turn, and the ratio is the
+median over turns: a host changes its speed, and the best of one way may be from another minute than that of the other (the ratio of
+best times is beside it). A step is timed after another one of its own way, as in training; otherwise it would find caches as another
+way left them. Memory is the peak that steps add in a process of its own, of the device if it is a GPU.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def make_step(model_name: str, way: str, device: str, batch: int) -> Step:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 1, 4, 4, generator=generator).to(device)
     y = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
-    inner = torch.optim.SGD(model.private_parameters(), lr=0.1, momentum=0.9)
+    groups = [{"params": model.shared_parameters(), "momentum": 0.0}, {"params": model.local_parameters()}]
+    inner = torch.optim.SGD(groups, lr=0.1, momentum=0.9)  # as the trainer's
     settings = {"noise_multiplier": 1.0, "max_grad_norm": 0.1, "expected_batch_size": batch}
 
     def step_with(module: nn.Module, optimizer: torch.optim.Optimizer, loss_of: nn.Module) -> Step:

@@ -9,6 +9,7 @@ never computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -42,27 +43,28 @@ def _linear(layer: Any, given: list[Tensor], gradient: Tensor) -> dict[Any, Tens
 
 
 class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
-    """An Opacus `GradSampleModule` with one hook a layer: `backward()` fills `rows`, and leaves `p.grad` as it was.
+    """An Opacus `GradSampleModule` with one hook a layer: `backward()` makes per-sample gradients, and leaves `p.grad` as it was.
+
+    They are rows of one tensor (see `taken`), and `p.grad_sample` [n, *p.shape] is a part of it. The next pass is written over it.
 
     Args:
         module: its trainable layers take one tensor [n, ...] each and return one, once in a forward pass; the loss is the sum over records.
-        parameters: its trainable parameters, in the order that they have in a row; that of the module by default.
+        parameters: its trainable parameters, in the order that they shall have in a row; that of the module by default.
 
     Attributes:
-        rows: per-sample gradients [n, d] of the last pass, in the type of the parameters (a norm in bfloat16 would be off by up to 0.4 %);
-            `p.grad_sample` [n, *p.shape] is a part of it. The next pass is written over it.
+        ordered: the parameters in the order that they have in a row.
 
     Raises:
-        LocalProtocolError: a trainable layer has no sampler (see `opacus.grad_sample.register_grad_sampler`). Passes raise it where
-            gradients would be wrong.
+        LocalProtocolError: a trainable layer has no sampler (see `opacus.grad_sample.register_grad_sampler`), or `parameters` are others
+            than the module trains. Passes raise it for that too, and where gradients would be wrong.
         NotImplementedError: by Opacus: a trainable layer has buffers.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[Any] | None = None) -> None:
-        trained = [p for p in module.parameters() if p.requires_grad] if parameters is None else parameters
-        self._ordered: list[Any] = list(trained)
-        self.rows = self._ordered[0].detach().new_empty(0)
+        self.ordered: list[Any] = list(parameters or (p for p in module.parameters() if p.requires_grad))
+        self._rows: Tensor = self.ordered[0].detach().new_empty(0)
         super().__init__(module, loss_reduction="sum")
+        self._free: dict[Any, Any] = dict.fromkeys(self._trained())
 
     def add_hooks(self, **_: Any) -> None:
         """Hook every trainable layer; called by Opacus."""
@@ -74,13 +76,24 @@ class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
                 )
         self.autograd_grad_sample_hooks = [layer.register_forward_hook(self._watch) for layer in layers]
 
+    def _trained(self) -> list[Any]:
+        """The parameters that are trained now, in their order."""
+        trained = [p for p in self.ordered if p.requires_grad]
+        own = {id(p) for p in self._module.parameters() if p.requires_grad}
+        if own != {id(p) for p in trained} or len(own) != len(trained):
+            raise LocalProtocolError("per-sample gradients are of other parameters than the module trains")
+        return trained
+
     def forward(self, records: Tensor) -> Any:
         """The module's own output, whose `backward()` makes per-sample gradients; calls of the module itself make none."""
         if self.hooks_enabled:
             raise LocalProtocolError("per-sample gradients are taken in one pass at a time")
-        trained = [p for p in self._ordered if p.requires_grad]
-        self.rows.resize_(len(records), sum(p.numel() for p in trained))
-        self._free = dict(zip(trained, split(self.rows, trained), strict=True))
+        trained = self._trained()
+        shape = len(records), sum(p.numel() for p in trained)
+        if math.prod(shape) * self._rows.element_size() > self._rows.untyped_storage().nbytes():
+            self._rows = self._rows.new_empty(0)  # resize_ would keep and copy what it held
+        self._rows.resize_(shape)
+        self._free = dict(zip(trained, split(self._rows, trained), strict=True))
         self.enable_hooks()
         try:
             for p in trained:
@@ -91,6 +104,16 @@ class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
             self.disable_hooks()
             for p in trained:
                 p.requires_grad_(True)
+
+    def taken(self) -> Tensor:
+        """Per-sample gradients [n, d] of the last pass, in the type of the parameters: a norm in bfloat16 would be off by up to 0.4 %.
+
+        Raises:
+            LocalProtocolError: `backward()` has not reached some of the parameters.
+        """
+        if self._free:
+            raise LocalProtocolError("the backward pass has not reached some of the private parameters")
+        return self._rows.detach()  # An optimiser of Opacus marks what it has clipped.
 
     def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.hooks_enabled and torch.is_grad_enabled():
@@ -111,7 +134,7 @@ class PerSampleGradients(GradSampleModule):  # type: ignore[misc]
         for p, sample in sampler(layer, [given], gradient).items():
             free = self._free.pop(p, None)
             if free is None:
-                raise LocalProtocolError(f"{name} was used twice, or has a parameter that came later")
+                raise LocalProtocolError(f"{name} was used twice in one pass")
             if sample.shape != free.shape:
                 raise LocalProtocolError(
                     f"{name} has gradients of shape {tuple(sample.shape)}, not {tuple(free.shape)}"

@@ -92,7 +92,7 @@ def test_a_parameter_that_came_later_is_refused() -> None:
     model = trained("table")
     hooked = PerSampleGradients(model)
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    with pytest.raises(LocalProtocolError, match="came later"):
+    with pytest.raises(LocalProtocolError, match="other parameters"):
         backward(hooked)
     assert model.head.weight.grad is None
 
@@ -105,8 +105,8 @@ def test_a_pass_is_written_over_the_last_one(first: int) -> None:
     backward(hooked, count=first)
     backward(hooked)
     backward(fresh)
-    assert hooked.rows.shape == (7, sum(p.numel() for p in again.parameters() if p.requires_grad))
-    assert torch.equal(hooked.rows, fresh.rows)
+    assert hooked.taken().shape == (7, sum(p.numel() for p in again.parameters() if p.requires_grad))
+    assert torch.equal(hooked.taken(), fresh.taken())
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
@@ -115,10 +115,10 @@ def test_two_passes_are_not_mixed_up(order: tuple[int, int]) -> None:
     hooked = PerSampleGradients(layer)
     passes = [hooked(torch.full((4, 3), value)) for value in (1.0, 2.0)]
     passes[order[0]].sum().backward()
-    taken = hooked.rows.clone()
+    taken = hooked._rows.clone()
     with pytest.raises(LocalProtocolError, match="used twice"):
         passes[order[1]].sum().backward()
-    assert torch.equal(hooked.rows, taken)
+    assert torch.equal(hooked._rows, taken)
 
 
 def test_a_row_has_the_parameters_in_the_order_that_was_asked_for() -> None:
@@ -127,21 +127,57 @@ def test_a_row_has_the_parameters_in_the_order_that_was_asked_for() -> None:
     hooked = PerSampleGradients(model, order)
     backward(hooked)
     assert [id(p) for p in order] != [id(p) for p in model.parameters()]
-    assert torch.equal(hooked.rows, torch.cat([p.grad_sample.flatten(1) for p in order], dim=1))
-    parts = split(hooked.rows, order)
+    assert torch.equal(hooked.taken(), torch.cat([p.grad_sample.flatten(1) for p in order], dim=1))
+    parts = split(hooked.taken(), order)
     assert all(
         part.shape == p.grad_sample.shape and part.equal(p.grad_sample) for part, p in zip(parts, order, strict=True)
     )
 
 
-@register_grad_sampler(Broadcast := type("Broadcast", (nn.Linear,), {}))
-def broadcast(layer: nn.Linear, given: list[torch.Tensor], gradient: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
-    return {layer.weight: torch.ones(1, 1, 3)}
+class Strange(nn.Linear):
+    """Its sampler says what it is told to say."""
+
+    shape: tuple[int, ...] = ()
 
 
-def test_gradients_of_another_shape_are_not_spread_out() -> None:
-    with pytest.raises(LocalProtocolError, match=r"shape \(1, 1, 3\), not \(4, 6, 3\)"):
-        PerSampleGradients(Broadcast(3, 6))(torch.randn(4, 3)).sum().backward()
+@register_grad_sampler(Strange)
+def strange(layer: Strange, given: list[torch.Tensor], gradient: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
+    return {layer.weight: torch.ones(layer.shape)}
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 3), (4, 1, 3), (4, 6, 1), (6, 3), ()], ids=str)
+def test_gradients_of_another_shape_are_not_spread_out(shape: tuple[int, ...]) -> None:
+    layer = Strange(3, 6)
+    layer.shape = shape
+    with pytest.raises(LocalProtocolError, match=r", not \(4, 6, 3\)"):
+        PerSampleGradients(layer)(torch.randn(4, 3)).sum().backward()
+
+
+def test_a_larger_pass_does_not_keep_the_memory_of_the_last_one() -> None:
+    hooked = PerSampleGradients(nn.Linear(3, 6))
+    sizes = []
+    for count in (4, 9, 2, 9):
+        hooked(torch.randn(count, 3)).sum().backward()
+        sizes.append(hooked.taken().untyped_storage().nbytes())
+    assert sizes == [4 * 4 * 24, 4 * 9 * 24, 4 * 9 * 24, 4 * 9 * 24]
+
+
+@pytest.mark.parametrize("change", ["thawed", "planted", "one twice", "one missing"])
+def test_other_parameters_than_the_module_trains_are_refused(change: str) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    parameters = list(module.parameters())
+    if change.startswith("one"):
+        with pytest.raises(LocalProtocolError, match="other parameters"):
+            PerSampleGradients(module, parameters[1:] if change == "one missing" else [*parameters, parameters[0]])
+        return
+    module[1].requires_grad_(change != "thawed")
+    hooked = PerSampleGradients(module)
+    module[1].requires_grad_(True)
+    if change == "planted":
+        module.append(nn.Linear(2, 2))
+    with pytest.raises(LocalProtocolError, match="other parameters"):
+        hooked(torch.randn(5, 3)).sum().backward()
+    assert all(p.grad is None for p in module.parameters())
 
 
 class Twice(nn.Module):

@@ -36,10 +36,20 @@ def flat(tensors) -> torch.Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
+def away(t: LocalTrainer) -> LocalTrainer:
+    """Away from the start, where heads are zero and so are the gradients of all that comes before."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in t.model.private_parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return t
+
+
 def test_a_noiseless_step_is_the_plain_gradient_step_including_the_anchors() -> None:
     study = agreement(privacy=NOISELESS, training={"alignment_weight": 0.7, "coordinate_weight": 0.3})
     (first, _, _), state = consortium(study)
     first.load_shared(state)
+    away(first)
     model, data = first.model, records("table")
     parameters = model.private_parameters()
     before = [p.detach().clone() for p in parameters]
@@ -51,7 +61,8 @@ def test_a_noiseless_step_is_the_plain_gradient_step_including_the_anchors() -> 
     wanted = torch.autograd.grad(private + public, parameters)
     first.step()
     for p, old, gradient in zip(parameters, before, wanted, strict=True):
-        torch.testing.assert_close(old - p.detach(), 0.1 * gradient, rtol=1e-3, atol=1e-6)
+        assert gradient.norm() > 1e-3
+        torch.testing.assert_close(old - p.detach(), 0.1 * gradient, rtol=1e-3, atol=1e-5)
 
 
 def noised_gradient(t: LocalTrainer, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,17 +183,72 @@ def test_an_extreme_record_cannot_poison_the_sum(index: int) -> None:
     assert total.norm() <= 1.0 + 1e-3
 
 
-@pytest.mark.parametrize("most", [256, 5])
-def test_a_gradient_that_is_not_finite_counts_as_zero(most: int) -> None:
-    """In the last pass of a step, or in an earlier one."""
-    t, everyone = trainer(agreement()), np.ones(24, dtype=bool)
+@pytest.mark.parametrize(("most", "which"), [(256, 3), (5, 3), (5, 23)])
+def test_a_gradient_that_is_not_finite_counts_as_zero(most: int, which: int) -> None:
+    """In the only pass of a step, in an earlier one, and in the last one."""
+    t, everyone = away(trainer(agreement())), np.ones(24, dtype=bool)
     t.physical_batch = most
-    without = noised_gradient(t, np.arange(24) != 3)[0]
-    t._features[3, 0] = float("nan")
     t.model.tokeniser.forward = lambda x: t.model.tokeniser.projector(x).reshape(-1, 2, 16)  # no cleaning of the input
+    without = noised_gradient(t, np.arange(24) != which)[0]
+    t._features[which, 0] = float("nan")
     total, gradient = noised_gradient(t, everyone)
     assert torch.isfinite(gradient).all()
-    assert len(total) == len(without)
+    torch.testing.assert_close(total, without, rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_adds_nothing_after_a_step_with_everybody() -> None:
+    t, everyone = away(trainer(agreement())), np.ones(24, dtype=bool)
+    assert noised_gradient(t, everyone)[0].norm() > 0.1
+    assert not noised_gradient(t, ~everyone)[0].any()
+
+
+def taken_gradient(t: LocalTrainer) -> torch.Tensor:
+    """What a step takes, its parts put together."""
+    taken = list[torch.Tensor]()
+    inner = t._optimizer.original_optimizer
+    handle = inner.register_step_pre_hook(lambda *_: taken.append(flat(p.grad for p in t._optimizer.parameters)))
+    t.step()
+    handle.remove()
+    return taken[0]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_nothing_of_a_step_that_failed_is_in_the_next_one(failing: int) -> None:
+    """Whichever of its three passes it was."""
+    t = away(trainer(agreement(privacy=NOISELESS)))
+    t.physical_batch = 8
+    for group in t._optimizer.param_groups:
+        group["lr"] = 0.0
+    whole = taken_gradient(t)
+    forward, calls = t._hooked.forward, []
+
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) == failing:
+            raise RuntimeError("out of memory")
+        return forward(x)
+
+    t._hooked.forward = breaks
+    with pytest.raises(RuntimeError, match="out of memory"):
+        t.step()
+    t._hooked.forward = forward
+    torch.testing.assert_close(taken_gradient(t), whole, rtol=1e-4, atol=1e-6)
+    assert t.steps_taken == 2
+
+
+def test_a_later_pass_that_does_not_reach_everything_does_not_take_what_the_last_one_left() -> None:
+    t, calls = away(trainer(agreement())), []
+    t.physical_batch = 12
+    forward = t.model.forward
+
+    def second_without_head(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return forward(x) if len(calls) == 1 else t.model.embed(x)[:, :3]
+
+    t.model.forward = second_without_head
+    with pytest.raises(LocalProtocolError, match="has not reached"):
+        t._private_gradient(np.ones(24, dtype=bool))
+    assert len(calls) == 2
 
 
 def test_empty_samples_work_are_noised_and_are_counted() -> None:
@@ -210,20 +276,26 @@ def test_a_step_behind_the_accountants_back_is_caught() -> None:
         _ = t.steps_taken
 
 
-def test_a_planted_parameter_is_caught_before_the_round() -> None:
-    t, state = trainer(agreement()), consortium(agreement())[1]
-    t.model.head.planted = torch.nn.Parameter(torch.zeros(2))
-    before = t.steps_taken
-    with pytest.raises(LocalProtocolError, match="clipping would miss some"):
-        t.train_round(state)
-    assert t.steps_taken == before
+def test_a_planted_layer_is_caught_and_has_no_gradient() -> None:
+    t = trainer(agreement())
+    t.model.planted, forward = torch.nn.Linear(16, 3), t.model.forward
+    t.model.forward = lambda x: forward(x) + t.model.planted(t.model.embed(x))
+    with pytest.raises(LocalProtocolError, match="other parameters than the module trains"):
+        t.step()
+    assert t.steps_taken == 0
+    assert all(p.grad is None for p in t.model.parameters())
 
 
-def test_a_parameter_left_out_of_the_optimiser_is_caught() -> None:
-    t, state = trainer(agreement()), consortium(agreement())[1]
-    t._optimizer.param_groups[1]["params"].pop()
+@pytest.mark.parametrize("change", ["left out", "frozen"])
+def test_a_parameter_that_the_optimiser_does_not_train_is_caught(change: str) -> None:
+    t = trainer(agreement())
+    if change == "left out":
+        t._optimizer.param_groups[1]["params"].pop()
+    else:
+        t.model.head.bias.requires_grad_(False)
     with pytest.raises(LocalProtocolError, match="exactly the private parameters"):
-        t.train_round(state)
+        t.step()
+    assert t.steps_taken == 0
 
 
 def test_using_a_clipped_gradient_twice_is_refused() -> None:
@@ -236,10 +308,10 @@ def test_using_a_clipped_gradient_twice_is_refused() -> None:
 
 def test_an_optimiser_with_another_order_is_caught() -> None:
     """Gradients of one parameter would go to another."""
-    t, state = trainer(agreement()), consortium(agreement())[1]
+    t = trainer(agreement())
     t._optimizer.param_groups[0]["params"].reverse()
-    with pytest.raises(LocalProtocolError, match="exactly the private parameters"):
-        t.train_round(state)
+    with pytest.raises(LocalProtocolError, match="in their order"):
+        t.step()
 
 
 def clipped_norm(rows: torch.Tensor, max_grad_norm: float) -> float:
@@ -258,7 +330,16 @@ def test_a_norm_of_millions_of_values_is_not_taken_for_less_than_it_is(size: int
     """Summed in one go, 3,000,000 squares would leave a unit 5e-5 to 1e-3 more than the clip norm."""
     for value in (0.1, 0.3, 0.7):
         rows = value * (torch.randn(1, size) if spread else torch.ones(1, size))
-        assert clipped_norm(rows, 1e-3) <= 1e-3 * (1 + 2e-5)
+        assert clipped_norm(rows, 1e-3) <= 1e-3 * (1 + 5e-6)
+
+
+@pytest.mark.parametrize(("pieces", "most"), [(1, 1.6e-5), (1000, 2.0e-5), (5000, 4.0e-5)])
+def test_a_norm_holds_for_the_worst_values_too(pieces: int, most: float) -> None:
+    """Each too small to change, in float32, the sum that follows the first; in every piece, and so are the pieces."""
+    piece = torch.full((training.NORM_VALUES,), 2.0**-12 * 0.999)
+    piece[0] = 1.0
+    rows = (piece.repeat(pieces, 1) * 2.0**-12 * 0.999).index_copy_(0, torch.tensor([0]), piece.unsqueeze(0))
+    assert clipped_norm(rows.reshape(1, -1), 1e-3) <= 1e-3 * (1 + most)
 
 
 def test_a_parameter_that_the_backward_pass_does_not_reach_is_found_out() -> None:
@@ -304,6 +385,7 @@ def test_the_anchor_pass_leaves_no_trace_in_per_record_gradients() -> None:
     t.load_shared(state)
     everyone = np.ones(24, dtype=bool)
     clean = noised_gradient(t, everyone)[0]
+    t._hooked.set_grad_sample_to_none()
     t._public_gradient(t._optimizer.parameters)
     assert all(getattr(p, "grad_sample", None) is None and p.grad is None for p in t._optimizer.parameters)
     assert torch.equal(noised_gradient(t, everyone)[0], clean)
@@ -456,13 +538,13 @@ def test_a_patient_moves_the_sum_by_at_most_the_clip_norm_and_clipping_by_record
 
 
 def test_gradients_of_a_patient_are_summed_before_they_are_clipped() -> None:
-    t = patient_trainer("patient", max_grad_norm=1e6)
+    t = away(patient_trainer("patient", max_grad_norm=1e6))
     one = np.arange(6) == 2
     records_of = np.flatnonzero(OWNERS == "patient-2")[:MOST]
     x, y = t._features[records_of], t._labels[records_of]
     loss = functional.cross_entropy(t.model(x), y, reduction="sum")
     wanted = flat(torch.autograd.grad(loss, t._optimizer.parameters))
-    torch.testing.assert_close(noised_gradient(t, one)[0], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(noised_gradient(t, one)[0], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_autocast_does_not_weaken_clipping() -> None:
@@ -537,7 +619,7 @@ def test_patients_with_few_records_count_as_one_unit_too(records_of: dict[str, i
     study = agreement(privacy={"unit": "patient", "records_per_patient": 3, "max_grad_norm": 0.01})
     data = records("table", len(owners))
     owned = LabelledRecords(data.features, data.labels, owners.astype(np.str_))
-    t = LocalTrainer(study, study.members[0], owned, anchors("table"), noise=NoiseSource(bytes(32)), device="cpu")
+    t = away(LocalTrainer(study, study.members[0], owned, anchors("table"), noise=NoiseSource(bytes(32)), device="cpu"))
     wanted = torch.zeros(t._optimizer.vector.numel())
     for who in records_of:
         own = owners == who
