@@ -153,13 +153,13 @@ def test_gradients_of_another_shape_are_not_spread_out(shape: tuple[int, ...]) -
         PerSampleGradients(layer)(torch.randn(4, 3)).sum().backward()
 
 
-def test_a_larger_pass_does_not_keep_the_memory_of_the_last_one() -> None:
-    hooked = PerSampleGradients(nn.Linear(3, 6))
-    sizes = []
+def test_memory_is_kept_for_passes_that_fit_and_not_copied_for_larger_ones() -> None:
+    hooked, taken = PerSampleGradients(nn.Linear(3, 6)), []
     for count in (4, 9, 2, 9):
         hooked(torch.randn(count, 3)).sum().backward()
-        sizes.append(hooked.taken().untyped_storage().nbytes())
-    assert sizes == [4 * 4 * 24, 4 * 9 * 24, 4 * 9 * 24, 4 * 9 * 24]
+        taken.append(hooked.taken())
+    assert [rows.untyped_storage().nbytes() for rows in taken] == [4 * count * 24 for count in (4, 9, 9, 9)]
+    assert taken[1].data_ptr() == taken[2].data_ptr() == taken[3].data_ptr()
 
 
 @pytest.mark.parametrize("change", ["thawed", "planted", "one twice", "one missing"])
