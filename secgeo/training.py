@@ -104,8 +104,9 @@ class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients of the vector and the parameters."""
-        self.vector.grad = None
-        super().zero_grad(set_to_none)
+        self.vector.grad = self.vector.grad_sample = self.vector.summed_grad = None
+        for p in self.parameters:
+            p.grad = None
 
 
 def alignment_loss(embeddings: Tensor, consensus: Tensor) -> Tensor:
