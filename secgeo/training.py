@@ -68,9 +68,8 @@ class CryptographicDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, noise: NoiseSource, **settings: Any) -> None:
         self._noise = noise
-        reference, *others = parameters_of(optimizer)
-        size = reference.numel() + sum(p.numel() for p in others)
-        self.vector: Any = nn.Parameter(reference.new_empty(size))
+        parameters = parameters_of(optimizer)
+        self.vector: Any = nn.Parameter(parameters[0].new_empty(sum(p.numel() for p in parameters)))
         super().__init__(optimizer, **settings)
 
     @property
