@@ -96,7 +96,7 @@ def _reused_seed(trainer: LocalTrainer) -> None:
 
 
 def _unnoised(trainer: LocalTrainer, parameters: Iterable[Any], divisor: float = 1.0) -> None:
-    """What the optimiser would add to these is the clipped sum by the divisor again."""
+    """Of these parameters the gradient is the clipped sum over the divisor, without its noise."""
     optimizer, chosen = trainer._optimizer, {id(p) for p in parameters}
     parts = optimizer.split(optimizer.vector.grad), optimizer.split(optimizer.vector.summed_grad)
     for p, noised, summed in zip(optimizer.parameters, *parts, strict=True):

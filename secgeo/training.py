@@ -6,7 +6,7 @@ One DP step:
 b is the public expected batch size. Clipping, the accountant and the step hook are Opacus'; the noise is drawn from a
 `NoiseSource`. The anchor gradient needs no noise: anchors are independent of private records, the private loss is per
 record, and the parameters it is taken at were made from noised or public values only. It does not go through
-`PerSampleGradients`, and it is added after `pre_step()`, because Opacus' `add_noise` overwrites `p.grad`.
+`PerSampleGradients`, and it is added after `pre_step()`, because the step takes `p.grad` from the noised vector only then.
 
 Rounds: the first round has no consensus, so it spends no privacy: the node sends dB = 0 and its first Gram matrix.
 Every later round starts with an anchor warm-up (tokeniser and magnitudes only, public data, no cost) and then takes
