@@ -547,6 +547,20 @@ def test_gradients_of_a_patient_are_summed_before_they_are_clipped() -> None:
     torch.testing.assert_close(noised_gradient(t, one)[0], wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_records_of_a_patient_are_summed_where_a_parameter_is_frozen_too() -> None:
+    """As whoever asks for gradients without the largest one does."""
+    t, everybody = away(patient_trainer("patient")), np.ones(6, dtype=bool)
+    t._private_gradient(everybody)
+    parts = dict(zip(t._optimizer.parameters, t._optimizer.split(t._optimizer.vector.grad_sample.clone()), strict=True))
+    weight = t.model.tokeniser.projector.weight
+    weight.requires_grad_(False)
+    t._private_gradient(everybody)
+    found = t._optimizer.split(t._optimizer.vector.grad_sample)
+    for p, part in zip(t._optimizer.parameters, found, strict=True):
+        assert p is not weight
+        torch.testing.assert_close(part, parts[p], rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_does_not_weaken_clipping() -> None:
     """Gradients are computed in bfloat16, and each unit still moves the sum by the clip norm, as far as float32 can tell."""
     study = agreement(privacy={"noise_multiplier": 0.0, "max_grad_norm": 0.01})
